@@ -1,0 +1,36 @@
+"""The errors a user can meet, each printed as one line by the command line."""
+
+from __future__ import annotations
+
+
+class FomoeError(Exception):
+    """Base of every error that is shown as one line instead of a traceback."""
+
+
+class ConfigError(FomoeError, ValueError):
+    """An option is wrong: names the field, the value and the rule."""
+
+    def __init__(self, field: str, value: object, rule: str) -> None:
+        self.field, self.value, self.rule = field, value, rule
+        super().__init__(" ".join(part for part in (field, _short(value), rule) if part))
+
+
+class DataError(FomoeError, ValueError):
+    """A source, shard or tokenizer cannot be used as asked."""
+
+
+class CheckpointError(FomoeError):
+    """A checkpoint is missing, torn, altered or of another run."""
+
+
+class SyncError(FomoeError, RuntimeError):
+    """A sync did not complete; nothing of it was committed at this site."""
+
+
+class SiteMismatchError(FomoeError):
+    """The sites were not started with the same experiment."""
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,83 @@
+"""Bytes of the state that a site keeps between steps, from the plan alone (no torch).
+
+Activations and buffers are not here: they depend on the backend and are estimated by the
+simulator. A test holds these figures equal to the bytes of the built objects.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from fomoe.segments import Bucket, Plan
+
+if TYPE_CHECKING:
+    from fomoe.config import Config
+
+FLOAT32 = 4
+
+# State vectors per element that outer optimizers keep; classes not listed count as Adam-like.
+_OUTER_VECTORS = {"Adagrad": 1, "RMSprop": 1, "Rprop": 2, "ASGD": 1, "Adadelta": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteMemory:
+    """State of one site, in bytes; all of it is fp32."""
+
+    parameters: int
+    gradients: int
+    inner_optimizer: int
+    anchor: int
+    outer_optimizer: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+def site_memory(config: Config, plan: Plan, site: int) -> SiteMemory:
+    """State bytes of one site: only of the segments that it holds.
+
+    Gradients and inner optimizer state exist for what the site trains, anchor and outer state for
+    what the outer optimizer steps.
+    """
+    held = [bucket for bucket in plan.buckets if site in bucket.holders]
+    numel = sum(bucket.numel for bucket in held)
+    trained = sum(bucket.numel for bucket in held if trains(bucket, site))
+    tensors = len({s.parameter for b in held if trains(b, site) for s in b.segments})
+    stepped = sum(bucket.numel for bucket in held if takes_outer_step(config, bucket))
+    return SiteMemory(
+        parameters=FLOAT32 * numel,
+        gradients=FLOAT32 * trained,
+        inner_optimizer=_inner_bytes(config, trained, tensors),
+        anchor=FLOAT32 * stepped,
+        outer_optimizer=FLOAT32 * stepped * _outer_vectors(config),
+    )
+
+
+def trains(bucket: Bucket, site: int) -> bool:
+    """Whether a site computes gradients for a bucket it holds.
+
+    Only experts can be frozen: a router matrix is one parameter even where the updates of its rows
+    count for some sites only.
+    """
+    return site in bucket.trainers or not bucket.expert_class
+
+
+def takes_outer_step(config: Config, bucket: Bucket) -> bool:
+    """Whether the outer optimizer steps a bucket; if not, it needs no anchor."""
+    if config.sync.average == "gradients":
+        return False
+    return len(bucket.holders) > 1 or config.sync.single_holder == "outer"
+
+
+def _inner_bytes(config: Config, numel: int, num_tensors: int) -> int:
+    if config.inner.optimizer == "adamw":
+        return FLOAT32 * (2 * numel + num_tensors)  # two moments, and a step count per tensor
+    return FLOAT32 * numel if config.inner.momentum else 0
+
+
+def _outer_vectors(config: Config) -> int:
+    if config.outer.optimizer == "SGD":
+        return 1 if config.outer.arguments["momentum"] else 0
+    return _OUTER_VECTORS.get(config.outer.optimizer, 2)
