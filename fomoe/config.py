@@ -374,13 +374,15 @@ def method_settings(config: Config) -> dict[str, Any]:
         "outer.nesterov": False,
         "outer.options": {},
     }
-    shards = config.data.num_shards or config.num_sites
+    # One site alone keeps the text that it would have had among the others.
+    own_text: dict[str, Any] = {"data.num_shards": config.data.num_shards or config.num_sites}
+    if config.data.sites:
+        own_text = {"data.sites": list(config.data.sites[:1])}
     alone = {
         "num_sites": 1,
         "placement.replication_factor": 1,
-        "data.num_shards": shards,
-        "data.sites": config.data.sites[:1] if config.data.sites else None,
         "sync.single_holder": "local",
+        **own_text,
     }
     settings: dict[str, dict[str, Any]] = {
         "fomoe": {},
@@ -393,10 +395,7 @@ def method_settings(config: Config) -> dict[str, Any]:
         "diloco-half": {**everywhere, "model.expert_ffn_scale": 0.5},
         "single": {**everywhere, **alone},
     }
-    chosen = settings[config.method]
-    if config.data.sites is None:
-        chosen = {field: value for field, value in chosen.items() if field != "data.sites"}
-    return chosen
+    return settings[config.method]
 
 
 def _parse(tree: dict[str, Any]) -> Config:
@@ -545,6 +544,8 @@ def _check_data(config: Config) -> None:
     if data.sites is not None and len(data.sites) != config.num_sites:
         rule = f"must name one source for each of the {config.num_sites} sites"
         raise ConfigError("data.sites", list(data.sites), rule)
+    if data.sites is not None and data.num_shards is not None:
+        raise ConfigError("data.num_shards", data.num_shards, "has no meaning beside data.sites")
     if data.num_shards is not None and data.num_shards < config.num_sites:
         rule = f"must be at least num_sites {config.num_sites}"
         raise ConfigError("data.num_shards", data.num_shards, rule)

@@ -1,0 +1,1 @@
+"""Text in, token batches out: sources, tokenizers, and one deterministic stream per site."""

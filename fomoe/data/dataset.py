@@ -1,0 +1,298 @@
+"""The split: a held-out part by document, equal at all sites, and disjoint parts for the sites."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fomoe.config import Config
+from fomoe.data import sources
+from fomoe.data.sources import Document
+from fomoe.data.stream import HubStream, Stream, TokenStream, encode_document, hub_text
+from fomoe.data.tokenizer import Tokenizer, load_tokenizer, parse_bpe, train_bpe
+from fomoe.errors import ConfigError, DataError
+
+_SHARD_BLOCK_WINDOWS = 64  # windows in one block of a token shard; a block is its "document"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What a process trains and evaluates on.
+
+    Attributes:
+        streams: one per site of this process.
+        held_out: int64 [sequences, seq_len + 1], equal at all sites.
+        unigram_entropy: entropy in nats of the held-out part's own token frequencies: the best
+            that a model without context could do.
+        fingerprints: hashes that must be equal at all sites.
+        tokenizer_json: the trained tokenizer's file, None if none was trained.
+    """
+
+    streams: dict[int, Stream]
+    held_out: np.ndarray
+    unigram_entropy: float
+    fingerprints: dict[str, str]
+    tokenizer_json: bytes | None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A source after the split: training blocks per shard, held-out tokens, a digest."""
+
+    make_stream: Callable[[int, int, str], Stream]  # (shard, num_shards, name) -> stream
+    held_out: np.ndarray
+    digest: bytes
+
+
+def build_data(
+    config: Config,
+    sites: Iterable[int],
+    *,
+    run_dir: Path,
+    share: Callable[[Callable[[], bytes]], bytes] = lambda make: make(),
+) -> Data:
+    """Read the sources and split them.
+
+    Args:
+        config: the experiment.
+        sites: the sites of this process; only their part is tokenized.
+        run_dir: where a trained tokenizer is kept between runs.
+        share: runs a function at site 0 and gives its bytes to all sites.
+
+    Raises:
+        DataError, ConfigError: if a source, tokenizer or split cannot be used.
+    """
+    names = config.data.sites or (config.data.source,) * config.num_sites
+    tokenizer, tokenizer_json = _build_tokenizer(config, names, run_dir, share)
+    parts: dict[str, _Part] = {}
+    streams: dict[int, Stream] = {}
+    needed = {names[site] for site in sites}
+    if config.data.held_out is None:
+        needed |= set(names)
+    for source in sorted(needed):
+        parts[source] = _open_part(config, source, tokenizer, held_out=not config.data.held_out)
+    for site in sites:
+        sharers = [s for s, name in enumerate(names) if name == names[site]]
+        num_shards = len(sharers)
+        if config.data.sites is None:
+            num_shards = config.data.num_shards or config.num_sites
+        shard = sharers.index(site)
+        name = f"the training text of site {site}"
+        streams[site] = parts[names[site]].make_stream(shard, num_shards, name)
+    if config.data.held_out is None:
+        held_out = [parts[source].held_out for source in sorted(set(names))]
+    else:
+        held_out = [_whole(config, config.data.held_out, tokenizer)]
+    windows = _held_out_windows(config, held_out)
+    return Data(
+        streams=streams,
+        held_out=windows,
+        unigram_entropy=entropy(np.bincount(windows[:, 1:].ravel())),
+        fingerprints=_fingerprints(config, tokenizer, parts, windows),
+        tokenizer_json=tokenizer_json,
+    )
+
+
+def entropy(counts: np.ndarray) -> float:
+    """Entropy in nats of a distribution given by counts."""
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+# -------------------------------------------------------------------------------------- tokenizer
+
+
+def _build_tokenizer(
+    config: Config,
+    names: tuple[str, ...],
+    run_dir: Path,
+    share: Callable[[Callable[[], bytes]], bytes],
+) -> tuple[Tokenizer | None, bytes | None]:
+    data = config.data
+    if data.tokenizer == "none":
+        return None, None
+    if data.tokenizer != "bpe":
+        tokenizer = load_tokenizer(data.tokenizer)
+        if tokenizer.vocab_size > config.vocab_size:
+            rule = f"is below the tokenizer's {tokenizer.vocab_size} tokens"
+            raise ConfigError("model.vocab_size", config.vocab_size, rule)
+        return tokenizer, None
+    kept = run_dir / "tokenizer.json"
+
+    def train() -> bytes:
+        if kept.exists():
+            return kept.read_bytes()
+        if any(sources.is_hub(name) for name in names):
+            raise DataError("data.tokenizer bpe is trained on text files, not on a hub data set")
+        documents = [
+            document
+            for source in sorted(set(names))
+            for document in _split(config, sources.read_documents(source))[1]
+        ]
+        return train_bpe((document.text for document in documents), data.bpe_vocab_size)
+
+    tokenizer_json = share(train)
+    return parse_bpe(tokenizer_json), tokenizer_json
+
+
+# -------------------------------------------------------------------------------------- the split
+
+
+def _open_part(config: Config, source: str, tokenizer: Tokenizer | None, held_out: bool) -> _Part:
+    if sources.is_shards(source):
+        return _shard_part(config, source, held_out)
+    assert tokenizer is not None  # check_config allows no tokenizer for shards only
+    if sources.is_hub(source):
+        return _hub_part(config, source, tokenizer, held_out)
+    return _text_part(config, source, tokenizer, held_out)
+
+
+def _split(config: Config, documents: list[Document]) -> tuple[list[Document], list[Document]]:
+    """Held-out and training documents, by the hash of seed and content: equal texts stay together.
+
+    Nothing else decides, so every site finds the same split without talking.
+    """
+    key = str(config.seed).encode()
+    ordered = sorted(documents, key=lambda d: hashlib.sha256(key + d.digest).digest())
+    if config.data.held_out is not None:
+        return [], ordered
+    wanted = config.data.held_out_fraction * sum(len(d.text) for d in ordered)
+    total, count = 0, 0
+    while count < len(ordered) and (total < wanted or ordered[count] == ordered[count - 1]):
+        total += len(ordered[count].text)
+        count += 1
+    return ordered[:count], ordered[count:]
+
+
+def _text_part(config: Config, source: str, tokenizer: Tokenizer, held_out: bool) -> _Part:
+    held, train = _split(config, sources.read_documents(source))
+
+    def make_stream(shard: int, num_shards: int, name: str) -> Stream:
+        own = _deal(train, num_shards)[shard]
+        tokens = _encode(own, tokenizer)
+        return TokenStream(
+            [tokens], seq_len=config.data.seq_len, seed=config.seed, shard=shard, name=name
+        )
+
+    digest = hashlib.sha256(b"".join(d.digest for d in held + train)).digest()
+    return _Part(make_stream, _encode(held, tokenizer) if held_out else np.empty(0), digest)
+
+
+def _deal(documents: list[Document], num_shards: int) -> list[list[Document]]:
+    """Each document to the shard with the least text so far."""
+    shards: list[list[Document]] = [[] for _ in range(num_shards)]
+    sizes = [0] * num_shards
+    for document in documents:
+        smallest = sizes.index(min(sizes))
+        shards[smallest].append(document)
+        sizes[smallest] += len(document.text)
+    return shards
+
+
+def _encode(documents: list[Document], tokenizer: Tokenizer) -> np.ndarray:
+    if not documents:
+        return np.empty(0, dtype=np.uint16)
+    return np.concatenate([encode_document(tokenizer, document.text) for document in documents])
+
+
+def _shard_part(config: Config, source: str, held_out: bool) -> _Part:
+    arrays = sources.open_shards(source)
+    size = _SHARD_BLOCK_WINDOWS * config.data.seq_len + 1
+    for array in arrays:
+        if len(array) and int(array[:1_000_000].max()) >= config.vocab_size:
+            rule = f"does not cover token {int(array[:1_000_000].max())} of {source}"
+            raise ConfigError("model.vocab_size", config.vocab_size, rule)
+    blocks = [array[i : i + size] for array in arrays for i in range(0, len(array), size)]
+    order = np.random.Generator(np.random.PCG64([config.seed, 0x5EED])).permutation(len(blocks))
+    num_held = math.ceil(config.data.held_out_fraction * len(blocks)) if held_out else 0
+    held = [blocks[i] for i in order[:num_held]]
+    train = [blocks[i] for i in order[num_held:]]
+
+    def make_stream(shard: int, num_shards: int, name: str) -> Stream:
+        return TokenStream(
+            train[shard::num_shards],
+            seq_len=config.data.seq_len,
+            seed=config.seed,
+            shard=shard,
+            name=name,
+        )
+
+    digest = hashlib.sha256(b"".join(sources.shard_digest(array) for array in arrays)).digest()
+    return _Part(make_stream, np.concatenate(held) if held else np.empty(0), digest)
+
+
+def _hub_part(config: Config, source: str, tokenizer: Tokenizer, held_out: bool) -> _Part:
+    """The first documents of a streamed data set are held out, as many as evaluation reads."""
+    data = config.data
+    dataset = sources.open_hub(source, data.hub_split)
+    wanted = data.held_out_sequences * (data.seq_len + 1)
+    held: list[np.ndarray] = []
+    for row in dataset if held_out else ():
+        if sum(map(len, held)) >= wanted:
+            break
+        held.append(encode_document(tokenizer, hub_text(row, data.text_field)))
+    rest = dataset.skip(len(held))
+
+    def make_stream(shard: int, num_shards: int, name: str) -> Stream:
+        return HubStream(
+            rest,
+            tokenizer,
+            field=data.text_field,
+            seq_len=data.seq_len,
+            shard=shard,
+            num_shards=num_shards,
+        )
+
+    tokens = np.concatenate(held) if held else np.empty(0)
+    digest = hashlib.sha256(source.encode() + tokens.astype(np.int64).tobytes()).digest()
+    return _Part(make_stream, tokens, digest)
+
+
+# --------------------------------------------------------------------------------------- held out
+
+
+def _whole(config: Config, source: str, tokenizer: Tokenizer | None) -> np.ndarray:
+    """All tokens of the held-out source, or as many as evaluation reads of a streamed one."""
+    if sources.is_shards(source):
+        return np.concatenate(sources.open_shards(source))
+    assert tokenizer is not None
+    if sources.is_hub(source):
+        return _hub_part(config, source, tokenizer, True).held_out
+    return _encode(sources.read_documents(source), tokenizer)
+
+
+def _held_out_windows(config: Config, held_out: list[np.ndarray]) -> np.ndarray:
+    """Sequences spread evenly over the held-out tokens of every source."""
+    seq_len = config.data.seq_len
+    tokens = np.concatenate(held_out)
+    available = (len(tokens) - 1) // seq_len
+    if available < 1:
+        raise DataError(
+            f"the held-out part has {len(tokens)} tokens, but one sequence needs "
+            f"data.seq_len + 1 = {seq_len + 1}"
+        )
+    count = min(config.data.held_out_sequences, available)
+    starts = np.linspace(0, available - 1, count).round().astype(np.int64) * seq_len
+    windows = np.stack([tokens[start : start + seq_len + 1] for start in starts]).astype(np.int64)
+    if windows.max() >= config.vocab_size:
+        rule = f"does not cover token {windows.max()} of the held-out part"
+        raise ConfigError("model.vocab_size", config.vocab_size, rule)
+    return windows
+
+
+def _fingerprints(
+    config: Config, tokenizer: Tokenizer | None, parts: dict[str, _Part], windows: np.ndarray
+) -> dict[str, str]:
+    """With a held-out source of its own a site need not have the others' text: no split to hash."""
+    everywhere = config.data.held_out is None or config.data.sites is None
+    digests = [parts[source].digest for source in sorted(parts)] if everywhere else []
+    return {
+        "tokenizer": tokenizer.fingerprint if tokenizer else "none",
+        "data split": hashlib.sha256(b"".join(digests)).hexdigest(),
+        "held-out part": hashlib.sha256(windows.tobytes()).hexdigest(),
+    }

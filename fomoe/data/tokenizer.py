@@ -1,0 +1,135 @@
+"""Tokenizers: bytes by default, `bpe` trained on the text, or any tokenizer by file or name."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from fomoe.errors import DataError
+
+_END_OF_TEXT = "<|endoftext|>"
+_KNOWN_ENDS = (_END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[SEP]")
+
+
+class Tokenizer(Protocol):
+    """Text to token ids.
+
+    Attributes:
+        vocab_size: ids run from 0 to vocab_size - 1.
+        eos_id: end-of-text id that follows every document, None if there is none.
+        fingerprint: hash that is equal for equal tokenizers.
+    """
+
+    vocab_size: int
+    eos_id: int | None
+    fingerprint: str
+
+    def encode(self, text: str) -> np.ndarray: ...
+
+
+class ByteTokenizer:
+    """UTF-8 bytes, and 256 for the end of a text."""
+
+    vocab_size = 257
+    eos_id: int | None = 256
+    fingerprint = hashlib.sha256(b"byte").hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        data = text.encode("utf-8", "surrogatepass")
+        return np.frombuffer(data, dtype=np.uint8).astype(np.uint16)
+
+
+class LibraryTokenizer:
+    """A tokenizer of the `tokenizers` library."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.vocab_size: int = inner.get_vocab_size()
+        ends = [inner.token_to_id(end) for end in _KNOWN_ENDS]
+        self.eos_id = next((end for end in ends if end is not None), None)
+        self.fingerprint = hashlib.sha256(inner.to_str().encode()).hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        ids = self.inner.encode(text, add_special_tokens=False).ids
+        return np.asarray(ids, dtype=np.uint32)
+
+
+class TransformersTokenizer:
+    """A transformers tokenizer that has no `tokenizer.json`."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.vocab_size: int = len(inner)
+        self.eos_id: int | None = inner.eos_token_id
+        vocabulary = sorted(inner.get_vocab().items())
+        self.fingerprint = hashlib.sha256(repr(vocabulary).encode()).hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.asarray(self.inner.encode(text, add_special_tokens=False), dtype=np.uint32)
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """Load a tokenizer: `byte`, a `tokenizer.json`, a folder, or a hub name.
+
+    Raises:
+        DataError: if it is not found or not readable.
+    """
+    if name == "byte":
+        return ByteTokenizer()
+    from tokenizers import Tokenizer as Library
+
+    path = Path(name)
+    if path.is_dir() and (path / "tokenizer.json").exists():
+        path = path / "tokenizer.json"
+    try:
+        if path.is_file():
+            return LibraryTokenizer(Library.from_file(str(path)))
+        if not path.exists() and not name.endswith(".json"):
+            return LibraryTokenizer(Library.from_pretrained(name))
+    except Exception as error:  # the library raises plain Exception for every failure
+        library_reason = " ".join(str(error).split())[:160]
+    else:
+        library_reason = "no such file"
+    return _load_transformers(name, library_reason)
+
+
+def _load_transformers(name: str, library_reason: str) -> Tokenizer:
+    if not name.endswith(".json"):
+        try:
+            from transformers import AutoTokenizer
+
+            return TransformersTokenizer(AutoTokenizer.from_pretrained(name))
+        except ImportError:
+            library_reason += "; with pip install 'fomoe[transformers]' its other formats load too"
+        except (OSError, ValueError) as error:
+            library_reason = " ".join(str(error).split())[:160]
+    raise DataError(f"data.tokenizer {name} cannot be loaded: {library_reason}")
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
+    """Train a byte-level BPE and return its `tokenizer.json`."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Library(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[_END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer.to_str(pretty=False).encode()
+
+
+def parse_bpe(data: bytes) -> Tokenizer:
+    """Build the tokenizer that `train_bpe` returned."""
+    from tokenizers import Tokenizer as Library
+
+    return LibraryTokenizer(Library.from_str(data.decode()))
