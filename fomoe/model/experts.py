@@ -6,13 +6,17 @@ assignments.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fomoe.model.router import Routing
+
+
+# One expert as a function of its rows: a module, or weights that were fetched for the moment.
+Expert = Callable[[Tensor], Tensor]
 
 
 class SwiGLU(nn.Module):
@@ -34,7 +38,7 @@ def swiglu(x_TD: Tensor, *, gate_up: Tensor, down: Tensor) -> Tensor:
 
 
 def run_experts(
-    x_TD: Tensor, routing: Routing, experts: Mapping[int, SwiGLU], slot_E: Tensor
+    x_TD: Tensor, routing: Routing, experts: Mapping[int, Expert], slot_E: Tensor
 ) -> Tensor:
     """Sum of gate x expert(x) over each token's executed assignments, [T, D].
 
@@ -43,7 +47,7 @@ def run_experts(
 
     Args:
         routing: assignments of the T tokens.
-        experts: resident experts by id, ascending.
+        experts: resident experts by id.
         slot_E: int64, position of each resident expert in `experts`; R for absent ones.
     """
     num_resident = len(experts)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fomoe.config import Config, ModelConfig
-from fomoe.model.experts import SwiGLU, run_experts
+from fomoe.model.experts import Expert, SwiGLU, run_experts
 from fomoe.model.router import Router, RouterStats, Routing
 
 Residents = Mapping[int, tuple[int, ...]]
@@ -98,7 +98,7 @@ class MoE(nn.Module):
         self.register_buffer("_slot_E", _slots(residents, model.num_experts), persistent=False)
 
     def forward(
-        self, x_TD: Tensor, experts: Mapping[int, SwiGLU] | None = None
+        self, x_TD: Tensor, experts: Mapping[int, Expert] | None = None
     ) -> tuple[Tensor, Routing, RouterStats]:
         """Route and run T tokens; `experts` stand in for the residents where they are given."""
         if experts is None:
@@ -129,7 +129,7 @@ class Layer(nn.Module):
         x_BSD: Tensor,
         cos_SH: Tensor,
         sin_SH: Tensor,
-        experts: Mapping[int, SwiGLU] | None = None,
+        experts: Mapping[int, Expert] | None = None,
     ) -> tuple[Tensor, Routing | None, RouterStats | None]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_SH, sin_SH)
         y_BSD = self.ffn_norm(x_BSD)
@@ -195,7 +195,7 @@ class Transformer(nn.Module):
         return self.embedding(tokens_BS)
 
     def run_layer(
-        self, index: int, x_BSD: Tensor, experts: Mapping[int, SwiGLU] | None = None
+        self, index: int, x_BSD: Tensor, experts: Mapping[int, Expert] | None = None
     ) -> tuple[Tensor, Routing | None, RouterStats | None]:
         """Run one layer, with its residents or with the experts given."""
         seq = x_BSD.shape[1]

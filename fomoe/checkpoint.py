@@ -1,0 +1,156 @@
+"""Checkpoints: one part per site and round, written so that a torn one is never taken for whole.
+
+A part is `site-<k>.safetensors` and `site-<k>.json`; `site-<k>.manifest.json` with their sha256 is
+written last. Every file goes to a temporary name, is flushed to disk and then renamed, so a crash
+or a full disk leaves earlier checkpoints as they were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fomoe.errors import CheckpointError
+
+_FORMAT = 1
+_ROUND = "round-"
+
+
+def round_folder(run_dir: Path, round_idx: int) -> Path:
+    """Folder of the checkpoint taken after `round_idx` rounds."""
+    return run_dir / "checkpoints" / f"{_ROUND}{round_idx:06d}"
+
+
+def saved_rounds(run_dir: Path) -> list[int]:
+    """Rounds that have a checkpoint folder, newest first; nothing is said of their wholeness."""
+    folders = (run_dir / "checkpoints").glob(f"{_ROUND}*")
+    numbers = [folder.name.removeprefix(_ROUND) for folder in folders]
+    return sorted((int(number) for number in numbers if number.isdigit()), reverse=True)
+
+
+def save_part(
+    run_dir: Path, round_idx: int, site: int, tensors: dict[str, Tensor], values: dict[str, Any]
+) -> None:
+    """Write one site's part; the manifest comes last.
+
+    Raises:
+        CheckpointError: if it cannot be written (a full disk, say); earlier ones are untouched.
+    """
+    folder = round_folder(run_dir, round_idx)
+    names = {"tensors": f"site-{site}.safetensors", "values": f"site-{site}.json"}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # A manifest of an earlier attempt must not vouch for the files that replace it.
+        (folder / f"site-{site}.manifest.json").unlink(missing_ok=True)
+        on_cpu = {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
+        _write(folder / names["tensors"], lambda path: save_file(on_cpu, path))
+        _write_text(folder / names["values"], json.dumps(values))
+        files = {name: _describe(folder / name) for name in names.values()}
+        manifest = {"format": _FORMAT, "round": round_idx, "site": site, "files": files}
+        _write_text(folder / f"site-{site}.manifest.json", json.dumps(manifest, indent=1))
+    except (OSError, SafetensorError) as error:
+        _remove_temporaries(folder)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(
+            f"checkpoint of round {round_idx} could not be written to {folder}: {reason}; "
+            f"earlier checkpoints are untouched"
+        ) from error
+
+
+def check_part(run_dir: Path, round_idx: int, site: int) -> str:
+    """Why a part cannot be used; empty if it is whole."""
+    folder = round_folder(run_dir, round_idx)
+    try:
+        manifest = json.loads((folder / f"site-{site}.manifest.json").read_text())
+        if manifest["format"] != _FORMAT:
+            return f"has format {manifest['format']}, not {_FORMAT}"
+        for name, expected in manifest["files"].items():
+            if _describe(folder / name) != expected:
+                return f"{name} is torn or was altered (its sha256 differs from the manifest)"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "its manifest is not readable"
+    return ""
+
+
+def load_part(run_dir: Path, round_idx: int, site: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read one site's part after checking it.
+
+    Raises:
+        CheckpointError: if it is missing, torn or altered.
+    """
+    folder = round_folder(run_dir, round_idx)
+    problem = check_part(run_dir, round_idx, site)
+    if problem:
+        raise CheckpointError(f"checkpoint {folder}, site {site}: {problem}")
+    tensors = load_file(folder / f"site-{site}.safetensors")
+    return tensors, json.loads((folder / f"site-{site}.json").read_text())
+
+
+def remove_old(run_dir: Path, newest: int, keep: int, sites: Iterable[int]) -> None:
+    """Remove the parts of these sites that are older than the `keep` newest rounds."""
+    old = [round_idx for round_idx in saved_rounds(run_dir) if round_idx <= newest][keep:]
+    for round_idx in old:
+        remove_parts(run_dir, round_idx, sites)
+
+
+def remove_parts(run_dir: Path, round_idx: int, sites: Iterable[int]) -> None:
+    """Remove these sites' parts of a round, manifests first, and the folder once it is empty."""
+    folder = round_folder(run_dir, round_idx)
+    for site in sites:
+        for suffix in (".manifest.json", ".json", ".safetensors"):
+            (folder / f"site-{site}{suffix}").unlink(missing_ok=True)
+    if folder.exists() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a small file so that readers see the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_text(path, text)
+
+
+def _write_text(path: Path, text: str) -> None:
+    _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _write(path: Path, write: Any) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"sha256": digest, "bytes": path.stat().st_size}
+
+
+def _remove_temporaries(folder: Path) -> None:
+    for temporary in folder.glob(".*.tmp"):
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,203 @@
+"""Evaluation: each site's own model, the merged model, and how stable routing is.
+
+The merged model (all experts, no skip) exists nowhere in a distributed run: sites pass hidden
+states of their share of the held-out part through one layer at a time, with that layer's experts
+fetched for the moment.
+
+Shapes: L MoE layers, E experts, T probe tokens, K top-k.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fomoe.config import Config
+from fomoe.model.experts import Expert, swiglu
+from fomoe.placement import Placement
+from fomoe.segments import Plan, Segment
+from fomoe.shapes import expert_name
+from fomoe.site import Site
+from fomoe.sync.transport import Item, Transport
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalEvaluation:
+    """One site's resident model on the held-out part.
+
+    Attributes:
+        loss: mean cross-entropy in nats.
+        probe_LTK: top-k choices on the first batch, the fixed probe set.
+    """
+
+    loss: float
+    probe_LTK: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedEvaluation:
+    """The merged model on the held-out part.
+
+    Attributes:
+        loss: mean cross-entropy in nats.
+        load_LE: assignments per layer and expert.
+    """
+
+    loss: float
+    load_LE: list[list[int]]
+
+
+@torch.no_grad()
+def evaluate_local(site: Site, held_out: np.ndarray) -> LocalEvaluation:
+    """Evaluate one site's model, skipping absent experts as in training."""
+    site.model.eval()
+    total, probe = 0.0, torch.empty(0, 0, site.config.model.top_k, dtype=torch.int16)
+    for index, batch in enumerate(_batches(site.config, held_out)):
+        tokens = torch.from_numpy(batch).to(site.device)
+        with site.autocast:
+            output = site.model(tokens[:, :-1], tokens[:, 1:])
+        total += float(output.loss) * len(batch)
+        if index == 0 and output.routings:
+            chosen = [routing.selected_TK for routing in output.routings.values()]
+            probe = torch.stack(chosen).to("cpu", torch.int16)
+    return LocalEvaluation(loss=total / len(held_out), probe_LTK=probe)
+
+
+def topk_agreement(before_LTK: Tensor, after_LTK: Tensor) -> float:
+    """Mean share of each token's top-k that was in its top-k before; 1 if nothing moved."""
+    if not after_LTK.numel():
+        return 1.0
+    same = (before_LTK.unsqueeze(-1) == after_LTK.unsqueeze(-2)).any(-2)
+    return float(same.float().mean())
+
+
+@torch.no_grad()
+def evaluate_merged(
+    config: Config,
+    sites: Mapping[int, Site],
+    placement: Placement,
+    plan: Plan,
+    transport: Transport,
+    held_out: np.ndarray,
+) -> MergedEvaluation:
+    """Evaluate all experts together, right after a sync; every site takes a share of the batches.
+
+    Args:
+        sites: the sites of this process.
+        placement: who holds which expert.
+        plan: where each expert's tensors are found.
+    """
+    batches = list(_batches(config, held_out))
+    share = {
+        index: site
+        for index in range(len(batches))
+        for site in transport.sites
+        if transport.members[index % len(transport.members)] == site
+    }
+    hidden, loads = {}, {index: [] for index in share}
+    for index, site in share.items():
+        sites[site].model.eval()
+        with sites[site].autocast:
+            tokens = torch.from_numpy(batches[index]).to(sites[site].device)
+            hidden[index] = sites[site].model.embed(tokens[:, :-1])
+    segments = _expert_segments(plan)
+    for layer in range(config.model.num_layers):
+        experts = None
+        if layer in config.model.moe_layers:
+            experts = _fetch_layer(config, sites, transport, layer, segments[layer])
+        for index, site in share.items():
+            with sites[site].autocast:
+                hidden[index], _, stats = sites[site].model.run_layer(layer, hidden[index], experts)
+            if stats is not None:
+                loads[index].append(stats.selected_E.tolist())
+    losses = {}
+    for index, site in share.items():
+        targets = torch.from_numpy(batches[index][:, 1:]).to(sites[site].device)
+        with sites[site].autocast:
+            losses[index] = float(sites[site].model.loss(hidden[index], targets))
+    return _combine(transport, share, losses, loads, [len(batch) for batch in batches])
+
+
+def _combine(
+    transport: Transport,
+    share: dict[int, int],
+    losses: dict[int, float],
+    loads: dict[int, list[list[int]]],
+    sizes: list[int],
+) -> MergedEvaluation:
+    """Every site's batches to every site, added in the order of the batches."""
+
+    def message(site: int) -> bytes:
+        own = [index for index, owner in share.items() if owner == site]
+        return json.dumps([[index, losses[index], loads[index]] for index in own]).encode()
+
+    rows = sorted(row for part in transport.gather(message) for row in json.loads(part))
+    loss = sum(size * row[1] for size, row in zip(sizes, rows, strict=True)) / sum(sizes)
+    load_LE = np.sum([row[2] for row in rows], axis=0).astype(int).tolist()
+    return MergedEvaluation(loss=loss, load_LE=load_LE)
+
+
+def _expert_segments(plan: Plan) -> dict[int, list[Segment]]:
+    """Segments of routed experts by layer, in the order of expert ids."""
+    by_layer: dict[int, list[Segment]] = {}
+    for bucket in plan.buckets:
+        for segment in bucket.segments:
+            if segment.expert_class:
+                assert segment.layer is not None
+                by_layer.setdefault(segment.layer, []).append(segment)
+    for segments in by_layer.values():
+        segments.sort(key=lambda s: (s.expert, s.name))
+    return by_layer
+
+
+def _fetch_layer(
+    config: Config,
+    sites: Mapping[int, Site],
+    transport: Transport,
+    layer: int,
+    segments: list[Segment],
+) -> dict[int, Expert]:
+    """All experts of one layer; local ones are not copied."""
+    device = next(iter(sites.values())).device
+    items = [Item(s.parameter, s.shape, s.holders) for s in segments]
+    tensors = transport.fetch(items, lambda site, name: sites[site].parameters[name].detach())
+    experts = {}
+    for expert in range(config.model.num_experts):
+        gate_up, down = (
+            tensors[expert_name(layer, expert, part)].to(device) for part in ("gate_up", "down")
+        )
+        experts[expert] = partial(swiglu, gate_up=gate_up, down=down)
+    return experts
+
+
+def _batches(config: Config, held_out: np.ndarray) -> list[np.ndarray]:
+    size = config.inner.batch_size
+    return [held_out[i : i + size] for i in range(0, len(held_out), size)]
+
+
+def routing_health(selected_LE: Tensor, skipped_L: Tensor, entropy_L: Tensor) -> list[dict]:
+    """Health of each MoE layer's routing, from counts of selected assignments.
+
+    Returns per layer: `load` (share per expert), `max_vio` (largest load over the mean, minus 1;
+    2408.15664), `dead_expert_fraction` (experts nobody chose), `entropy` (nats) and
+    `skipped_fraction`.
+    """
+    health = []
+    for selected_E, skipped, entropy in zip(selected_LE, skipped_L, entropy_L, strict=True):
+        load_E = selected_E / selected_E.sum().clamp_min(1)
+        health.append(
+            {
+                "load": [round(x, 6) for x in load_E.tolist()],
+                "max_vio": float(load_E.max() * len(load_E) - 1),
+                "dead_expert_fraction": float((selected_E == 0).float().mean()),
+                "entropy": float(entropy),
+                "skipped_fraction": float(skipped / selected_E.sum().clamp_min(1)),
+            }
+        )
+    return health

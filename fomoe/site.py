@@ -1,0 +1,308 @@
+"""One site: its resident model, its inner optimizer and its data; it runs local steps.
+
+A site never talks to another one. What happens between rounds is the sync's business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fomoe.config import Config, InnerConfig
+from fomoe.data.stream import Stream
+from fomoe.errors import DataError
+from fomoe.model.router import RouterStats
+from fomoe.model.transformer import Residents, Transformer
+from fomoe.sync.aggregate import RoundCounts
+
+STEP_FIELDS = ("loss", "lb_loss", "z_loss", "grad_norm", "skipped_fraction", "executed_fraction")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundRouting:
+    """Routing of one site over a round; L MoE layers, E experts.
+
+    Attributes:
+        selected_LE, executed_LE: assignments per layer and expert.
+        skipped_L: assignments of the original choice whose expert is absent.
+        unserved_L: tokens none of whose assignments ran.
+        entropy_L: mean entropy of the router's scores, in nats.
+        tokens: tokens trained on.
+    """
+
+    selected_LE: Tensor
+    executed_LE: Tensor
+    skipped_L: Tensor
+    unserved_L: Tensor
+    entropy_L: Tensor
+    tokens: int
+
+
+class Site:
+    """A site's model, optimizer and data.
+
+    Args:
+        config: the experiment.
+        site: this site's id.
+        residents: experts stored here, per MoE layer.
+        trained: experts trained here, per MoE layer; the others are frozen.
+        stream: this site's token sequences.
+        device: where the model lives.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        site: int,
+        *,
+        residents: Residents,
+        trained: Residents,
+        stream: Stream,
+        device: torch.device,
+    ) -> None:
+        self.config, self.site, self.stream, self.device = config, site, stream, device
+        self.model = Transformer(config, residents).to(device)
+        for layer, experts in residents.items():
+            for expert in set(experts) - set(trained[layer]):
+                self.model.moe(layer).experts[str(expert)].requires_grad_(False)
+        self.parameters = dict(self.model.named_parameters())
+        self.trainable = {n: p for n, p in self.parameters.items() if p.requires_grad}
+        self.optimizer = build_inner_optimizer(config.inner, self.trainable)
+        self.autocast = torch.autocast(
+            device.type, torch.bfloat16, enabled=uses_bf16(config.inner.precision, device)
+        )
+        self.step_idx = 0
+        self._reset_round()
+
+    def run_local_steps(self, num_steps: int, on_step: Callable[[Tensor], None]) -> list[Tensor]:
+        """Train alone for some steps; `on_step` gets each step's record as it is made.
+
+        Returns:
+            One fp32 vector of `STEP_FIELDS` per step, on the device.
+        """
+        records = []
+        for _ in range(num_steps):
+            losses = self.backward()
+            records.append(self.apply(losses))
+            on_step(records[-1])
+        return records
+
+    def backward(self) -> Tensor:
+        """Gradients of one inner step, accumulated over its micro-batches.
+
+        Returns:
+            Vector of the first STEP_FIELDS: loss, lb_loss, z_loss.
+        """
+        inner, router = self.config.inner, self.config.router
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros(3, device=self.device)
+        for _ in range(inner.accumulation_steps):
+            batch = torch.from_numpy(self.stream.next_batch(inner.batch_size))
+            self._check_tokens(batch)
+            batch = batch.to(self.device, non_blocking=True)
+            with self.autocast:
+                output = self.model(batch[:, :-1], batch[:, 1:])
+            lb_loss = _mean_over_layers([s.lb_loss for s in output.stats.values()], output.loss)
+            z_loss = _mean_over_layers([s.z_loss for s in output.stats.values()], output.loss)
+            loss = output.loss + router.z_loss * z_loss
+            if router.balance != "bias":
+                loss = loss + router.lb_loss * lb_loss
+            (loss / inner.accumulation_steps).backward()
+            total += torch.stack([output.loss, lb_loss, z_loss]).detach() / inner.accumulation_steps
+            self._count(output.stats, batch[:, 1:].numel())
+        for parameter in self.trainable.values():
+            # An expert without tokens gets a zero gradient, so that the step does not depend on
+            # how a backend treats empty experts.
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return total
+
+    def apply(self, losses: Tensor) -> Tensor:
+        """Clip and step with the gradients that are there; returns the step's record."""
+        inner = self.config.inner
+        # The norm is over this site's gradients only; sites do not share statistics.
+        limit = inner.clip_norm or math.inf
+        grad_norm = nn.utils.clip_grad_norm_(list(self.trainable.values()), limit)
+        lr = learning_rate(inner, self.step_idx, self.config.schedule_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.step_idx += 1
+        shares = self._steer_and_reset_step()
+        return torch.cat([losses, grad_norm.detach().reshape(1), shares])
+
+    # ---------------------------------------------------------------------------------- counting
+
+    def _check_tokens(self, batch: Tensor) -> None:
+        if int(batch.max()) >= self.config.vocab_size:
+            raise DataError(
+                f"token {int(batch.max())} in the training data exceeds model.vocab_size "
+                f"{self.config.vocab_size}"
+            )
+
+    def _reset_round(self) -> None:
+        layers, experts = len(self.config.model.moe_layers), self.config.model.num_experts
+        counts = {"dtype": torch.int64, "device": self.device}
+        self._selected_LE = torch.zeros(layers, experts, **counts)
+        self._executed_LE = torch.zeros(layers, experts, **counts)
+        self._skipped_L = torch.zeros(layers, **counts)
+        self._unserved_L = torch.zeros(layers, **counts)
+        self._entropy_L = torch.zeros(layers, device=self.device)
+        self._step_selected_L = torch.zeros(layers, **counts)
+        self._step_executed_L = torch.zeros(layers, **counts)
+        self._step_skipped_L = torch.zeros(layers, **counts)
+        self._tokens = 0
+        self._batches = 0
+
+    @torch.no_grad()
+    def _count(self, stats: dict[int, RouterStats], tokens: int) -> None:
+        self._tokens += tokens
+        self._batches += 1
+        if not stats:
+            return
+        layers = list(stats.values())
+        selected_LE = torch.stack([s.selected_E for s in layers])
+        executed_LE = torch.stack([s.executed_E for s in layers])
+        skipped_L = torch.stack([s.skipped for s in layers])
+        self._selected_LE += selected_LE
+        self._executed_LE += executed_LE
+        self._skipped_L += skipped_L
+        self._unserved_L += torch.stack([s.unserved for s in layers])
+        self._entropy_L += torch.stack([s.entropy for s in layers])
+        self._step_selected_L += selected_LE.sum(-1)
+        self._step_executed_L += executed_LE.sum(-1)
+        self._step_skipped_L += skipped_L
+
+    def _steer_and_reset_step(self) -> Tensor:
+        """Skipped and executed share of this step; moves the execute bias towards its target."""
+        selected_L = self._step_selected_L.clamp_min(1)
+        executed_L = self._step_executed_L / selected_L
+        target = self.config.router.execute_target
+        if target is not None:
+            for row, layer in enumerate(self.config.model.moe_layers):
+                bias = self.model.moe(layer).router.execute_bias
+                bias += self.config.router.execute_rate * (target - executed_L[row])
+        if len(selected_L):
+            shares = torch.stack([(self._step_skipped_L / selected_L).mean(), executed_L.mean()])
+        else:
+            shares = torch.tensor([0.0, 1.0], device=self.device)  # dense: everything runs
+        for counter in (self._step_selected_L, self._step_executed_L, self._step_skipped_L):
+            counter.zero_()
+        return shares
+
+    def end_round(self) -> RoundRouting:
+        """Hand over the round's counts and start counting anew."""
+        routing = RoundRouting(
+            selected_LE=self._selected_LE.cpu(),
+            executed_LE=self._executed_LE.cpu(),
+            skipped_L=self._skipped_L.cpu(),
+            unserved_L=self._unserved_L.cpu(),
+            entropy_L=self._entropy_L.cpu() / max(self._batches, 1),
+            tokens=self._tokens,
+        )
+        self._reset_round()
+        return routing
+
+    def round_counts(self, routing: RoundRouting) -> RoundCounts:
+        """What decides this site's contribution weights."""
+        layers = self.config.model.moe_layers
+        executed = {
+            (layer, expert): count
+            for layer, row in zip(layers, routing.executed_LE.tolist(), strict=True)
+            for expert, count in enumerate(row)
+        }
+        return RoundCounts(tokens=routing.tokens, executed=executed)
+
+    def move_balance_bias(self, selected_LE: Tensor) -> None:
+        """Raise the selection bias of experts chosen less than average over all sites.
+
+        The sign rule of auxiliary-loss-free balancing (2408.15664), once per round; every site
+        gets the same counts, so the biases stay equal.
+        """
+        rate = self.config.router.bias_rate
+        for layer, counts_E in zip(self.config.model.moe_layers, selected_LE, strict=True):
+            bias_E = self.model.moe(layer).router.balance_bias_E
+            step_E = rate * (counts_E.float().mean() - counts_E.float()).sign()
+            bias_E += step_E.to(bias_E.device)
+
+    # -------------------------------------------------------------------------------- checkpoint
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors by name and small values: everything that the next round depends on."""
+        tensors = {f"param/{name}": p.detach() for name, p in self.parameters.items()}
+        for name, parameter in self.trainable.items():
+            for key, value in self.optimizer.state[parameter].items():
+                if value is not None:
+                    tensors[f"inner/{key}/{name}"] = value
+        for layer in self.config.model.moe_layers:
+            router = self.model.moe(layer).router
+            tensors[f"router/balance_bias/{layer}"] = router.balance_bias_E
+            tensors[f"router/execute_bias/{layer}"] = router.execute_bias
+        return tensors, {"step_idx": self.step_idx, "data": self.stream.state()}
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Bring back what `state` returned."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[f"param/{name}"])
+        for name, parameter in self.trainable.items():
+            suffix = f"/{name}"
+            self.optimizer.state[parameter] = {
+                key.removeprefix("inner/").removesuffix(suffix): (
+                    value.clone() if value.ndim == 0 else value.clone().to(self.device)
+                )
+                for key, value in tensors.items()
+                if key.startswith("inner/") and key.endswith(suffix) and key.count("/") == 2
+            }
+        for layer in self.config.model.moe_layers:
+            router = self.model.moe(layer).router
+            router.balance_bias_E.copy_(tensors[f"router/balance_bias/{layer}"])
+            router.execute_bias.copy_(tensors[f"router/execute_bias/{layer}"])
+        self.step_idx = values["step_idx"]
+        self.stream.load_state(values["data"])
+
+
+def build_inner_optimizer(
+    inner: InnerConfig, trainable: dict[str, nn.Parameter]
+) -> torch.optim.Optimizer:
+    """AdamW or SGD; matrices are decayed, norms are not."""
+    groups = [
+        {
+            "params": [p for p in trainable.values() if (p.ndim >= 2) == decayed],
+            "weight_decay": inner.weight_decay if decayed else 0.0,
+        }
+        for decayed in (True, False)
+    ]
+    if inner.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=inner.lr, momentum=inner.momentum)
+    betas = (inner.beta1, inner.beta2)
+    return torch.optim.AdamW(groups, lr=inner.lr, betas=betas, eps=inner.eps, fused=True)
+
+
+def learning_rate(inner: InnerConfig, step: int, horizon: int) -> float:
+    """Linear warm-up, then a cosine down to `min_lr_fraction` at the horizon; constant after it."""
+    warmup = round(inner.warmup_fraction * horizon)
+    if step < warmup:
+        return inner.lr * (step + 1) / warmup
+    if inner.schedule == "constant":
+        return inner.lr
+    done = min(1.0, (step - warmup) / max(1, horizon - warmup))
+    floor = inner.min_lr_fraction
+    return inner.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """`auto` takes bf16 autocast where the device has it; CPU stays in fp32."""
+    if precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return precision == "bf16"
+
+
+def _mean_over_layers(losses: list[Tensor], like: Tensor) -> Tensor:
+    return torch.stack(losses).mean() if losses else torch.zeros_like(like.detach())

@@ -1,0 +1,1 @@
+"""What crosses between sites: averaging over holders, the outer step, the transports."""

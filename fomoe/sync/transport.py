@@ -1,0 +1,377 @@
+"""Transports: in one process, or between processes over gloo. The only file that talks to a network.
+
+A transport is built from a store and a list of members, never from global state. Both transports
+add contributions in ascending site order, so a proxy run and a distributed run get the same bits,
+and both count bytes per site and class: payload is what a site puts in, wire is what it sends.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fomoe.errors import FomoeError, SyncError
+from fomoe.segments import Bucket, chunk_bounds, wire_elements
+from fomoe.sync.aggregate import Contribution, sum_in_order
+
+
+class ByteCounts:
+    """Bytes by class (shared, expert, control, evaluation) of one site."""
+
+    def __init__(self) -> None:
+        self.payload: Counter[str] = Counter()
+        self.wire: Counter[str] = Counter()
+
+    def add(self, kind: str, *, payload: int, wire: int) -> None:
+        self.payload[kind] += payload
+        self.wire[kind] += wire
+
+    def state(self) -> dict[str, dict[str, int]]:
+        return {"payload": dict(self.payload), "wire": dict(self.wire)}
+
+    def load_state(self, state: dict[str, dict[str, int]]) -> None:
+        self.payload, self.wire = Counter(state["payload"]), Counter(state["wire"])
+
+
+@dataclass(frozen=True)
+class Item:
+    """A tensor that some sites hold and others want to read.
+
+    Attributes:
+        name: what `read` is asked for.
+        shape: its shape; fp32.
+        holders: sites that have it; the first sends it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    holders: tuple[int, ...]
+
+
+class Transport(Protocol):
+    """What the rest of the system asks of a transport.
+
+    Attributes:
+        members: all sites that take part, ascending.
+        sites: the members that live in this process.
+        counts: bytes per site of this process.
+    """
+
+    members: tuple[int, ...]
+    sites: tuple[int, ...]
+    counts: dict[int, ByteCounts]
+
+    def sum_over_holders(
+        self, bucket: Bucket, contribute: Callable[[int], Contribution]
+    ) -> Contribution:
+        """Sum of all holders' contributions, in site order; nothing passed in is modified."""
+        ...
+
+    def gather(self, message: Callable[[int], bytes]) -> list[bytes]:
+        """One control message per member, in site order, at every member."""
+        ...
+
+    def share(self, make: Callable[[], bytes]) -> bytes:
+        """Run `make` at the first member and return its bytes at every member."""
+        ...
+
+    def fetch(
+        self, items: Sequence[Item], read: Callable[[int, str], Tensor]
+    ) -> dict[str, Tensor]:
+        """Every item, read at a site of this process where one holds it, else received."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def check_agreement(transport: Transport, problem: Callable[[int], str]) -> None:
+    """Raise at every member if any has a problem: all go on, or none does.
+
+    Raises:
+        SyncError: naming the sites and their problems.
+    """
+    answers = transport.gather(lambda site: problem(site).encode())
+    problems = [
+        f"site {site}: {answer.decode()}"
+        for site, answer in zip(transport.members, answers, strict=True)
+        if answer
+    ]
+    if problems:
+        raise SyncError("; ".join(problems))
+
+
+class InMemoryTransport:
+    """All sites in one process; counts the bytes that the network would have carried."""
+
+    def __init__(self, members: Sequence[int]) -> None:
+        self.members = self.sites = tuple(sorted(members))
+        self.counts = {site: ByteCounts() for site in self.sites}
+
+    def sum_over_holders(
+        self, bucket: Bucket, contribute: Callable[[int], Contribution]
+    ) -> Contribution:
+        values, weights = None, []
+        for position, site in enumerate(bucket.holders):
+            own = contribute(site)
+            values = own.values if values is None else values.add_(own.values)
+            weights.append(own.weights)
+            sent = wire_elements(bucket.numel, len(bucket.holders), position)
+            _count_sum(self.counts[site], bucket, own, wire=own.values.element_size() * sent)
+        assert values is not None
+        return Contribution(values, sum_in_order(weights))
+
+    def gather(self, message: Callable[[int], bytes]) -> list[bytes]:
+        messages = [message(site) for site in self.sites]
+        for site, own in zip(self.sites, messages, strict=True):
+            _count_gather(self.counts[site], own, len(self.members))
+        return messages
+
+    def share(self, make: Callable[[], bytes]) -> bytes:
+        return make()
+
+    def fetch(
+        self, items: Sequence[Item], read: Callable[[int, str], Tensor]
+    ) -> dict[str, Tensor]:
+        for item in items:
+            sent = 4 * torch.Size(item.shape).numel() * (len(self.members) - len(item.holders))
+            self.counts[item.holders[0]].add("evaluation", payload=sent, wire=sent)
+        return {item.name: read(item.holders[0], item.name) for item in items}
+
+    def close(self) -> None:
+        pass
+
+
+class GlooTransport:
+    """One site of a distributed run; its peers are other processes (or threads, in tests).
+
+    Args:
+        store: a torch.distributed store that all members reach.
+        members: sites that take part, ascending; the same at every member.
+        site: this site.
+        timeout_s: longest wait for a peer.
+        interface: network interface to use, such as eth0; by default the host name's address.
+        prefix: name of this membership in the store; a name is used once.
+        local_rank: which of the site's ranks this is; equal local ranks of all sites are peers.
+
+    Raises:
+        SyncError: if the members do not meet within the timeout.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        members: Sequence[int],
+        site: int,
+        *,
+        timeout_s: float,
+        interface: str | None = None,
+        prefix: str = "sync",
+        local_rank: int = 0,
+    ) -> None:
+        self.members = tuple(sorted(members))
+        self.sites = (site,)
+        self.counts = {site: ByteCounts()}
+        self._site = site
+        self._rank = {member: rank for rank, member in enumerate(self.members)}
+        options = dist.ProcessGroupGloo._Options()
+        options._timeout = timedelta(seconds=timeout_s)
+        create = dist.ProcessGroupGloo.create_device
+        device = create(interface=interface) if interface else None
+        options._devices = [device or dist.ProcessGroupGloo.create_default_device()]
+        prefixed = dist.PrefixStore(f"{prefix}/{local_rank}", store)
+        with _named("joining the other sites"):
+            self._group = dist.ProcessGroupGloo(
+                prefixed, self._rank[site], len(self.members), options
+            )
+
+    def sum_over_holders(
+        self, bucket: Bucket, contribute: Callable[[int], Contribution]
+    ) -> Contribution:
+        own, holders = contribute(self._site), bucket.holders
+        if len(holders) == 1:
+            _count_sum(self.counts[self._site], bucket, own, wire=0)
+            return own
+        bounds = chunk_bounds(bucket.numel, len(holders))
+        chunks = {h: slice(bounds[i], bounds[i + 1]) for i, h in enumerate(holders)}
+        mine = chunks[self._site]
+        size = mine.stop - mine.start
+        values = {h: own.values.new_empty(size) for h in holders if h != self._site}
+        weights = {h: torch.empty_like(own.weights) for h in holders if h != self._site}
+        tag = 4 * bucket.index
+        with _named("summing over the holders"):
+            wire = self._exchange({p: own.values[chunks[p]] for p in values}, values, tag)
+            self._exchange(dict.fromkeys(weights, own.weights), weights, tag + 1)
+            total = torch.empty_like(own.values)
+            values[self._site], weights[self._site] = own.values[mine], own.weights
+            total[mine] = sum_in_order([values[h] for h in holders])
+            peers = [h for h in holders if h != self._site]
+            wire += self._exchange(
+                {p: total[mine] for p in peers}, {p: total[chunks[p]] for p in peers}, tag + 2
+            )
+        _count_sum(self.counts[self._site], bucket, own, wire=wire)
+        return Contribution(total, sum_in_order([weights[h] for h in holders]))
+
+    def gather(self, message: Callable[[int], bytes]) -> list[bytes]:
+        own = message(self._site)
+        peers = [member for member in self.members if member != self._site]
+        lengths = {peer: torch.empty(1, dtype=torch.int64) for peer in peers}
+        with _named("exchanging messages"):
+            self._exchange(dict.fromkeys(peers, torch.tensor([len(own)])), lengths, 1 << 20)
+            parts = {p: torch.empty(int(lengths[p]), dtype=torch.uint8) for p in peers}
+            mine = torch.frombuffer(bytearray(own), dtype=torch.uint8) if own else torch.empty(0)
+            self._exchange(dict.fromkeys(peers, mine), parts, (1 << 20) + 1)
+        _count_gather(self.counts[self._site], own, len(self.members))
+        return [own if m == self._site else parts[m].numpy().tobytes() for m in self.members]
+
+    def share(self, make: Callable[[], bytes]) -> bytes:
+        first = self._site == self.members[0]
+        failure: FomoeError | None = None
+        answer = b""
+        if first:
+            try:
+                answer = b"+" + make()
+            except FomoeError as error:
+                failure, answer = error, b"-" + str(error).encode()
+        answer = self.gather(lambda _: answer)[0]
+        if failure is not None:
+            raise failure
+        if answer[:1] == b"-":
+            raise SyncError(f"site {self.members[0]}: {answer[1:].decode()}")
+        return answer[1:]
+
+    def fetch(
+        self, items: Sequence[Item], read: Callable[[int, str], Tensor]
+    ) -> dict[str, Tensor]:
+        found, works, kept, sent = {}, [], [], 0
+        with _named("fetching experts for evaluation"):
+            for index, item in enumerate(items):
+                tag = (1 << 21) + index
+                if self._site not in item.holders:
+                    found[item.name] = torch.empty(item.shape)
+                    source = self._rank[item.holders[0]]
+                    works.append(self._group.recv([found[item.name]], source, tag))
+                    continue
+                found[item.name] = read(self._site, item.name)
+                if self._site == item.holders[0]:
+                    kept.append(found[item.name].detach().float().cpu().contiguous())
+                    for peer in self.members:
+                        if peer not in item.holders:
+                            works.append(self._group.send([kept[-1]], self._rank[peer], tag))
+                            sent += kept[-1].nbytes
+            for work in works:
+                work.wait()
+        self.counts[self._site].add("evaluation", payload=sent, wire=sent)
+        return found
+
+    def _exchange(self, out: dict[int, Tensor], into: dict[int, Tensor], tag: int) -> int:
+        """Send and receive with every peer at once; returns the bytes sent."""
+        works = [
+            self._group.recv([t], self._rank[p], tag) for p, t in into.items() if t.numel()
+        ]
+        sends = [(p, t.contiguous()) for p, t in out.items() if t.numel()]
+        works += [self._group.send([t], self._rank[p], tag) for p, t in sends]
+        for work in works:
+            work.wait()
+        return sum(t.nbytes for _, t in sends)
+
+    def close(self) -> None:
+        self._group.shutdown()
+
+
+def _count_sum(counts: ByteCounts, bucket: Bucket, own: Contribution, *, wire: int) -> None:
+    """One reduction: the values by their class, the weights as control."""
+    if len(bucket.holders) == 1:
+        return
+    kind = "expert" if bucket.expert_class else "shared"
+    counts.add(kind, payload=own.values.nbytes, wire=wire)
+    counts.add(
+        "control", payload=own.weights.nbytes, wire=own.weights.nbytes * (len(bucket.holders) - 1)
+    )
+
+
+def _count_gather(counts: ByteCounts, message: bytes, num_members: int) -> None:
+    """One message and its length, to every other member."""
+    size = len(message) + 8
+    counts.add("control", payload=size, wire=size * (num_members - 1))
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """A failed exchange becomes one line that says what was being done; it is never swallowed."""
+    try:
+        yield
+    except (RuntimeError, dist.DistError) as error:
+        if isinstance(error, FomoeError):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SyncError(f"{what} failed: {reason[:200]}") from error
+
+
+# ----------------------------------------------------------------------------------------- launch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Where this process stands in a distributed run; launch arguments, never config.
+
+    Attributes:
+        rank, world_size: from torchrun; (0, 1) for a proxy run.
+        local_rank: index on this machine, which chooses the accelerator.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def distributed(self) -> bool:
+        return self.world_size > 1
+
+
+def launch_from_environment() -> Launch:
+    """Read what torchrun sets; without it the run is a proxy run."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return Launch()
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    try:
+        rank, world_size, local_rank = (int(os.environ.get(name, "0")) for name in names)
+    except ValueError:
+        raise FomoeError("RANK, WORLD_SIZE and LOCAL_RANK must be integers, as torchrun sets them") from None
+    return Launch(rank, world_size, local_rank)
+
+
+def open_transport(
+    launch: Launch, num_sites: int, *, timeout_s: float, interface: str | None = None
+) -> Transport:
+    """A transport for this process: all sites in memory, or this site over gloo.
+
+    Raises:
+        SyncError: if torchrun started another number of ranks, or the sites do not meet.
+    """
+    if not launch.distributed:
+        return InMemoryTransport(range(num_sites))
+    if launch.world_size != num_sites:
+        raise SyncError(
+            f"torchrun started {launch.world_size} ranks, but num_sites is {num_sites}; "
+            f"start one rank per site"
+        )
+    with _named("reaching the store"):
+        store, rank, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return GlooTransport(
+        store,
+        range(num_sites),
+        rank,
+        timeout_s=timeout_s,
+        interface=interface,
+        prefix=f"attempt-{attempt}",
+    )
