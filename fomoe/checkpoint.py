@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def save_part(
         # A manifest of an earlier attempt must not vouch for the files that replace it.
         (folder / f"site-{site}.manifest.json").unlink(missing_ok=True)
         on_cpu = {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
-        _write(folder / names["tensors"], lambda path: save_file(on_cpu, path))
+        write_atomically(folder / names["tensors"], lambda path: save_file(on_cpu, path))
         _write_text(folder / names["values"], json.dumps(values))
         files = {name: _describe(folder / name) for name in names.values()}
         manifest = {"format": _FORMAT, "round": round_idx, "site": site, "files": files}
@@ -123,10 +123,11 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def _write(path: Path, write: Any) -> None:
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write through a temporary name: flush, rename, flush the folder."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)

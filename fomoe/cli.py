@@ -1,0 +1,220 @@
+"""The command line: `fomoe train | compare | merge`. Heavy imports wait until they are needed."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fomoe import __version__
+from fomoe.errors import ConfigError, FomoeError
+
+_EXIT_FAILED, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 2, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes become one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(_EXIT_USAGE, f"fomoe: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0, 1 (failed), 2 (wrong input) or 130 (interrupted)."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        _take_overrides(args, rest)
+        return args.run(args)
+    except ConfigError as error:
+        return _fail(error, _EXIT_USAGE)
+    except FomoeError as error:
+        return _fail(error, _EXIT_FAILED)
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        return _fail(f"{error.strerror or error}{where}", _EXIT_FAILED)
+    except KeyboardInterrupt:
+        return _fail("interrupted; checkpoints are kept, --resume continues", _EXIT_INTERRUPTED)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="fomoe",
+        description="Pre-train one Mixture-of-Experts model across sites that each hold only some "
+        "experts.",
+    )
+    parser.add_argument("--version", action="version", version=f"fomoe {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    _add_train(commands)
+    _add_compare(commands)
+    _add_merge(commands)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="the experiment's YAML file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.option=value", help="options to change"
+    )
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--overwrite",
+        dest="mode",
+        action="store_const",
+        const="overwrite",
+        default="new",
+        help="replace a run that is in run.dir",
+    )
+    group.add_argument(
+        "--next-free",
+        dest="mode",
+        action="store_const",
+        const="next-free",
+        help="use run.dir-2, -3, ... if a run is in run.dir",
+    )
+    parser.set_defaults(group=group)
+
+
+def _add_train(commands: Any) -> None:
+    parser = commands.add_parser("train", help="train; under torchrun, one site per rank")
+    _add_config(parser)
+    group = parser.get_default("group")
+    group.add_argument(
+        "--resume",
+        dest="mode",
+        action="store_const",
+        const="resume",
+        help="continue run.dir from its newest complete checkpoint",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print who holds what and what it costs, and stop"
+    )
+    parser.add_argument("--json", action="store_true", help="print the (planned) summary as JSON")
+    parser.add_argument("--interface", help="network interface between sites, such as eth0")
+    parser.set_defaults(run=_train)
+
+
+def _add_compare(commands: Any) -> None:
+    parser = commands.add_parser("compare", help="run several methods on the same text")
+    _add_config(parser)
+    parser.add_argument(
+        "--methods", required=True, metavar="NAME,NAME", help="such as ddp,diloco,fomoe"
+    )
+    parser.add_argument("--json", action="store_true", help="print the summaries as JSON")
+    parser.set_defaults(run=_compare)
+
+
+def _add_merge(commands: Any) -> None:
+    parser = commands.add_parser("merge", help="write the whole model of a run's checkpoint")
+    parser.add_argument("run_dir", metavar="RUN", help="a run's folder")
+    parser.add_argument("--round", type=int, help="rounds done (default: the newest complete)")
+    parser.add_argument("--out", help="folder to write (default: RUN/merged)")
+    parser.set_defaults(run=_merge)
+
+
+# --------------------------------------------------------------------------------------- commands
+
+
+def _train(args: argparse.Namespace) -> int:
+    config = load(args.config, args.overrides)
+    if args.dry_run:
+        from fomoe.planning import plan_run, planned_summary
+
+        run = plan_run(config)
+        if args.json:
+            print(json.dumps(planned_summary(run)))
+        else:
+            from fomoe.report import print_dry_run
+
+            print_dry_run(run)
+        return 0
+    from fomoe.train import train
+
+    summary = train(config, mode=args.mode, device=args.device, interface=args.interface)
+    if int(os.environ.get("RANK", "0")) == 0:
+        if args.json:
+            print(json.dumps(summary))
+        else:
+            from fomoe.report import print_summary
+
+            print_summary(summary, config)
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from fomoe.config import METHODS
+
+    methods = args.methods.split(",")
+    for method in methods:
+        if method not in METHODS:
+            near = difflib.get_close_matches(method, METHODS, 1) or [METHODS[0]]
+            raise ConfigError("--methods", method, f"is not a method; did you mean {near[0]}?")
+        if methods.count(method) > 1:
+            raise ConfigError("--methods", method, "stands twice")
+    configs = []
+    for method in methods:  # all are checked before the first one trains
+        config = load(args.config, [*args.overrides, f"method={method}"])
+        assert config.run.dir is not None
+        settings = config.run.model_copy(update={"dir": str(Path(config.run.dir) / method)})
+        configs.append(config.model_copy(update={"run": settings}))
+    from fomoe.train import train
+
+    summaries = []
+    for config in configs:
+        print(f"== {config.method}", file=sys.stderr)
+        summaries.append(train(config, mode=args.mode, device=args.device))
+    if args.json:
+        print(json.dumps(summaries))
+    else:
+        from fomoe.report import print_comparison
+
+        print_comparison(summaries)
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from fomoe.merge import merge
+
+    print(merge(Path(args.run_dir), round_idx=args.round, out=Path(args.out) if args.out else None))
+    return 0
+
+
+# ---------------------------------------------------------------------------------------- helpers
+
+
+def load(path: str, overrides: Sequence[str]) -> Any:
+    """Load a config; without `run.dir` the run goes to `runs/<name of the file>`."""
+    from fomoe.config import load_config
+
+    config = load_config(path, list(overrides))
+    if config.run.dir is None:
+        settings = config.run.model_copy(update={"dir": str(Path("runs") / Path(path).stem)})
+        config = config.model_copy(update={"run": settings})
+    return config
+
+
+def _take_overrides(args: argparse.Namespace, rest: list[str]) -> None:
+    """argparse gives up on overrides that follow a flag; they are taken here."""
+    for word in rest:
+        if word.startswith("-") or "=" not in word or not hasattr(args, "overrides"):
+            raise ConfigError("argument", word, "is not known (see --help)")
+        args.overrides.append(word)
+
+
+def _interrupt(signum: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _fail(message: object, status: int) -> int:
+    rank = os.environ.get("RANK")
+    who = f" (site {rank})" if rank is not None else ""
+    print(f"fomoe: error{who}: {' '.join(str(message).split())}", file=sys.stderr)
+    return status

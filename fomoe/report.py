@@ -1,0 +1,268 @@
+"""What a person sees: progress while training, and tables before and after it (no torch)."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fomoe.config import Config
+from fomoe.planning import RunPlan, memory_by_kind, planned_summary
+
+_PLAIN_EVERY_S = 15.0  # longest silence where there is no terminal
+
+
+class Progress:
+    """A live bar on a terminal, plain lines elsewhere, nothing where `show` is false."""
+
+    def __init__(self, config: Config, *, show: bool) -> None:
+        self.config, self.show = config, show
+        self.console = Console(stderr=True, quiet=not show, soft_wrap=True, highlight=False)
+        self.live = show and self.console.is_terminal
+        self.started = self._last_line = time.monotonic()
+        self._steps_done = self._tokens = 0
+        self._steps_total = config.rounds * config.local_steps * config.num_sites
+        self._steps_to_do = self._steps_total
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        self._bar = Bar(*columns, console=self.console, disable=not self.live, transient=True)
+        self._task = self._bar.add_task("starting", total=self._steps_total)
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        self.started = self._last_line = time.monotonic()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """One line, above the bar if there is one."""
+        self.console.print(text, markup=False)
+
+    def resumed(self, round_idx: int) -> None:
+        self.say(f"resuming after round {round_idx}")
+        done = round_idx * self.config.local_steps * self.config.num_sites
+        self._steps_to_do = self._steps_total - done
+        self._bar.update(self._task, completed=done)
+
+    def step_callback(self, site: int, round_idx: int) -> Callable[[Any], None]:
+        """What a site calls after each of its steps; reads the step's values now and then only."""
+        config = self.config
+
+        def on_step(values: Any) -> None:
+            self._steps_done += 1
+            self._tokens += config.tokens_per_step
+            if self._steps_done % config.run.log_every or not self.show:
+                return
+            now = time.monotonic()
+            silent = now - self._last_line > _PLAIN_EVERY_S
+            if not self.live and not silent:
+                return
+            row = values.tolist()
+            text = (
+                f"round {round_idx + 1}/{config.rounds} site {site} loss {row[0]:.3f} "
+                f"skipped {row[4]:.2f} {self._speed()}"
+            )
+            if self.live:
+                done = self._steps_total - self._steps_to_do + self._steps_done
+                self._bar.update(self._task, completed=done, description=text)
+            else:
+                self.say(text)
+                self._last_line = now
+
+        return on_step
+
+    def round_done(self, round_idx: int, records: list[dict[str, Any]]) -> None:
+        """One line per round."""
+        steps = [r for r in records if r["kind"] == "step"]
+        rounds = [r for r in records if r["kind"] == "round"]
+        merged = [r["val_loss_merged"] for r in records if r["kind"] == "merged"]
+        local = [r["val_loss_local"] for r in rounds if r["val_loss_local"] is not None]
+        self.say(
+            f"round {round_idx + 1}/{self.config.rounds}"
+            f"  train loss {_mean([r['loss'] for r in steps]):.3f}"
+            + (f"  local val {_mean(local):.3f}" if local else "")
+            + (f"  merged val {merged[0]:.3f}" if merged else "")
+            + f"  skipped {_mean([r['skipped_fraction'] for r in rounds]):.3f}"
+            f"  executed {_mean([r['executed_fraction'] for r in rounds]):.3f}"
+            f"  sync {rounds[0]['sync_s']:.2f} s, {bytes_text(rounds[0]['payload_bytes'])}"
+            f"  {self._speed()}"
+        )
+        self._last_line = time.monotonic()
+
+    def _speed(self) -> str:
+        """Speed of this process and time left."""
+        elapsed = max(time.monotonic() - self.started, 1e-9)
+        # In a distributed run this process sees its own steps only.
+        own = self._steps_done / max(self._steps_to_do, 1)
+        done = min(own if self.live or own else 0.0, 1.0)
+        left = elapsed / done * (1 - done) if done else 0.0
+        return f"{self._tokens / elapsed:,.0f} tokens/s, {duration_text(left)} left"
+
+
+# ----------------------------------------------------------------------------------------- tables
+
+
+def print_dry_run(run: RunPlan) -> None:
+    """The resolved config, who holds what, parameters, memory and bytes."""
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(run.config.to_yaml(), markup=False)
+    console.print(_holders_table(run))
+    console.print(_sites_table(run))
+    summary = planned_summary(run)
+    console.print(
+        f"whole model {summary['params_total']:,} parameters; "
+        f"{summary['replication_factor']:g} of {summary['num_sites']} sites hold an expert "
+        f"on average"
+    )
+    if summary["ratio_vs_diloco"] is None:
+        console.print("nothing crosses between sites")
+    else:
+        console.print(
+            f"payload per site and round {bytes_text(summary['payload_bytes_per_site_per_round'])}:"
+            f" {summary['ratio_vs_diloco']:.2f}x less than DiLoCo,"
+            f" {summary['ratio_vs_ddp']:.1f}x less than DDP"
+        )
+
+
+def _holders_table(run: RunPlan) -> Table:
+    table = Table("MoE layer", *(f"site {s}" for s in range(run.config.num_sites)))
+    table.title = "Resident experts"
+    residents = [run.placement.residents(site) for site in range(run.config.num_sites)]
+    for layer in run.placement.moe_layers:
+        table.add_row(str(layer), *(ranges_text(held[layer]) for held in residents))
+    return table
+
+
+def _sites_table(run: RunPlan) -> Table:
+    """One row per site; memory is state, without activations."""
+    kinds = memory_by_kind(run)
+    columns = ["site", "shared", "expert", "total", *kinds[0], "memory", "payload", "wire"]
+    table = Table(*(c.replace("_", " ") for c in columns), title="Parameters, state, bytes a round")
+    summary = planned_summary(run)
+    for site, kind in enumerate(kinds):
+        table.add_row(
+            str(site),
+            f"{summary['params_shared_per_site_by_site'][site]:,}",
+            f"{summary['params_expert_per_site_by_site'][site]:,}",
+            f"{summary['params_per_site_by_site'][site]:,}",
+            *(bytes_text(value) for value in kind.values()),
+            bytes_text(run.memory[site].total),
+            bytes_text(run.payload_per_round(site)),
+            bytes_text(run.wire_per_round(site)),
+        )
+    return table
+
+
+def print_summary(summary: dict[str, Any], config: Config) -> None:
+    """The table that ends a run, and where to look next."""
+    console = Console(soft_wrap=True, highlight=False)
+    table = Table("", "value", title=f"{summary['method']}: {summary['num_sites']} sites")
+    local = [loss for loss in summary["val_loss_local"] if loss is not None]
+    rows = {
+        "merged validation loss (nats per token)": f"{summary['val_loss_merged']:.4f}",
+        "unigram entropy of the same text": f"{summary['unigram_entropy']:.4f}",
+        "local validation loss, mean over sites": f"{_mean(local):.4f}" if local else "-",
+        "holders per expert": f"{summary['replication_factor']:g} of {summary['num_sites']}",
+        "assignments skipped / executed": f"{summary['skipped_fraction']:.3f} / "
+        f"{summary['executed_fraction']:.3f}",
+        "parameters per site / whole model": f"{summary['params_per_site']:,.0f} / "
+        f"{summary['params_total']:,}",
+        "payload per site and round": bytes_text(summary["payload_bytes_per_site_per_round"]),
+        "less than DiLoCo / DDP": f"{_times(summary['ratio_vs_diloco'])} / "
+        f"{_times(summary['ratio_vs_ddp'])}",
+        "tokens, all sites": f"{summary['tokens']:,}",
+        "tokens/s per site": f"{summary['tokens_per_s']:,.0f}",
+        "peak memory": bytes_text(summary["peak_memory_bytes"]),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+    folder = summary["run_dir"]
+    console.print(f"records   {folder}/metrics.jsonl   (fields: docs/metrics.md)", markup=False)
+    console.print(f"summary   {folder}/summary.json", markup=False)
+    console.print(f"merge     fomoe merge {folder}", markup=False)
+
+
+def print_comparison(summaries: list[dict[str, Any]]) -> None:
+    """One row per method."""
+    columns = [
+        "method",
+        "merged val",
+        "local val",
+        "executed",
+        "skipped",
+        "expert FLOPs",
+        "tokens/s",
+        "payload/round",
+        "vs DDP",
+        "vs DiLoCo",
+        "memory/site",
+    ]
+    table = Table(*columns, title="Equal tokens per site, same text")
+    for summary in summaries:
+        local = [loss for loss in summary["val_loss_local"] if loss is not None]
+        table.add_row(
+            summary["method"],
+            f"{summary['val_loss_merged']:.4f}",
+            f"{_mean(local):.4f}" if local else "-",
+            f"{summary['executed_fraction']:.3f}",
+            f"{summary['skipped_fraction']:.3f}",
+            f"{summary['expert_flops_fraction']:.2f}",
+            f"{summary['tokens_per_s']:,.0f}",
+            bytes_text(summary["payload_bytes_per_site_per_round"]),
+            _times(summary["ratio_vs_ddp"]),
+            _times(summary["ratio_vs_diloco"]),
+            bytes_text(summary["memory_bytes_per_site"]),
+        )
+    Console(soft_wrap=True, highlight=False, width=_wide()).print(table)
+
+
+def _wide() -> int | None:
+    """Without a terminal, wide enough that no cell is cut."""
+    return None if sys.stdout.isatty() else 160
+
+
+def ranges_text(numbers: tuple[int, ...]) -> str:
+    """0,1,2,5 as 0-2,5."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    return ",".join("-".join(str(end) for end in part) for part in parts) or "none"
+
+
+def bytes_text(count: float) -> str:
+    """Bytes in units of 1000, as links are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def duration_text(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")

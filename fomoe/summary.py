@@ -1,0 +1,205 @@
+"""Records and summaries: what a round and a run say about themselves.
+
+docs/metrics.md lists every field.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fomoe.checkpoint import write_text_atomically
+from fomoe.data.dataset import Data
+from fomoe.errors import SyncError
+from fomoe.evaluate import MergedEvaluation, routing_health
+from fomoe.planning import RunPlan, planned_summary, spread
+from fomoe.site import RoundRouting
+from fomoe.sync.transport import Transport
+
+Counts = dict[str, dict[str, int]]
+
+
+@dataclass
+class Totals:
+    """Sums over one site's rounds; part of its checkpoint."""
+
+    tokens: int = 0
+    train_s: float = 0.0
+    sync_s: float = 0.0
+    selected: int = 0
+    executed: int = 0
+    skipped: int = 0
+    unserved: int = 0
+
+    def add(self, routing: RoundRouting, train_s: float, sync_s: float) -> None:
+        self.tokens += routing.tokens
+        self.train_s += train_s
+        self.sync_s += sync_s
+        self.selected += int(routing.selected_LE.sum())
+        self.executed += int(routing.executed_LE.sum())
+        self.skipped += int(routing.skipped_L.sum())
+        self.unserved += int(routing.unserved_L.sum())
+
+    def state(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+def round_record(
+    plan: RunPlan,
+    site: int,
+    round_idx: int,
+    *,
+    routing: RoundRouting,
+    counts_before: Counts,
+    counts_after: Counts,
+    train_s: float,
+    sync_s: float,
+    val_loss_local: float | None,
+    probe_agreement: float | None,
+    replica_hashes: dict[int, str],
+) -> dict[str, Any]:
+    """One site's record of a round.
+
+    Raises:
+        SyncError: if the bytes counted are not the bytes planned.
+    """
+    payload = _difference(counts_before["payload"], counts_after["payload"])
+    wire = _difference(counts_before["wire"], counts_after["wire"])
+    counted = (_model_bytes(payload), _model_bytes(wire))
+    planned = (plan.payload_per_round(site), plan.wire_per_round(site))
+    if counted != planned:
+        raise SyncError(
+            f"site {site} sent (payload, wire) = {counted} bytes in round {round_idx}, "
+            f"but the plan says {planned}"
+        )
+    selected = max(int(routing.selected_LE.sum()), 1)
+    health = routing_health(routing.selected_LE, routing.skipped_L, routing.entropy_L)
+    held = {bucket.index for bucket in plan.plan.buckets if site in bucket.holders}
+    return {
+        "kind": "round",
+        "round": round_idx,
+        "site": site,
+        "local_steps": plan.config.local_steps,
+        "tokens": routing.tokens,
+        "train_s": train_s,
+        "sync_s": sync_s,
+        "payload_bytes": counted[0],
+        "wire_bytes": counted[1],
+        "payload_bytes_by_class": payload,
+        "wire_bytes_by_class": wire,
+        "skipped_fraction": int(routing.skipped_L.sum()) / selected,
+        "executed_fraction": _executed(int(routing.executed_LE.sum()), selected),
+        "unserved_fraction": int(routing.unserved_L.sum())
+        / max(routing.tokens * len(routing.unserved_L), 1),
+        "val_loss_local": val_loss_local,
+        "probe_agreement": probe_agreement,
+        "replica_hashes": {str(i): h[:16] for i, h in replica_hashes.items() if i in held},
+        "layers": [
+            {"layer": layer, **row}
+            for layer, row in zip(plan.config.model.moe_layers, health, strict=True)
+        ],
+    }
+
+
+def merged_record(merged: MergedEvaluation, round_idx: int) -> dict[str, Any]:
+    """The record of an evaluation of the merged model."""
+    return {
+        "kind": "merged",
+        "round": round_idx,
+        "val_loss_merged": merged.loss,
+        "load": merged.load_LE,
+    }
+
+
+def summarize(
+    plan: RunPlan,
+    transport: Transport,
+    totals: dict[int, Totals],
+    data: Data,
+    local_losses: dict[int, float],
+    merged: MergedEvaluation,
+    run_dir: Path,
+) -> dict[str, Any]:
+    """The summary over all sites; the first site writes `summary.json`."""
+
+    def message(site: int) -> bytes:
+        own = {
+            "totals": totals[site].state(),
+            "counts": transport.counts[site].state(),
+            "val_loss_local": local_losses.get(site),
+            "peak": peak_memory_bytes(),
+        }
+        return json.dumps(own).encode()
+
+    rows = [json.loads(row) for row in transport.gather(message)]
+    config = plan.config
+    summary = planned_summary(plan)
+    for name in ("payload", "wire"):
+        counted = [_model_bytes(row["counts"][name]) / config.rounds for row in rows]
+        by_site = [int(x) if x.is_integer() else x for x in counted]
+        summary |= spread(f"{name}_bytes_per_site_per_round", by_site)
+        for kind in ("control", "evaluation"):
+            values = [row["counts"][name].get(kind, 0) for row in rows]
+            summary |= spread(f"{kind}_{name}_bytes_per_site", values)
+    summary |= _measured(plan, rows, proxy=len(transport.sites) == len(rows) > 1)
+    summary |= {
+        "val_loss_merged": merged.loss,
+        "val_loss_local": [row["val_loss_local"] for row in rows],
+        "unigram_entropy": data.unigram_entropy,
+        "run_dir": str(run_dir),
+    }
+    if transport.members[0] in transport.sites:
+        write_text_atomically(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def _measured(plan: RunPlan, rows: list[dict[str, Any]], *, proxy: bool) -> dict[str, Any]:
+    totals = [row["totals"] for row in rows]
+    executed = [_executed(t["executed"], t["selected"]) for t in totals]
+    layers = max(len(plan.config.model.moe_layers), 1)
+    summary = {
+        "tokens": sum(t["tokens"] for t in totals),
+        "tokens_by_site": [t["tokens"] for t in totals],
+        **spread("skipped_fraction", [t["skipped"] / max(t["selected"], 1) for t in totals]),
+        **spread("executed_fraction", executed),
+        **spread("unserved_fraction", [t["unserved"] / max(t["tokens"] * layers, 1) for t in totals]),
+        **spread(
+            "expert_flops_fraction", [x * plan.config.model.expert_ffn_scale for x in executed]
+        ),
+        **spread("tokens_per_s", [t["tokens"] / (t["train_s"] + t["sync_s"]) for t in totals]),
+        **spread("train_s", [t["train_s"] for t in totals]),
+        **spread("sync_s", [t["sync_s"] for t in totals]),
+    }
+    # A proxy run has one process, whose peak covers all sites.
+    peaks = [row["peak"] for row in rows]
+    return summary | ({"peak_memory_bytes": peaks[0]} if proxy else spread("peak_memory_bytes", peaks))
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory of this process so far: of the accelerator if it uses one, else resident."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _executed(executed: int, selected: int) -> float:
+    return executed / selected if selected else 1.0  # a dense model runs everything
+
+
+def _model_bytes(by_class: dict[str, int]) -> int:
+    return by_class.get("shared", 0) + by_class.get("expert", 0)
+
+
+def _difference(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
+    return {kind: count - before.get(kind, 0) for kind, count in after.items()}
