@@ -100,7 +100,8 @@ def evaluate_merged(
         for site in transport.sites
         if transport.members[index % len(transport.members)] == site
     }
-    hidden, loads = {}, {index: [] for index in share}
+    hidden: dict[int, Tensor] = {}
+    loads: dict[int, list[list[int]]] = {index: [] for index in share}
     for index, site in share.items():
         sites[site].model.eval()
         with sites[site].autocast:
@@ -167,7 +168,7 @@ def _fetch_layer(
     device = next(iter(sites.values())).device
     items = [Item(s.parameter, s.shape, s.holders) for s in segments]
     tensors = transport.fetch(items, lambda site, name: sites[site].parameters[name].detach())
-    experts = {}
+    experts: dict[int, Expert] = {}
     for expert in range(config.model.num_experts):
         gate_up, down = (
             tensors[expert_name(layer, expert, part)].to(device) for part in ("gate_up", "down")

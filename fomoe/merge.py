@@ -61,7 +61,9 @@ def _choose_round(run_dir: Path, round_idx: int | None) -> int:
     rounds = saved_rounds(run_dir)
     if round_idx is not None:
         if round_idx not in rounds:
-            raise CheckpointError(f"{run_dir} has no checkpoint of round {round_idx}, only {rounds}")
+            raise CheckpointError(
+                f"{run_dir} has no checkpoint of round {round_idx}, only {rounds}"
+            )
         rounds = [round_idx]
     problems = []
     for candidate in rounds:

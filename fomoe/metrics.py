@@ -36,9 +36,7 @@ class Metrics:
     ) -> None:
         self.path = metrics_path(run_dir, sites[0])
         run_dir.mkdir(parents=True, exist_ok=True)
-        keep = [
-            line for line in _whole_lines(self.path) if json.loads(line)["round"] < first_round
-        ]
+        keep = [line for line in _whole_lines(self.path) if json.loads(line)["round"] < first_round]
         write_text_atomically(self.path, "".join(f"{line}\n" for line in keep))
         self._file = self.path.open("a", encoding="utf-8")
         self._wandb = _open_wandb(config, run_dir, sites)

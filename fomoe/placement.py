@@ -170,7 +170,9 @@ def read_table(
         if len(row) != num_experts:
             rule = f"must list {num_experts} experts"
             raise ConfigError(field, f"with {len(row)} experts in MoE layer {layer}", rule)
-        checked.append(tuple(_read_sites(sites, layer, e, num_sites) for e, sites in enumerate(row)))
+        checked.append(
+            tuple(_read_sites(sites, layer, e, num_sites) for e, sites in enumerate(row))
+        )
     return tuple(checked)
 
 

@@ -9,7 +9,8 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
 
 from fomoe.config import Config
@@ -21,13 +22,13 @@ _PLAIN_EVERY_S = 15.0  # longest silence where there is no terminal
 class Progress:
     """A live bar on a terminal, plain lines elsewhere, nothing where `show` is false."""
 
-    def __init__(self, config: Config, *, show: bool) -> None:
+    def __init__(self, config: Config, *, num_local_sites: int, show: bool) -> None:
         self.config, self.show = config, show
         self.console = Console(stderr=True, quiet=not show, soft_wrap=True, highlight=False)
         self.live = show and self.console.is_terminal
         self.started = self._last_line = time.monotonic()
         self._steps_done = self._tokens = 0
-        self._steps_total = config.rounds * config.local_steps * config.num_sites
+        self._steps_total = config.rounds * config.local_steps * num_local_sites
         self._steps_to_do = self._steps_total
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         self._bar = Bar(*columns, console=self.console, disable=not self.live, transient=True)
@@ -52,7 +53,7 @@ class Progress:
 
     def resumed(self, round_idx: int) -> None:
         self.say(f"resuming after round {round_idx}")
-        done = round_idx * self.config.local_steps * self.config.num_sites
+        done = self._steps_total * round_idx // self.config.rounds
         self._steps_to_do = self._steps_total - done
         self._bar.update(self._task, completed=done)
 
@@ -104,9 +105,7 @@ class Progress:
     def _speed(self) -> str:
         """Speed of this process and time left."""
         elapsed = max(time.monotonic() - self.started, 1e-9)
-        # In a distributed run this process sees its own steps only.
-        own = self._steps_done / max(self._steps_to_do, 1)
-        done = min(own if self.live or own else 0.0, 1.0)
+        done = min(self._steps_done / max(self._steps_to_do, 1), 1.0)
         left = elapsed / done * (1 - done) if done else 0.0
         return f"{self._tokens / elapsed:,.0f} tokens/s, {duration_text(left)} left"
 
@@ -116,7 +115,7 @@ class Progress:
 
 def print_dry_run(run: RunPlan) -> None:
     """The resolved config, who holds what, parameters, memory and bytes."""
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, width=_wide())
     console.print(run.config.to_yaml(), markup=False)
     console.print(_holders_table(run))
     console.print(_sites_table(run))
@@ -132,7 +131,7 @@ def print_dry_run(run: RunPlan) -> None:
         console.print(
             f"payload per site and round {bytes_text(summary['payload_bytes_per_site_per_round'])}:"
             f" {summary['ratio_vs_diloco']:.2f}x less than DiLoCo,"
-            f" {summary['ratio_vs_ddp']:.1f}x less than DDP"
+            f" {summary['ratio_vs_ddp']:.2f}x less than DDP"
         )
 
 
@@ -146,22 +145,23 @@ def _holders_table(run: RunPlan) -> Table:
 
 
 def _sites_table(run: RunPlan) -> Table:
-    """One row per site; memory is state, without activations."""
+    """One column per site; memory is state, without activations."""
+    sites = range(run.config.num_sites)
     kinds = memory_by_kind(run)
-    columns = ["site", "shared", "expert", "total", *kinds[0], "memory", "payload", "wire"]
-    table = Table(*(c.replace("_", " ") for c in columns), title="Parameters, state, bytes a round")
     summary = planned_summary(run)
-    for site, kind in enumerate(kinds):
-        table.add_row(
-            str(site),
-            f"{summary['params_shared_per_site_by_site'][site]:,}",
-            f"{summary['params_expert_per_site_by_site'][site]:,}",
-            f"{summary['params_per_site_by_site'][site]:,}",
-            *(bytes_text(value) for value in kind.values()),
-            bytes_text(run.memory[site].total),
-            bytes_text(run.payload_per_round(site)),
-            bytes_text(run.wire_per_round(site)),
-        )
+    rows: dict[str, list[str]] = {}
+    for name in ("shared", "expert"):
+        counts = summary[f"params_{name}_per_site_by_site"]
+        rows[f"{name} parameters"] = [f"{count:,}" for count in counts]
+    rows["all parameters"] = [f"{n:,}" for n in summary["params_per_site_by_site"]]
+    for kind in kinds[0]:
+        rows[f"memory: {kind.replace('_', ' ')}"] = [bytes_text(m[kind]) for m in kinds]
+    rows["memory: all state"] = [bytes_text(run.memory[site].total) for site in sites]
+    rows["payload per round"] = [bytes_text(run.payload_per_round(site)) for site in sites]
+    rows["wire per round"] = [bytes_text(run.wire_per_round(site)) for site in sites]
+    table = Table("", *(f"site {site}" for site in sites), title="What a site holds and sends")
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
     return table
 
 

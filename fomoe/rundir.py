@@ -169,9 +169,7 @@ def write_run_files(config: Config, run_dir: Path, data: Data, transport: Transp
         checkpoint.write_text_atomically(run_dir / "tokenizer.json", data.tokenizer_json.decode())
 
 
-def find_checkpoint(
-    run_dir: Path, transport: Transport, say: Callable[[str], None]
-) -> int | None:
+def find_checkpoint(run_dir: Path, transport: Transport, say: Callable[[str], None]) -> int | None:
     """The newest round whose parts are whole at all sites; says which ones are refused and why."""
     whole = []
     for round_idx in checkpoint.saved_rounds(run_dir):
@@ -205,7 +203,9 @@ def check_same_experiment(
         for name in {**saved, **now}
         if saved.get(name) != now.get(name) and name != "rounds" and not name.startswith("run.")
     ]
-    differs += [name for name in fingerprints if values["fingerprints"].get(name) != fingerprints[name]]
+    differs += [
+        name for name in fingerprints if values["fingerprints"].get(name) != fingerprints[name]
+    ]
     if differs:
         raise CheckpointError(
             f"{folder} is of another experiment: {', '.join(differs)} differ; only rounds and "

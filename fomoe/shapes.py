@@ -48,7 +48,9 @@ def parameter_specs(config: Config) -> list[ParameterSpec]:
     specs = [ParameterSpec("embedding.weight", (config.vocab_size, model.d_model), "embedding")]
     for layer in range(model.num_layers):
         specs += _attention(config, layer)
-        specs.append(ParameterSpec(f"layers.{layer}.ffn_norm.weight", (model.d_model,), "norm", layer))
+        specs.append(
+            ParameterSpec(f"layers.{layer}.ffn_norm.weight", (model.d_model,), "norm", layer)
+        )
         if layer in model.moe_layers:
             specs += _moe(config, layer)
         else:

@@ -172,7 +172,9 @@ def _measured(plan: RunPlan, rows: list[dict[str, Any]], *, proxy: bool) -> dict
         "tokens_by_site": [t["tokens"] for t in totals],
         **spread("skipped_fraction", [t["skipped"] / max(t["selected"], 1) for t in totals]),
         **spread("executed_fraction", executed),
-        **spread("unserved_fraction", [t["unserved"] / max(t["tokens"] * layers, 1) for t in totals]),
+        **spread(
+            "unserved_fraction", [t["unserved"] / max(t["tokens"] * layers, 1) for t in totals]
+        ),
         **spread(
             "expert_flops_fraction", [x * plan.config.model.expert_ffn_scale for x in executed]
         ),
@@ -182,7 +184,9 @@ def _measured(plan: RunPlan, rows: list[dict[str, Any]], *, proxy: bool) -> dict
     }
     # A proxy run has one process, whose peak covers all sites.
     peaks = [row["peak"] for row in rows]
-    return summary | ({"peak_memory_bytes": peaks[0]} if proxy else spread("peak_memory_bytes", peaks))
+    return summary | (
+        {"peak_memory_bytes": peaks[0]} if proxy else spread("peak_memory_bytes", peaks)
+    )
 
 
 def peak_memory_bytes() -> int:

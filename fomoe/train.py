@@ -139,7 +139,7 @@ def build_run(
     }
     parameters = {site: s.parameters for site, s in sites.items()}
     outer = OuterOptimizer(config, plan.plan, parameters, pin=device.type == "cuda")
-    progress = Progress(config, show=show and transport.sites[0] == 0)
+    progress = Progress(config, num_local_sites=len(sites), show=show and transport.sites[0] == 0)
     totals = {site: Totals() for site in sites}
     run = Run(config, run_dir, plan, transport, data, sites, outer, progress, totals)
     if mode == "resume":

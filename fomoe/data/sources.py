@@ -111,7 +111,9 @@ def open_shards(source: str) -> list[np.ndarray]:
     Raises:
         DataError: if a file is missing, is no shard, or is shorter than its header says.
     """
-    return [_open_bin(path) if path.suffix == ".bin" else _open_npy(path) for path in _match(source)]
+    return [
+        _open_bin(path) if path.suffix == ".bin" else _open_npy(path) for path in _match(source)
+    ]
 
 
 def _open_bin(path: Path) -> np.ndarray:

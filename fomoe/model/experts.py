@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from fomoe.model.router import Routing
 
-
 # One expert as a function of its rows: a module, or weights that were fetched for the moment.
 Expert = Callable[[Tensor], Tensor]
 

@@ -80,7 +80,9 @@ class Router(nn.Module):
         self.register_buffer("balance_bias_E", torch.zeros(num_experts), persistent=False)
         self.register_buffer("execute_bias", torch.zeros(()), persistent=False)
 
-    def forward(self, x_TD: Tensor, resident_E: Tensor, num_resident: int) -> tuple[Routing, RouterStats]:
+    def forward(
+        self, x_TD: Tensor, resident_E: Tensor, num_resident: int
+    ) -> tuple[Routing, RouterStats]:
         """Route T tokens of width D; `resident_E` is a bool mask with `num_resident` ones."""
         options = self.options
         num_experts = resident_E.numel()
@@ -167,7 +169,9 @@ def router_stats(
     num_experts = scores_TE.shape[-1]
     selected_E = torch.bincount(routing.selected_TK.flatten(), minlength=num_experts)
     executed_E = torch.bincount(
-        routing.expert_TK.flatten(), weights=routing.executed_TK.flatten().float(), minlength=num_experts
+        routing.expert_TK.flatten(),
+        weights=routing.executed_TK.flatten().float(),
+        minlength=num_experts,
     ).long()
     probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
     return RouterStats(

@@ -121,7 +121,9 @@ class Layer(nn.Module):
         self.attention_norm = RMSNorm(model.d_model, model.norm_eps)
         self.attention = Attention(model)
         self.ffn_norm = RMSNorm(model.d_model, model.norm_eps)
-        self.ffn = None if residents is not None else SwiGLU(model.d_model, model.dense_width(index))
+        self.ffn = (
+            None if residents is not None else SwiGLU(model.d_model, model.dense_width(index))
+        )
         self.moe = None if residents is None else MoE(config, residents)
 
     def forward(

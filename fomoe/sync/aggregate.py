@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -90,7 +91,7 @@ def build_contribution(
 
 
 def sum_in_order(contributions: list[Tensor]) -> Tensor:
-    """Sum in the given order, one addition at a time, so that every transport gets the same bits."""
+    """Sum in the given order, one addition at a time: every transport gets the same bits."""
     total = contributions[0].clone()
     for contribution in contributions[1:]:
         total += contribution
@@ -124,7 +125,7 @@ def mean_over_holders(
     for bucket in plan.buckets:
         if not set(bucket.holders) & set(transport.sites):
             continue
-        total = transport.sum_over_holders(bucket, lambda site, b=bucket: contribute(b, site))
+        total = transport.sum_over_holders(bucket, partial(contribute, bucket))
         means[bucket.index] = divide_by_weights(bucket, total)
     return means
 

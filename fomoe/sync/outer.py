@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fomoe.config import Config
-from fomoe.errors import ConfigError
+from fomoe.errors import ConfigError, SyncError
 from fomoe.memory import takes_outer_step
 from fomoe.segments import Bucket, Plan, Segment
 from fomoe.sync.aggregate import (
@@ -122,7 +122,11 @@ def build_outer_optimizer(config: Config, anchors: list[nn.Parameter]) -> torch.
     """Build the torch.optim class that the config names; unknown names and options are errors."""
     name = config.outer.optimizer
     kind = getattr(torch.optim, name, None)
-    if name in _REFUSED or not isinstance(kind, type) or not issubclass(kind, torch.optim.Optimizer):
+    if (
+        name in _REFUSED
+        or not isinstance(kind, type)
+        or not issubclass(kind, torch.optim.Optimizer)
+    ):
         raise ConfigError("outer.optimizer", name, "must be an elementwise class of torch.optim")
     try:
         # An empty process (no segment to step) still builds, so that bad options are found.

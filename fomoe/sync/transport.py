@@ -1,4 +1,4 @@
-"""Transports: in one process, or between processes over gloo. The only file that talks to a network.
+"""Transports: in one process, or between processes over gloo; no other file talks to a network.
 
 A transport is built from a store and a list of members, never from global state. Both transports
 add contributions in ascending site order, so a proxy run and a distributed run get the same bits,
@@ -84,9 +84,7 @@ class Transport(Protocol):
         """Run `make` at the first member and return its bytes at every member."""
         ...
 
-    def fetch(
-        self, items: Sequence[Item], read: Callable[[int, str], Tensor]
-    ) -> dict[str, Tensor]:
+    def fetch(self, items: Sequence[Item], read: Callable[[int, str], Tensor]) -> dict[str, Tensor]:
         """Every item, read at a site of this process where one holds it, else received."""
         ...
 
@@ -138,9 +136,7 @@ class InMemoryTransport:
     def share(self, make: Callable[[], bytes]) -> bytes:
         return make()
 
-    def fetch(
-        self, items: Sequence[Item], read: Callable[[int, str], Tensor]
-    ) -> dict[str, Tensor]:
+    def fetch(self, items: Sequence[Item], read: Callable[[int, str], Tensor]) -> dict[str, Tensor]:
         for item in items:
             sent = 4 * torch.Size(item.shape).numel() * (len(self.members) - len(item.holders))
             self.counts[item.holders[0]].add("evaluation", payload=sent, wire=sent)
@@ -178,7 +174,7 @@ class GlooTransport:
         local_rank: int = 0,
     ) -> None:
         self.members = tuple(sorted(members))
-        self.sites = (site,)
+        self.sites: tuple[int, ...] = (site,)
         self.counts = {site: ByteCounts()}
         self._site = site
         self._rank = {member: rank for rank, member in enumerate(self.members)}
@@ -248,9 +244,7 @@ class GlooTransport:
             raise SyncError(f"site {self.members[0]}: {answer[1:].decode()}")
         return answer[1:]
 
-    def fetch(
-        self, items: Sequence[Item], read: Callable[[int, str], Tensor]
-    ) -> dict[str, Tensor]:
+    def fetch(self, items: Sequence[Item], read: Callable[[int, str], Tensor]) -> dict[str, Tensor]:
         found, works, kept, sent = {}, [], [], 0
         with _named("fetching experts for evaluation"):
             for index, item in enumerate(items):
@@ -274,9 +268,7 @@ class GlooTransport:
 
     def _exchange(self, out: dict[int, Tensor], into: dict[int, Tensor], tag: int) -> int:
         """Send and receive with every peer at once; returns the bytes sent."""
-        works = [
-            self._group.recv([t], self._rank[p], tag) for p, t in into.items() if t.numel()
-        ]
+        works = [self._group.recv([t], self._rank[p], tag) for p, t in into.items() if t.numel()]
         sends = [(p, t.contiguous()) for p, t in out.items() if t.numel()]
         works += [self._group.send([t], self._rank[p], tag) for p, t in sends]
         for work in works:
@@ -345,7 +337,9 @@ def launch_from_environment() -> Launch:
     try:
         rank, world_size, local_rank = (int(os.environ.get(name, "0")) for name in names)
     except ValueError:
-        raise FomoeError("RANK, WORLD_SIZE and LOCAL_RANK must be integers, as torchrun sets them") from None
+        raise FomoeError(
+            "RANK, WORLD_SIZE and LOCAL_RANK must be integers, as torchrun sets them"
+        ) from None
     return Launch(rank, world_size, local_rank)
 
 
