@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 
 FLOAT32 = 4
 
-# State vectors per element that outer optimizers keep; classes not listed count as Adam-like.
-_OUTER_VECTORS = {"Adagrad": 1, "RMSprop": 1, "Rprop": 2, "ASGD": 1, "Adadelta": 2}
+# What outer optimizers other than SGD keep per segment: vectors of its size (Adam-like: two), and
+# scalars (a step count, and for some classes a few more).
+_OUTER_VECTORS = {"Adagrad": 1, "RMSprop": 1, "ASGD": 1}
+_OUTER_SCALARS = {"NAdam": 2, "ASGD": 3}
+_VECTOR_OPTIONS = ("amsgrad", "centered", "momentum")  # each adds a vector where it is set
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +48,13 @@ def site_memory(config: Config, plan: Plan, site: int) -> SiteMemory:
     numel = sum(bucket.numel for bucket in held)
     trained = sum(bucket.numel for bucket in held if trains(bucket, site))
     tensors = len({s.parameter for b in held if trains(b, site) for s in b.segments})
-    stepped = sum(bucket.numel for bucket in held if takes_outer_step(config, bucket))
+    stepped = [bucket for bucket in held if takes_outer_step(config, bucket)]
     return SiteMemory(
         parameters=FLOAT32 * numel,
         gradients=FLOAT32 * trained,
         inner_optimizer=_inner_bytes(config, trained, tensors),
-        anchor=FLOAT32 * stepped,
-        outer_optimizer=FLOAT32 * stepped * _outer_vectors(config),
+        anchor=FLOAT32 * sum(bucket.numel for bucket in stepped),
+        outer_optimizer=_outer_bytes(config, stepped),
     )
 
 
@@ -77,7 +80,11 @@ def _inner_bytes(config: Config, numel: int, num_tensors: int) -> int:
     return FLOAT32 * numel if config.inner.momentum else 0
 
 
-def _outer_vectors(config: Config) -> int:
-    if config.outer.optimizer == "SGD":
-        return 1 if config.outer.arguments["momentum"] else 0
-    return _OUTER_VECTORS.get(config.outer.optimizer, 2)
+def _outer_bytes(config: Config, stepped: list[Bucket]) -> int:
+    name, arguments = config.outer.optimizer, config.outer.arguments
+    vectors = 0 if name == "SGD" else _OUTER_VECTORS.get(name, 2)
+    vectors += sum(bool(arguments.get(option)) for option in _VECTOR_OPTIONS)
+    scalars = 0 if name == "SGD" else _OUTER_SCALARS.get(name, 1)
+    return FLOAT32 * sum(
+        vectors * bucket.numel + scalars * len(bucket.segments) for bucket in stepped
+    )
