@@ -5,13 +5,23 @@
 set -euo pipefail
 if [ $# -lt 1 ]; then echo "usage: launch/local.sh CONFIG [fomoe train arguments]" >&2; exit 2; fi
 root=$(cd "$(dirname "$0")/.." && pwd)
-python=${PYTHON:-$root/.venv/bin/python}
-[ -x "$python" ] || command -v "$python" >/dev/null || {
-  echo "no $python; run 'make install' in $root, or set PYTHON" >&2; exit 2; }
+export PYTHON=${PYTHON:-$root/.venv/bin/python}
+command -v "$PYTHON" >/dev/null || {
+  echo "no $PYTHON; run 'make install' in $root, or set PYTHON" >&2; exit 2; }
 # The dry run checks the config first, so that a mistake is told once and not by every site.
-plan=$("$python" -m fomoe train "$@" --dry-run --json)
-sites=$("$python" -c 'import json, sys; print(json.loads(sys.argv[1])["num_sites"])' "$plan")
+plan=$("$PYTHON" -m fomoe train "$@" --dry-run --json)
+sites=$("$PYTHON" -c 'import json, sys; print(json.loads(sys.argv[1])["num_sites"])' "$plan")
+port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 cores=$(nproc 2>/dev/null || echo "$sites")
 # Busy processes with more threads than cores slow each other down many times over.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( cores > sites ? cores / sites : 1 ))}
-exec "$python" -m torch.distributed.run --standalone --nproc-per-node="$sites" -m fomoe train "$@"
+interface=()
+if [ -d /sys/class/net/lo ] && [[ " $* " != *" --interface"* ]]; then interface=(--interface lo); fi
+pids=()
+trap 'kill "${pids[@]}" 2>/dev/null || true' EXIT
+for ((site = 0; site < sites; site++)); do
+  "$root/launch/site.sh" "$site" "$sites" "127.0.0.1:$port" "$@" "${interface[@]}" &
+  pids+=($!)
+done
+# The first site that fails ends the others; its status is this script's.
+for ((left = sites; left > 0; left--)); do wait -n || exit $?; done

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One site of an experiment, on a machine of its own. Start it on every machine, site 0 first:
+# One site of an experiment, on a machine of its own. Start it on every machine, in any order:
 #   launch/site.sh SITE NUM_SITES SITE0_ADDRESS[:PORT] CONFIG [fomoe train arguments]
 #   launch/site.sh 0 3 10.8.0.1:29500 configs/three.yaml --interface wg0
 #   launch/site.sh 1 3 10.8.0.1:29500 configs/three.yaml --interface wg0
@@ -20,11 +20,11 @@ if [ "$site" -ge "$num_sites" ]; then
 fi
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
-[ -x "$python" ] || command -v "$python" >/dev/null || {
+command -v "$python" >/dev/null || {
   echo "no $python; run 'make install' in $root, or set PYTHON" >&2; exit 2; }
 host=${address%:*} port=29500
 if [ "$host" != "$address" ]; then port=${address##*:}; fi
-exec "$python" -m torch.distributed.run \
-  --nnodes="$num_sites" --node-rank="$site" --nproc-per-node=1 \
-  --master-addr="$host" --master-port="$port" \
-  -m fomoe train "$@"
+# What torchrun would set. Without its agent a mistake stays one line, and one rank per site needs
+# no agent; sites may be started in any order.
+export RANK=$site WORLD_SIZE=$num_sites LOCAL_RANK=0 MASTER_ADDR=$host MASTER_PORT=$port
+exec "$python" -m fomoe train "$@"
