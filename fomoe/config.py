@@ -27,6 +27,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]  # of a running mean
 # YAML has lists only; the tree is frozen, so it keeps tuples. Items stay strictly typed.
 IntTuple = Annotated[tuple[int, ...], Field(strict=False)]
 StrTuple = Annotated[tuple[str, ...], Field(strict=False)]
@@ -124,8 +125,8 @@ class InnerConfig(Options):
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: PositiveFloat = 1e-3
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
+    beta1: Decay = 0.9
+    beta2: Decay = 0.95
     eps: PositiveFloat = 1e-8
     momentum: Fraction = 0.0  # of inner SGD
     weight_decay: NonNegativeFloat = 0.1  # matrices only; norms are not decayed
@@ -411,7 +412,10 @@ def _refuse_unknown(tree: Any, section: type[Options], prefix: str) -> None:
     for key, value in tree.items():
         field = f"{prefix}{key}"
         if key not in section.model_fields:
-            near = _nearest(field, list(option_names(Config)))
+            names = list(option_names(Config))
+            if isinstance(value, dict):  # a section's name may be what is misspelled
+                names += {name.partition(".")[0] for name in names if "." in name}
+            near = _nearest(field, sorted(names))
             raise ConfigError(field, "", f"is not an option; did you mean {near}?")
         kind = section.model_fields[key].annotation
         if isinstance(kind, type) and issubclass(kind, Options):
