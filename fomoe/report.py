@@ -128,11 +128,13 @@ def print_dry_run(run: RunPlan) -> None:
     if summary["ratio_vs_diloco"] is None:
         console.print("nothing crosses between sites")
     else:
-        console.print(
-            f"payload per site and round {bytes_text(summary['payload_bytes_per_site_per_round'])}:"
-            f" {summary['ratio_vs_diloco']:.2f}x less than DiLoCo,"
-            f" {summary['ratio_vs_ddp']:.2f}x less than DDP"
-        )
+        payload = summary["payload_bytes_per_site_per_round"]
+        for name in ("DiLoCo", "DDP"):
+            ratio = summary[f"ratio_vs_{name.lower()}"]
+            console.print(
+                f"payload per site and round {bytes_text(payload)}, {ratio:.2f}x less than the "
+                f"{bytes_text(payload * ratio)} of {name}"
+            )
 
 
 def _holders_table(run: RunPlan) -> Table:

@@ -307,14 +307,7 @@ def evaluate_sites(run: Run, round_idx: int) -> dict[int, float]:
 
 
 def merged_loss(run: Run) -> MergedEvaluation:
-    return evaluate_merged(
-        run.config,
-        run.sites,
-        run.plan.placement,
-        run.plan.plan,
-        run.transport,
-        run.data.held_out,
-    )
+    return evaluate_merged(run.config, run.sites, run.plan.plan, run.transport, run.data.held_out)
 
 
 def is_due(every: int, round_idx: int, rounds: int) -> bool:
