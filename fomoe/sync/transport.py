@@ -8,6 +8,7 @@ and both count bytes per site and class: payload is what a site puts in, wire is
 from __future__ import annotations
 
 import os
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -276,7 +277,10 @@ class GlooTransport:
         return sum(t.nbytes for _, t in sends)
 
     def close(self) -> None:
+        """Leave the group: peers that still wait for this site fail now, not at their timeout."""
+        # The connections close with the last reference to the group; shutdown alone leaves them.
         self._group.shutdown()
+        del self._group
 
 
 def _count_sum(counts: ByteCounts, bucket: Bucket, own: Contribution, *, wire: int) -> None:
@@ -304,6 +308,8 @@ def _named(what: str) -> Iterator[None]:
     except (RuntimeError, dist.DistError) as error:
         if isinstance(error, FomoeError):
             raise
+        # Pending operations in the failed frames would keep the connections open after `close`.
+        traceback.clear_frames(error.__traceback__)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SyncError(f"{what} failed: {reason[:200]}") from error
 
