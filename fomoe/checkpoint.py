@@ -126,9 +126,22 @@ def remove_parts(run_dir: Path, round_idx: int, sites: Iterable[int]) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write a small file so that readers see the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_text(path, text)
+    """Write a small file so that readers see the old one or the new one.
+
+    Raises:
+        CheckpointError: naming the file, if it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_text(path, text)
+    except OSError as error:
+        raise not_written(path, error) from error
+
+
+def not_written(path: Path, error: OSError) -> CheckpointError:
+    """The system's own error for a full disk does not say which file it was."""
+    reason = error.strerror or error
+    return CheckpointError(f"{path} cannot be written: {reason}; checkpoints are kept")
 
 
 def _write_text(path: Path, text: str) -> None:
