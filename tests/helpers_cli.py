@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import Any
 import yaml
 
 from fomoe.cli import main
+
+# Names that are not there must fail at once, whether or not there is a network.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 WORDS = ("site", "round", "expert", "token", "router", "anchor", "mean", "loss", "holder", "step")
 
