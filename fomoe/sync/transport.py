@@ -8,6 +8,7 @@ and both count bytes per site and class: payload is what a site puts in, wire is
 from __future__ import annotations
 
 import os
+import re
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -33,8 +34,10 @@ class ByteCounts:
         self.wire: Counter[str] = Counter()
 
     def add(self, kind: str, *, payload: int, wire: int) -> None:
-        self.payload[kind] += payload
-        self.wire[kind] += wire
+        # A class that never cost a byte is not listed, whatever the transport.
+        if payload or wire:
+            self.payload[kind] += payload
+            self.wire[kind] += wire
 
     def state(self) -> dict[str, dict[str, int]]:
         return {"payload": dict(self.payload), "wire": dict(self.wire)}
@@ -310,8 +313,13 @@ def _named(what: str) -> Iterator[None]:
             raise
         # Pending operations in the failed frames would keep the connections open after `close`.
         traceback.clear_frames(error.__traceback__)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SyncError(f"{what} failed: {reason[:200]}") from error
+        text = str(error).strip() or type(error).__name__
+        # gloo puts its source file before the reason and advice behind it.
+        reason = re.sub(r"^\[[^]]*\] *", "", text.splitlines()[0]).split(". This is")[0]
+        raise SyncError(
+            f"{what} failed: {reason[:200]}; a sync that fails is committed nowhere, --resume "
+            f"continues from the newest checkpoint"
+        ) from error
 
 
 # ----------------------------------------------------------------------------------------- launch
