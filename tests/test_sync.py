@@ -812,10 +812,11 @@ def diverge_in_an_expert(run: Run, site: int) -> None:
         run_with_counts(run)
 
 
+@pytest.mark.parametrize("layout", ["cyclic", "one holder, local"])
 @pytest.mark.parametrize("spoil", [diverge, diverge_in_an_expert])
-def test_a_site_that_is_not_finite_stops_the_sync_at_all_sites(spoil):
-    """Also at sites that share nothing with the spoiled expert, and nothing is committed."""
-    work = partial(failing_sync, tiny_config(), spoil, SyncError)
+def test_a_site_that_is_not_finite_stops_the_sync_at_all_sites(spoil, layout):
+    """Also where no peer holds what is spoiled, and nothing is committed anywhere."""
+    work = partial(failing_sync, tiny_config(LAYOUTS[layout]), spoil, SyncError)
     for message, _ in [*all_good(over_gloo(4, work)), work(InMemoryTransport(range(4)))]:
         assert "site 2" in message
         assert "not finite" in message
