@@ -212,6 +212,10 @@ def over_gloo(
         try:
             transport = GlooTransport(store, sites, site, timeout_s=timeout_s, prefix=prefix)
             try:
+                # A site with nothing to say must not leave while others are still joining.
+                store.add(f"{prefix}/joined", 1)
+                while store.add(f"{prefix}/joined", 0) < len(sites):
+                    time.sleep(0.001)
                 results[site] = work(transport)
             finally:
                 transport.close()

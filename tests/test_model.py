@@ -542,7 +542,7 @@ def test_initial_scale_is_the_one_asked_for():
             continue
         into_residual = name.endswith(("down", "o_proj.weight"))
         std = 0.02 / math.sqrt(4) if into_residual else 0.02
-        assert float(parameter.std()) == pytest.approx(std, rel=0.2), name
+        assert parameter.std().item() == pytest.approx(std, rel=0.2), name
 
 
 # ---------------------------------------------------------------------------------------- attention

@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -904,18 +905,18 @@ def test_a_peer_that_is_gone_raises_quickly_and_the_group_stays_dead():
 
 
 def test_a_silent_peer_raises_at_the_timeout():
+    noticed = threading.Event()
+
     def work(transport):
         if transport.sites[0] == 1:
-            time.sleep(2.5)
-            return None
+            return noticed.wait(20)
         started = time.monotonic()
         with pytest.raises(SyncError, match="exchanging messages failed"):
             transport.gather(lambda _: b"hello")
-        return time.monotonic() - started
+        noticed.set()
+        return 0.5 < time.monotonic() - started < 15
 
-    first, second = all_good(over_gloo(2, work, timeout_s=1.0))
-    assert 0.5 < first < 2.4
-    assert second is None
+    assert all_good(over_gloo(2, work, timeout_s=1.0)) == [True, True]
 
 
 def test_a_member_that_never_comes_raises_at_the_timeout():
@@ -932,7 +933,7 @@ KILLED = """
     from fomoe.sync.transport import GlooTransport
 
     site = int(sys.argv[2])
-    transport = GlooTransport(dist.FileStore(sys.argv[1], 3), range(3), site, timeout_s=60)
+    transport = GlooTransport(dist.FileStore(sys.argv[1], 2), range(2), site, timeout_s=60)
     transport.gather(lambda _: b"ready")
     if site == 1:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -944,14 +945,14 @@ KILLED = """
 """
 
 
-def test_a_killed_process_raises_at_the_survivors(tmp_path):
+def test_a_killed_process_raises_at_the_survivor(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path / "store")]
     sites = [
         subprocess.Popen([*command, str(site)], stdout=subprocess.PIPE, text=True)
-        for site in range(3)
+        for site in range(2)
     ]
     output = [site.communicate(timeout=60)[0].strip() for site in sites]
-    assert output == ["SyncError True", "", "SyncError True"]
+    assert output == ["SyncError True", ""]
 
 
 def test_all_members_raise_if_one_has_a_problem():
