@@ -40,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
         return _fail(f"{error.strerror or error}{where}", _EXIT_FAILED)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _fail(f"out of memory: {error}", _EXIT_FAILED)
     except KeyboardInterrupt:
         return _fail("interrupted; checkpoints are kept, --resume continues", _EXIT_INTERRUPTED)
 
@@ -161,7 +165,7 @@ def _compare(args: argparse.Namespace) -> int:
             raise ConfigError("--methods", method, "stands twice")
     configs = []
     for method in methods:  # all are checked before the first one trains
-        config = load(args.config, [*args.overrides, f"method={method}"])
+        config = load(args.config, args.overrides, method=method)
         assert config.run.dir is not None
         settings = config.run.model_copy(update={"dir": str(Path(config.run.dir) / method)})
         configs.append(config.model_copy(update={"run": settings}))
@@ -190,11 +194,11 @@ def _merge(args: argparse.Namespace) -> int:
 # ---------------------------------------------------------------------------------------- helpers
 
 
-def load(path: str, overrides: Sequence[str]) -> Any:
+def load(path: str, overrides: Sequence[str], *, method: str | None = None) -> Any:
     """Load a config; without `run.dir` the run goes to `runs/<name of the file>`."""
     from fomoe.config import load_config
 
-    config = load_config(path, list(overrides))
+    config = load_config(path, list(overrides), method=method)
     if config.run.dir is None:
         settings = config.run.model_copy(update={"dir": str(Path("runs") / Path(path).stem)})
         config = config.model_copy(update={"run": settings})
@@ -207,6 +211,12 @@ def _take_overrides(args: argparse.Namespace, rest: list[str]) -> None:
         if word.startswith("-") or "=" not in word or not hasattr(args, "overrides"):
             raise ConfigError("argument", word, "is not known (see --help)")
         args.overrides.append(word)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """torch raises a plain RuntimeError where the CPU's allocator fails."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def _interrupt(signum: int, frame: Any) -> NoReturn:

@@ -268,12 +268,17 @@ class Config(Options):
 # ---------------------------------------------------------------------------------------- loading
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load_config(
+    path: str | Path, overrides: list[str] | tuple[str, ...] = (), *, method: str | None = None
+) -> Config:
     """Read a YAML experiment, apply dotted overrides and the method's settings, check every rule.
 
     Args:
         path: the YAML file.
-        overrides: `section.option=value` strings; values are read as YAML.
+        overrides: `section.option=value` strings; values are read as YAML. One that contradicts
+            the method is refused.
+        method: run this method instead of the config's; what it sets wins over the overrides, so
+            that one command line serves several methods.
 
     Raises:
         ConfigError: one line naming the field, the value and the rule that it breaks.
@@ -284,6 +289,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         field, value = parse_override(override)
         set_option(tree, field, value)
         explicit[field] = value
+    if method is not None:
+        tree["method"], explicit = method, {}
     return build_config(tree, explicit=explicit)
 
 

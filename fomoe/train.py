@@ -191,7 +191,8 @@ def run_rounds(run: Run) -> dict[str, Any]:
                 )
             if is_due(config.run.eval_merged_every, round_idx, config.rounds):
                 run.merged = merged_loss(run)
-                records.append(merged_record(run.merged, round_idx))
+                if transport.members[0] in transport.sites:
+                    records.append(merged_record(run.merged, round_idx))
             metrics.write(records)
             save_checkpoint(run, round_idx + 1)
             run.progress.round_done(round_idx, records)

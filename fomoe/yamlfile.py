@@ -72,7 +72,9 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith((":bool", ":float"))]
+    first: [
+        (tag, pattern) for tag, pattern in pairs if not tag.endswith((":bool", ":float", ":int"))
+    ]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$"), list("tf"))
@@ -83,6 +85,10 @@ _Loader.add_implicit_resolver(
         r"|\.[0-9]+([eE][-+]?[0-9]+)?|\.(inf|nan))$"
     ),
     list("-+0123456789."),
+)
+# YAML 1.1 also takes 1:30 for ninety and 010 for eight.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789")
 )
 
 

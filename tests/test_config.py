@@ -127,7 +127,7 @@ RULES = [
     (["placement.capacity=[3,2,2]"], "need 8"),
     (["placement.capacity=[4,4]"], "one number for each of the 3 sites"),
     (["placement.kind=common"], "has no meaning for common placement"),
-    (["placement.kind=table", "placement.replication_factor=null"], "is needed for table"),
+    (["placement.kind=table", "placement.replication_factor=null"], "must be set for table"),
     (
         [
             "placement.kind=table",
