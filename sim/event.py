@@ -21,16 +21,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
-from math import ceil, isfinite
+from math import ceil
 
 import numpy as np
+from fomoe_sim.event_spec import EventSpec, send_at_round_end
 from numpy.typing import ArrayLike, NDArray
 
 from fomoe.errors import ConfigError, FomoeError
 
 Array = NDArray[np.float64]
-Sends = tuple[tuple[int, tuple[int, ...]], ...]  # (step of the round, layers synced after it)
 
 # Bandwidths of the published tables, bit/s; neighbours differ by a factor of 1.207.
 GRID_BPS: Array = np.logspace(-1, 3, 50) * 1e9
@@ -42,81 +41,6 @@ class ImpossibleResult(FomoeError, ValueError):
 
 class UnreachableUtilisation(FomoeError, ValueError):
     """No bandwidth that was asked about reaches the utilisation."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EventSpec:
-    """What one site computes and sends in a round.
-
-    Attributes:
-        layer_bits: per layer, bits that the site sends to sync it once (ring factor included).
-        step_time_s: compute time of one local step.
-        local_steps: steps per round, H.
-        sends: which layers are synced after which step of the round.
-        overlap_steps: steps that a sync may take beside compute (tau); None: nothing overlaps and
-            the next forward pass waits per layer.
-        bits_factor: calibration of `layer_bits` against measured or published figures.
-        sync_fixed_s: link time that every step with a sync costs beside its bits.
-        compute_shares: per layer, its share of a step's compute; empty: equal shares.
-
-    Raises:
-        ConfigError: if a size, time or layer index makes no sense.
-    """
-
-    layer_bits: tuple[float, ...]
-    step_time_s: float
-    local_steps: int
-    sends: Sends
-    overlap_steps: int | None = None
-    bits_factor: float = 1.0
-    sync_fixed_s: float = 0.0
-    compute_shares: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("step_time_s", "local_steps", "bits_factor"):
-            value = getattr(self, name)
-            if not (isfinite(value) and value > 0):
-                raise ConfigError(name, value, "must be above 0")
-        if not self.layer_bits or not all(isfinite(b) and b >= 0 for b in self.layer_bits):
-            raise ConfigError("layer_bits", self.layer_bits, "must be one size >= 0 per layer")
-        if not (isfinite(self.sync_fixed_s) and self.sync_fixed_s >= 0):
-            raise ConfigError("sync_fixed_s", self.sync_fixed_s, "must be at least 0")
-        if self.overlap_steps is not None and self.overlap_steps < 0:
-            raise ConfigError("overlap_steps", self.overlap_steps, "must be at least 0")
-        self._check_shares()
-        self._check_sends()
-
-    def _check_shares(self) -> None:
-        shares = self.compute_shares
-        if shares and len(shares) != len(self.layer_bits):
-            rule = f"must have one share for each of the {len(self.layer_bits)} layers"
-            raise ConfigError("compute_shares", shares, rule)
-        if shares and (min(shares) < 0 or abs(sum(shares) - 1) > 1e-6):
-            raise ConfigError("compute_shares", shares, "must be at least 0 and sum to 1")
-
-    def _check_sends(self) -> None:
-        steps = [step for step, _ in self.sends]
-        if len(set(steps)) != len(steps):
-            raise ConfigError("sends", steps, "must name every step once")
-        for step, layers in self.sends:
-            if not 0 <= step < self.local_steps:
-                rule = f"must lie in the round's {self.local_steps} local steps"
-                raise ConfigError("sends step", step, rule)
-            known = set(range(len(self.layer_bits)))
-            if len(set(layers)) != len(layers) or not set(layers) <= known:
-                rule = f"must be different layers of the {len(known)}"
-                raise ConfigError("sends layers", layers, rule)
-
-    @cached_property
-    def round_bits(self) -> float:
-        """Bits that the site really sends per round, calibration included."""
-        layers = [layer for _, group in self.sends for layer in group]
-        return self.bits_factor * sum(self.layer_bits[layer] for layer in layers)
-
-    @property
-    def compute_s(self) -> float:
-        """Compute time of one round."""
-        return self.step_time_s * self.local_steps
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -156,28 +80,6 @@ class Timeline:
     def exposed_s(self) -> Array:
         """Time of the round in which the site waits for the link, shape [W]."""
         return self.round_time_s - self.spec.compute_s
-
-
-# --------------------------------------------------------------------------------------- schedules
-
-
-def send_at_round_end(num_layers: int, local_steps: int) -> Sends:
-    """All layers after the last step: DiLoCo, and data-parallel at local_steps = 1."""
-    return ((local_steps - 1, tuple(range(num_layers))),)
-
-
-def send_fragments(num_layers: int, local_steps: int, layers_per_fragment: int = 3) -> Sends:
-    """Streaming DiLoCo: fragments of strided layers, each once per round, evenly staggered.
-
-    Fragment p of P = ceil(L / layers_per_fragment) has the layers p, p + P, p + 2P, ... and is sent
-    after step floor(p H / P); fragments that fall on one step are sent together.
-    """
-    num_fragments = ceil(num_layers / layers_per_fragment)
-    table: dict[int, list[int]] = {}
-    for fragment in range(num_fragments):
-        step = fragment * local_steps // num_fragments
-        table.setdefault(step, []).extend(range(fragment, num_layers, num_fragments))
-    return tuple((step, tuple(sorted(layers))) for step, layers in sorted(table.items()))
 
 
 # -------------------------------------------------------------------------------------- simulation
