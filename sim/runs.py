@@ -70,7 +70,7 @@ def read_run(folder: str | Path) -> list[Round]:
             _check_record(record, f"{path}:{number}")
             table.setdefault(int(record["round"]), {})[int(record["site"])] = record
     if not table:
-        raise ConfigError("run", str(path), "has no round records")
+        raise ConfigError(str(path), "", "has no round records")
     if not any(record["wire_bytes"] for sites in table.values() for record in sites.values()):
         rule = "sent no bytes between sites (a single-process run?): it shows no link to calibrate"
         raise ConfigError("run", str(folder), rule)
@@ -95,9 +95,9 @@ def _records(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
     try:
         content = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError("run", str(path), "does not exist") from None
+        raise ConfigError("run", str(path.parent), "has no metrics.jsonl") from None
     except (OSError, UnicodeDecodeError):
-        raise ConfigError("run", str(path), "cannot be read as text") from None
+        raise ConfigError(str(path), "", "cannot be read as text") from None
     lines = content.split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -107,9 +107,9 @@ def _records(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
         except json.JSONDecodeError:
             if number == len(lines):
                 continue  # torn by a kill: every whole line ends with a newline
-            raise ConfigError("run", f"{path}:{number}", "is not a JSON object") from None
+            raise ConfigError(f"{path}:{number}", "", "is not a JSON object") from None
         if not isinstance(record, dict):
-            raise ConfigError("run", f"{path}:{number}", "is not a JSON object")
+            raise ConfigError(f"{path}:{number}", "", "is not a JSON object")
         yield number, record
 
 
