@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -212,3 +213,14 @@ def test_no_torch_is_imported():
     code = "import sys, fomoe_sim.validate, fomoe_sim.calibrate; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_the_documented_predictions_are_those_of_the_code():
+    """Every row of the two tables in docs/validation.md."""
+    page = (Path(__file__).parents[1] / "docs" / "validation.md").read_text(encoding="utf-8")
+    documented = {line for line in page.splitlines() if line.startswith("| ")}
+    for row in predictions():
+        if row["model"] in ("100B", "deepseek-v3"):
+            method = row["method"].removeprefix("H=")
+            figures = " | ".join(str(printed(value)) for value in row["gbit_per_s"])
+            assert f"| {method} | {figures} |" in documented
