@@ -6,8 +6,9 @@ import re
 from dataclasses import dataclass
 from math import isfinite, sqrt
 
-from fomoe.errors import ConfigError
 from fomoe_sim.presets import nearest
+
+from fomoe.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,7 @@
 """Memory of a site and of each of its accelerators, part by part, and whether it fits.
 
 Inside a site everything that training keeps is sharded over the accelerators (FSDP); activations
-are per accelerator. The state of a config is also counted by `fomoe.memory.site_memory`; a test
-holds the two equal.
+are per accelerator. The states of a config are those that `fomoe.memory.site_memory` counts.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-
 from fomoe_sim.scenario import Scenario
 from fomoe_sim.shape import ModelShape
 
@@ -87,7 +85,9 @@ class SiteMemory:
                 f"{self.host_capacity_bytes / 1e9:.0f}, most of it {worst.name} "
                 f"({worst.site_bytes / 1e9:.1f} GB)"
             )
-        return f"{self.site} fits with {-self.missing_accelerator / 1e9:.1f} GB per accelerator left"
+        return (
+            f"{self.site} fits with {-self.missing_accelerator / 1e9:.1f} GB per accelerator left"
+        )
 
 
 def site_memories(scenario: Scenario) -> list[SiteMemory]:
@@ -151,6 +151,11 @@ def _site_memory(scenario: Scenario, index: int) -> SiteMemory:
 def _states(scenario: Scenario, index: int) -> list[MemoryPart]:
     """What training keeps between steps, sharded over the site's accelerators."""
     count = scenario.cluster.sites[index].count
+    if scenario.trainer_states is not None:
+        exact = scenario.trainer_states[index]
+        known = ("parameters", exact.parameters), ("gradients", exact.gradients)
+        named = (*known, ("inner optimizer", exact.inner_optimizer))
+        return [_sharded(name, size, count) for name, size in named]
     held = int(scenario.traffic.held[index])
     trained = int(scenario.traffic.trained[index])
     parameter, gradient, optimizer, master = STATES[scenario.states]
@@ -177,9 +182,13 @@ def _sync_parts(scenario: Scenario, index: int) -> list[MemoryPart]:
     width = scenario.bits / 8
     synced = float(scenario.traffic.payload[index]) / width
     fragment = synced / scenario.fragments
-    sizes = [
-        ("anchor", FLOAT32 * held),
-        ("outer momentum", FLOAT32 * held * scenario.outer_vectors),
+    anchor, momentum = FLOAT32 * held, FLOAT32 * held * scenario.outer_vectors
+    if scenario.trainer_states is not None:
+        exact = scenario.trainer_states[index]
+        anchor, momentum = exact.anchor, exact.outer_optimizer
+    sizes: list[tuple[str, float]] = [
+        ("anchor", anchor),
+        ("outer momentum", momentum),
         ("error feedback", FLOAT32 * synced if scenario.bits < 16 else 0),
         # The reduction works on a copy, so that a failed sync leaves the model as it was.
         ("fragment buffer", FLOAT32 * fragment),
@@ -223,9 +232,7 @@ def _working(scenario: Scenario, index: int) -> list[MemoryPart]:
         layer = max(shape.layer_shared) + residents * shape.expert_numel
         sizes.append(("gathered layers", 2 * scenario.compute_bytes * layer))
     return [
-        MemoryPart(
-            name=name, where="accelerator", site_bytes=size * count, accelerator_bytes=size
-        )
+        MemoryPart(name=name, where="accelerator", site_bytes=size * count, accelerator_bytes=size)
         for name, size in sizes
     ]
 

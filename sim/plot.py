@@ -6,8 +6,9 @@ from html import escape
 from math import ceil, floor, log10
 from pathlib import Path
 
-from fomoe.errors import ConfigError
 from fomoe_sim.answer import Row
+
+from fomoe.errors import ConfigError
 
 WIDTH, HEIGHT = 720, 420
 LEFT, RIGHT, TOP, BOTTOM = 70, 170, 40, 55
@@ -37,9 +38,7 @@ def write_plot(path: str | Path, rows: list[Row]) -> None:
 def label(row: Row, rows: list[Row]) -> str:
     """Method, and whatever else differs between the rows besides the x axis."""
     names = (("replication_factor", "r"), ("num_sites", "K"), ("bits", "bits"))
-    more = [
-        f"{short}={row[name]:g}" for name, short in names if len({r[name] for r in rows}) > 1
-    ]
+    more = [f"{short}={row[name]:g}" for name, short in names if len({r[name] for r in rows}) > 1]
     if len({r["local_steps"] for r in rows}) > 1 and len({r["bandwidth_bps"] for r in rows}) > 1:
         more.append(f"H={row['local_steps']}")
     return " ".join([row["method"], *more])

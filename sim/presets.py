@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING, Literal
 
-from fomoe.errors import ConfigError
 from fomoe_sim.shape import Attention, ModelShape
+
+from fomoe.errors import ConfigError
 
 if TYPE_CHECKING:
     from fomoe.config import Config
@@ -61,7 +62,7 @@ def _dense(name: str, layers: int, d_model: int, source: str) -> ModelShape:
 
 
 _MLA_GAPS = ("latent attention (MLA)", "a score bias that is a parameter")
-_GLM_ACTIVE = ("embedding", "head")
+_GLM_ACTIVE: tuple[Literal["embedding", "head"], ...] = ("embedding", "head")
 
 _MODELS = (
     ModelShape(

@@ -8,14 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fomoe.errors import ConfigError
 from fomoe_sim.answer import Row, answer
+from fomoe_sim.flags import add_question_flags, check_methods, check_question
 from fomoe_sim.output import explain, risk_lines, sources_lines, to_csv, to_json, to_table
 from fomoe_sim.plot import write_plot
-from fomoe_sim.question import Point, build_scenario, check_flags, methods_asked
+from fomoe_sim.question import Point, build_scenario, has_experts, methods_asked
 from fomoe_sim.risk import REPAIR_HOURS, RiskOptions, risk_columns
 from fomoe_sim.scenario import Scenario
 from fomoe_sim.sweep import sweep
+
+from fomoe.errors import ConfigError
 
 MOST_LOCAL_STEPS = 1_000_000
 SLOWEST_BPS, FASTEST_BPS = 1e3, 1e15
@@ -57,45 +59,15 @@ def add_command(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def add_question_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags that name the model, the sites and our assumptions; `plan` shares them."""
-    group = parser.add_argument_group("model and sites")
-    group.add_argument("--model", help="model preset, such as deepseek-v3")
-    group.add_argument("--config", help="a YAML experiment of fomoe train instead")
-    group.add_argument("--cluster", help="YAML description of the sites")
-    group.add_argument("--sites", type=int, help="number of equal sites (default 4)")
-    group.add_argument("--accelerator", help="of every site (default H100)")
-    group.add_argument("--accelerators", type=int, help="per site (default 64; 1 below 1e9)")
-    group.add_argument("--price", type=float, help="USD per accelerator-hour")
-    group.add_argument("--bandwidth", help="of every site: 1Gbit, or UP/DOWN (default 1Gbit)")
-    group.add_argument("--topology", choices=("ring", "star", "tree"))
-    group.add_argument("--rtt-ms", type=float, help="round trip between sites (default 40)")
-    group = parser.add_argument_group("training")
-    group.add_argument("--replication", type=int, help="holders per expert, r (default 2)")
-    group.add_argument("--local-steps", type=int, help="steps per round, H (default 32)")
-    group.add_argument("--bits", type=int, help="per element on the wire")
-    group.add_argument("--fragments", type=int, help="parts synced at staggered steps")
-    group.add_argument("--overlap-steps", type=int, help="steps a sync may take beside compute")
-    group.add_argument("--tokens", type=float, help="of the run (default 20 per active parameter)")
-    group.add_argument("--batch-tokens", type=float, help="per step over all sites (default 4 Mi)")
-    group.add_argument("--seq-len", type=int, help="context in tokens")
-    group.add_argument("--micro-batch", type=int, help="sequences per accelerator at a time")
-    group.add_argument("--states", choices=("fp32", "mixed"), default="fp32")
-    group.add_argument("--recompute", choices=("none", "selective", "full"), default="selective")
-    group.add_argument("--outer-on", choices=("host", "accelerator", "disk"), default="host")
-    group.add_argument("--mfu", type=float, help="share of peak FLOP/s while computing")
-    group.add_argument("--step-time", type=float, help="seconds of a full step, nothing skipped")
-    group.add_argument("--calibration", help="file written by fomoe calibrate")
-
-
 def run(args: argparse.Namespace) -> int:
     """Answer and print; 0, or 1 if a stated cluster can hold none of the answers."""
     if args.explain:
         print(explain())
         return 0
-    check_flags(args)
+    check_question(args)
     _check_output(args)
     methods = methods_asked(args)
+    check_methods(args, methods, experts=has_experts(args))
     points = {method: point_of(args, method) for method in methods}
     refused: list[str] = []
     if args.sweep:
@@ -123,6 +95,18 @@ def point_of(args: argparse.Namespace, method: str) -> Point:
 def _check_output(args: argparse.Namespace) -> None:
     if args.json and args.csv:
         raise ConfigError("--csv", "", "contradicts --json")
+    if (args.solve is None) != (args.utilisation is None):
+        lonely = "--solve" if args.utilisation is None else "--utilisation"
+        rule = "needs both --solve and --utilisation"
+        raise ConfigError(lonely, args.solve or args.utilisation, rule)
+    if args.utilisation is not None and not 0 < args.utilisation < 1:
+        raise ConfigError("--utilisation", args.utilisation, "must lie between 0 and 1")
+    if args.solve == "bandwidth" and args.bandwidth:
+        raise ConfigError("--bandwidth", args.bandwidth, "contradicts --solve bandwidth")
+    if args.solve == "local_steps" and args.local_steps:
+        raise ConfigError("--local-steps", args.local_steps, "contradicts --solve local_steps")
+    if args.method and args.compare:
+        raise ConfigError("--method", args.method, "contradicts --compare, which lists methods")
     if args.sweep and args.solve:
         raise ConfigError("--sweep", args.sweep, "contradicts --solve")
     if args.plot and Path(args.plot).suffix != ".svg":

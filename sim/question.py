@@ -12,13 +12,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fomoe.config import Config, load_config
-from fomoe.errors import ConfigError
-from fomoe.placement import Placement, build_placement, by_capacity, capacity_slots
+from fomoe_sim.answer import default_tokens
 from fomoe_sim.cluster import Cluster, load_cluster, uniform_cluster
 from fomoe_sim.hardware import read_up_down
 from fomoe_sim.presets import model_preset, shape_from_config
-from fomoe_sim.answer import default_tokens
 from fomoe_sim.scenario import (
     BATCH_TOKENS,
     LAYERS_PER_FRAGMENT,
@@ -31,6 +28,13 @@ from fomoe_sim.scenario import (
 )
 from fomoe_sim.shape import ModelShape
 from fomoe_sim.traffic import Holdings, cyclic_holdings, executed_share, table_holdings
+
+from fomoe.config import Config, load_config
+from fomoe.errors import ConfigError
+from fomoe.memory import SiteMemory, site_memory
+from fomoe.placement import Placement, build_placement, by_capacity, capacity_slots
+from fomoe.segments import build_plan
+from fomoe.shapes import parameter_specs
 
 if TYPE_CHECKING:
     from fomoe_sim.calibrate import Calibration
@@ -97,6 +101,7 @@ def build_scenario(args: argparse.Namespace, point: Point) -> Scenario:
         outer_on=args.outer_on,
         outer_vectors=0 if method in ("photon", "spes") else 1,
         step_time_s=args.step_time,
+        trainer_states=_trainer_states(config, method, args.states),
         **_router(config),  # type: ignore[arg-type]
         **_sync(point, method, shape),  # type: ignore[arg-type]
     )
@@ -224,6 +229,18 @@ def _mfu(args: argparse.Namespace, shape: ModelShape) -> tuple[float, float, flo
     return MFU_MOE if shape.num_moe_layers else MFU_DENSE
 
 
+def _trainer_states(
+    config: Config | None, method: str, states: str
+) -> tuple[SiteMemory, ...] | None:
+    """The trainer's own count for a method that it runs; the others are estimated."""
+    if config is None or states != "fp32" or method in ("streaming", "fsdp", "ep"):
+        return None
+    specs = parameter_specs(config)
+    placement = build_placement(config)
+    plan = build_plan(specs, placement, router_rows=config.sync.router_rows)
+    return tuple(site_memory(config, plan, site) for site in range(config.num_sites))
+
+
 def _router(config: Config | None) -> dict[str, object]:
     if config is None:
         return {}
@@ -298,42 +315,6 @@ def _load_calibration(path: str) -> Calibration:
     return load_calibration(path)
 
 
-def check_flags(args: argparse.Namespace) -> None:
-    """Refuse flags that contradict each other, once, before anything is computed."""
-    if (args.model is None) == (args.config is None):
-        given = "both" if args.model else "neither"
-        raise ConfigError("--model", given, "is given; name one of --model and --config")
-    for flag in ("accelerator", "accelerators", "price"):
-        value = getattr(args, flag)
-        if args.cluster and value is not None:
-            raise ConfigError(f"--{flag}", value, "contradicts --cluster, which states it per site")
-    positive = ("sites", "replication", "local_steps", "accelerators", "fragments", "bits")
-    for name in (*positive, "tokens", "batch_tokens", "seq_len", "micro_batch", "step_time"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise ConfigError(f"--{name.replace('_', '-')}", value, "must be above 0")
-    for name in ("price", "rtt_ms", "overlap_steps"):
-        value = getattr(args, name)
-        if value is not None and value < 0:
-            raise ConfigError(f"--{name.replace('_', '-')}", value, "must not be negative")
-    if args.mfu is not None and not 0 < args.mfu <= 1:
-        raise ConfigError("--mfu", args.mfu, "must lie in (0, 1]")
-    if args.bandwidth:
-        read_up_down(args.bandwidth, "--bandwidth")
-    if (args.solve is None) != (args.utilisation is None):
-        lonely = "--solve" if args.utilisation is None else "--utilisation"
-        rule = "needs both --solve and --utilisation"
-        raise ConfigError(lonely, args.solve or args.utilisation, rule)
-    if args.utilisation is not None and not 0 < args.utilisation < 1:
-        raise ConfigError("--utilisation", args.utilisation, "must lie between 0 and 1")
-    if args.solve == "bandwidth" and args.bandwidth:
-        raise ConfigError("--bandwidth", args.bandwidth, "contradicts --solve bandwidth")
-    if args.solve == "local_steps" and args.local_steps:
-        raise ConfigError("--local-steps", args.local_steps, "contradicts --solve local_steps")
-    if args.method and args.compare:
-        raise ConfigError("--method", args.method, "contradicts --compare, which lists methods")
-
-
 def methods_asked(args: argparse.Namespace) -> list[str]:
     """Methods of --compare or --method; else the config's own, else FoMoE."""
     if args.compare:
@@ -342,3 +323,10 @@ def methods_asked(args: argparse.Namespace) -> list[str]:
     if args.method:
         return [check_method(args.method)]
     return [_load(args.config, ()).method if args.config else "fomoe"]
+
+
+def has_experts(args: argparse.Namespace) -> bool:
+    """Whether the model of the flags has routed experts."""
+    if args.config:
+        return bool(_load(args.config, ()).model.moe_layers)
+    return model_preset(args.model).num_experts > 0

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from fomoe.errors import ConfigError
 from fomoe_sim.cluster import Cluster
 from fomoe_sim.flops import TokenFlops, token_flops
 from fomoe_sim.shape import ModelShape
 from fomoe_sim.traffic import METHODS, Holdings, Traffic, method_traffic
+
+from fomoe.errors import ConfigError
+from fomoe.memory import SiteMemory
 
 # Model FLOPs utilisation (low, central, high) while a site computes.
 MFU_MOE = (0.20, 0.25, 0.30)
@@ -63,6 +65,7 @@ class Scenario:
         outer_on: where anchor, outer momentum and sync buffers live.
         outer_vectors: fp32 vectors of outer optimizer state.
         step_time_s: of the slowest site, measured instead of computed; None: from FLOPs.
+        trainer_states: per site, what `fomoe.memory` counts for a config; None for presets.
         step_time_executed: share of the assignments that the measured step executed.
     """
 
@@ -90,6 +93,7 @@ class Scenario:
     slack: float = ALLOCATOR_SLACK
     step_time_s: float | None = None
     step_time_executed: float = 1.0
+    trainer_states: tuple[SiteMemory, ...] | None = None
 
     @cached_property
     def traffic(self) -> Traffic:

@@ -6,12 +6,14 @@ import argparse
 import re
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
-from fomoe.errors import ConfigError
 from fomoe_sim.answer import Row, answers
 from fomoe_sim.hardware import read_rate
 from fomoe_sim.presets import nearest
 from fomoe_sim.question import Point, build_scenario
+
+from fomoe.errors import ConfigError
 
 AXES = (
     "replication",
@@ -92,8 +94,8 @@ def sweep(
     rows: list[Row] = []
     refused: list[str] = []
     for method in methods:
-        for values in product(*axes.values()):
-            chosen = {n: int(v) for n, v in zip(axes, values, strict=True)}
+        for combination in product(*axes.values()):
+            chosen: dict[str, Any] = {n: int(v) for n, v in zip(axes, combination, strict=True)}
             try:
                 scenario = build_scenario(args, replace(points[method], **chosen))
             except ConfigError as error:

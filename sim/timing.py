@@ -9,13 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
-
 from fomoe_sim.cluster import Cluster
 from fomoe_sim.event import EventSpec, check_conservation, simulate
 from fomoe_sim.event_spec import send_at_round_end, send_fragments
 from fomoe_sim.scenario import Scenario
 from fomoe_sim.traffic import Floats
+from numpy.typing import ArrayLike
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -194,8 +193,8 @@ def layer_bits(scenario: Scenario, total_bits: float) -> tuple[float, ...]:
 
 def overlaps(scenario: Scenario) -> bool:
     """Whether a method's exchange runs beside compute, so that layers matter."""
-    return scenario.method in ("ddp", "fsdp") or scenario.fragments > 1 or (
-        scenario.overlap_steps > 0
+    return (
+        scenario.method in ("ddp", "fsdp") or scenario.fragments > 1 or (scenario.overlap_steps > 0)
     )
 
 
@@ -230,7 +229,10 @@ def _conserve(timing: Timing, bits: Floats, steps: Floats, slowest: float) -> No
     busy = steps * slowest / timing.round_time_s
     floor = busy * bits / (steps * slowest)
     worst = int(np.argmax(floor - timing.load.rate_bps))
-    at = lambda values: float(np.broadcast_to(values, floor.shape)[worst])  # noqa: E731
+
+    def at(values: Floats) -> float:
+        return float(np.broadcast_to(values, floor.shape)[worst])
+
     check_conservation(
         bits=at(bits),
         bandwidth_bps=at(timing.load.rate_bps),

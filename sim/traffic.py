@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
+from fomoe_sim.shape import ModelShape
 from numpy.typing import NDArray
 
 from fomoe.placement import Placement
-from fomoe_sim.shape import ModelShape
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -111,6 +111,10 @@ def spread(groups: tuple[tuple[Ints, Ints], ...], num_sites: int, what: str) -> 
     return total
 
 
+def _bytes(elements: Ints, width: float) -> Floats:
+    return np.asarray(elements * width, np.float64)
+
+
 def _elements(numel: Ints, num_holders: int, what: str) -> Ints:
     """Elements at each position, [B, n]."""
     position = np.arange(num_holders)[None, :]
@@ -187,9 +191,9 @@ def method_traffic(
     full = cyclic_holdings(shape, num_sites, num_sites)
     placed = holdings if method in ("fomoe", "spes") else full
     shared_group = _everyone(num_sites, shape.shared_total)
-    shared = spread((shared_group,), num_sites, "payload") * width
-    expert = placed.synced * width
-    wire = spread((shared_group, *placed.groups), num_sites, topology) * width
+    shared = _bytes(spread((shared_group,), num_sites, "payload"), width)
+    expert = _bytes(placed.synced, width)
+    wire = _bytes(spread((shared_group, *placed.groups), num_sites, topology), width)
     held = shape.shared_total + placed.elements
     executed = np.ones(num_sites)
     common = {"hops": hops(topology, num_sites), "residents": placed.residents}
@@ -228,7 +232,7 @@ def _spes(shape: ModelShape, placed: Holdings, width: float, executed: Floats) -
         every_step=False,
         payload_shared=several * width * shape.shared_total * ones,
         payload_expert=several * width * shape.expert_total * ones,
-        sent=several * width * trained,
+        sent=_bytes(trained, several * width),
         received=several * width * shape.total * ones,
         held=shape.shared_total + full.elements,
         trained=trained,
@@ -250,12 +254,12 @@ def _expert_parallel(
     ones = np.ones(num_sites)
     per_token = 4 * shape.top_k * (1 - 1 / num_sites) * shape.d_model * ACTIVATION_BYTES
     moved = per_token * shape.num_moe_layers * tokens * ones
-    wire = spread((shared_group,), num_sites, topology) * width + moved
+    wire = _bytes(spread((shared_group,), num_sites, topology), width) + moved
     held = shape.shared_total + own.elements
     several = num_sites > 1
     return Traffic(
         every_step=True,
-        payload_shared=spread((shared_group,), num_sites, "payload") * width,
+        payload_shared=_bytes(spread((shared_group,), num_sites, "payload"), width),
         payload_expert=moved,
         sent=wire,
         received=wire,
