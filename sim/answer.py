@@ -116,6 +116,7 @@ def static_columns(scenario: Scenario) -> Row:
         "fragments": scenario.fragments,
         "overlap_steps": scenario.overlap_steps,
         "topology": scenario.cluster.topology,
+        "recompute": scenario.recompute,
         "params_total": shape.total,
         "params_active": shape.active,
         "params_per_site": int(traffic.held.max()),

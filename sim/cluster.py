@@ -219,7 +219,9 @@ def _range(value: float | tuple[float, float] | None, field: str) -> tuple[float
 
 def _problem(error: ValidationError) -> ConfigError:
     """The first problem as one line; an unknown key names the nearest valid one."""
-    problem = error.errors()[0]
+    problems = error.errors()
+    # A misspelt option also leaves its right name missing; the misspelling is the cause.
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     place = [str(part) for part in problem["loc"] if not str(part).startswith(("tuple", "constr"))]
     field = ".".join(place)
     if problem["type"] == "extra_forbidden":

@@ -34,9 +34,23 @@ def add_question_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch-tokens", type=float, help="per step over all sites (default 4 Mi)")
     group.add_argument("--seq-len", type=int, help="context in tokens")
     group.add_argument("--micro-batch", type=int, help="sequences per accelerator at a time")
-    group.add_argument("--states", choices=("fp32", "mixed"), default="fp32")
-    group.add_argument("--recompute", choices=("none", "selective", "full"), default="selective")
-    group.add_argument("--outer-on", choices=("host", "accelerator", "disk"), default="host")
+    group.add_argument(
+        "--states",
+        choices=("fp32", "mixed"),
+        default="fp32",
+        help="16 bytes per parameter, or 18 with bf16 weights and fp32 masters (default fp32)",
+    )
+    group.add_argument(
+        "--recompute",
+        choices=("none", "selective", "full"),
+        help="activations computed twice (default selective; none for a config)",
+    )
+    group.add_argument(
+        "--outer-on",
+        choices=("host", "accelerator", "disk"),
+        default="host",
+        help="where anchor and outer state live (default host)",
+    )
     group.add_argument("--mfu", type=float, help="share of peak FLOP/s while computing")
     group.add_argument("--step-time", type=float, help="seconds of a full step, nothing skipped")
     group.add_argument("--calibration", help="file written by fomoe calibrate")

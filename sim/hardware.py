@@ -129,7 +129,9 @@ def read_rate(text: object, field: str) -> float:
         rate = float(text)
     else:
         word = str(text).strip().lower()
-        match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?)(?:bit(?:/s|ps)?|bps|b/s)?", word)
+        match = re.fullmatch(
+            r"([0-9.]+(?:e[+-]?[0-9]+)?)\s*([kmgt]?)(?:bit(?:/s|ps)?|bps|b/s)?", word
+        )
         if word in LINKS:
             rate = LINKS[word]
         elif match is None or word.count(".") > 1:

@@ -21,6 +21,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "fragments": ("", "parts of the model synced at staggered steps"),
     "overlap_steps": ("steps", "that a sync may take beside compute"),
     "topology": ("", "how a mean travels: ring, star or tree"),
+    "recompute": ("", "activations computed twice: none, selective or full"),
     "bandwidth_bps": ("bit/s", "slowest site link, nominal"),
     "params_total": ("elements", "all parameters of the model"),
     "params_active": ("elements", "one token runs through, by the vendor's convention"),

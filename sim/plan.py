@@ -13,7 +13,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fomoe_sim.answer import Row, answers
 from fomoe_sim.flags import add_question_flags, check_question
@@ -157,7 +157,11 @@ def scenarios(args: argparse.Namespace) -> list[Scenario]:
         plain = argparse.Namespace(**{**vars(args), "replication": None})
         base = build_scenario(plain, Point(method=method))
         placed = method in ("fomoe", "spes")
-        tables = placements(base, args.replication) if placed else [base]
+        tables = [
+            table
+            for recompute in _recompute(args)
+            for table in _tables(replace(base, recompute=recompute), args.replication, placed)
+        ]
         whole = base.shape.num_layers
         parts = (1, -(-whole // LAYERS_PER_FRAGMENT)) if method in ROUND_METHODS else (1,)
         for table in tables:
@@ -169,6 +173,16 @@ def scenarios(args: argparse.Namespace) -> list[Scenario]:
                         for overlap in _axis(args.overlap_steps, overlaps)
                     ]
     return found
+
+
+def _recompute(args: argparse.Namespace) -> tuple[Literal["none", "selective", "full"], ...]:
+    if args.recompute:
+        return (args.recompute,)
+    return ("none",) if args.trainable else ("selective", "full")
+
+
+def _tables(base: Scenario, replication: int | None, placed: bool) -> list[Scenario]:
+    return placements(base, replication) if placed else [base]
 
 
 def broken(args: argparse.Namespace, scenario: Scenario, row: Row) -> tuple[str, ...]:
@@ -209,7 +223,8 @@ def describe(row: Row) -> str:
     """One plan in words."""
     return (
         f"{row['method']}, r = {row['replication_factor']:.3g}, H = {row['local_steps']}, "
-        f"{row['bits']:g} bits, {row['fragments']} fragments, overlap {row['overlap_steps']}: "
+        f"{row['bits']:g} bits, {row['fragments']} fragments, overlap {row['overlap_steps']}, "
+        f"recompute {row['recompute']}: "
         f"{row['days']:.3g} days, {scaled(row['cost_usd_low'])} to "
         f"{scaled(row['cost_usd_high'])} USD, utilisation {100 * row['utilisation']:.1f} %"
     )

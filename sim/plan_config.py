@@ -27,6 +27,8 @@ def missing_features(scenario: Scenario) -> list[str]:
         "overlap (sync.overlap_steps)": (scenario.overlap_steps > 0, "sync.overlap_steps"),
     }
     gaps += [name for name, (used, option) in wanted.items() if used and option not in known]
+    if scenario.recompute != "none":
+        gaps.append(f"recomputation ({scenario.recompute})")
     if scenario.method not in TRAINED:
         gaps.append(f"method {scenario.method}")
     return gaps

@@ -10,7 +10,6 @@ import argparse
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fomoe_sim.answer import default_tokens
 from fomoe_sim.cluster import Cluster, load_cluster, uniform_cluster
@@ -35,9 +34,6 @@ from fomoe.memory import SiteMemory, site_memory
 from fomoe.placement import Placement, build_placement, by_capacity, capacity_slots
 from fomoe.segments import build_plan
 from fomoe.shapes import parameter_specs
-
-if TYPE_CHECKING:
-    from fomoe_sim.calibrate import Calibration
 
 DEFAULT_SITES = 4
 DEFAULT_REPLICATION = 2
@@ -97,7 +93,7 @@ def build_scenario(args: argparse.Namespace, point: Point) -> Scenario:
         seq_len=args.seq_len or (config.data.seq_len if config else shape.seq_len),
         micro_batch=args.micro_batch or (config.inner.batch_size if config else 1),
         states=args.states,
-        recompute=args.recompute,
+        recompute=args.recompute or ("none" if config else "selective"),
         outer_on=args.outer_on,
         outer_vectors=0 if method in ("photon", "spes") else 1,
         step_time_s=args.step_time,
@@ -108,8 +104,20 @@ def build_scenario(args: argparse.Namespace, point: Point) -> Scenario:
     return _calibrated(args, scenario)
 
 
-@lru_cache(maxsize=512)
+def _stamp(path: str) -> int:
+    """When a file last changed, so that a cache never answers from an old one."""
+    try:
+        return Path(path).stat().st_mtime_ns
+    except OSError:
+        return 0  # the loader says what is wrong with it
+
+
 def _load(path: str, overrides: tuple[str, ...]) -> Config:
+    return _load_at(path, overrides, _stamp(path))
+
+
+@lru_cache(maxsize=512)
+def _load_at(path: str, overrides: tuple[str, ...], _: int) -> Config:
     return load_config(path, overrides)
 
 
@@ -159,8 +167,12 @@ def _cluster(
     return replace(cluster, **changes) if changes else cluster  # type: ignore[arg-type]
 
 
-@lru_cache(maxsize=16)
 def _load_cluster(path: str) -> Cluster:
+    return _load_cluster_at(path, _stamp(path))
+
+
+@lru_cache(maxsize=16)
+def _load_cluster_at(path: str, _: int) -> Cluster:
     return load_cluster(path)
 
 
@@ -272,7 +284,9 @@ def _calibrated(args: argparse.Namespace, scenario: Scenario) -> Scenario:
     """Step time, link and fixed cost of a real run instead of our defaults."""
     if not args.calibration:
         return scenario
-    found = _load_calibration(args.calibration)
+    from fomoe_sim.calibrate import load_calibration
+
+    found = load_calibration(args.calibration)
     cluster = replace(scenario.cluster, sync_fixed_s=found.sync_fixed_s, rtt_s=0.0)
     if not args.bandwidth and not args.cluster:
         # No rate was seen: the link was too fast to matter.
@@ -306,13 +320,6 @@ def _own_executed(args: argparse.Namespace) -> float:
     shape = shape_from_config(config, Path(args.config).stem)
     residents = table_holdings(shape, build_placement(config)).residents
     return float(executed_share(shape, residents, config.router.at_least_one).mean())
-
-
-@lru_cache(maxsize=16)
-def _load_calibration(path: str) -> Calibration:
-    from fomoe_sim.calibrate import load_calibration
-
-    return load_calibration(path)
 
 
 def methods_asked(args: argparse.Namespace) -> list[str]:
