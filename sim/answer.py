@@ -104,7 +104,7 @@ def static_columns(scenario: Scenario) -> Row:
     memories = site_memories(scenario)
     tightest = most_loaded(memories)
     bad = [memory for memory in memories if not memory.fits]
-    cyclic = scenario.method in ("fomoe", "spes")
+    cyclic = scenario.method in ("fomoe", "spes") and shape.num_experts > 0
     whole = {"ep": 1.0}.get(scenario.method, float(scenario.cluster.num_sites))
     replication = scenario.replication_factor if cyclic else whole
     return {
@@ -146,10 +146,14 @@ def _money(
     """Days and USD of the whole run; low and high take the best and worst of every range."""
     sites = scenario.cluster.sites
     rounds = scenario.tokens / _tokens_per_round(scenario, steps)
-    sent_gb = exchanges * float(scenario.traffic.sent.sum()) * rounds / 1e9
-    egress = [
-        sum(site.egress_per_gb[end] for site in sites) / len(sites) * sent_gb for end in (0, 1)
+    per_exchange = [
+        sum(
+            site.egress_per_gb[end] * amount / 1e9
+            for site, amount in zip(sites, scenario.traffic.sent.tolist(), strict=True)
+        )
+        for end in (0, 1)
     ]
+    egress = [price * exchanges * rounds for price in per_exchange]
     # A faster site (high utilisation of its peak) is the cheap end.
     fleet = [sum(site.count * site.price_per_hour[end] for site in sites) for end in (0, 1)]
     usual = sum(site.count * central(site.price_per_hour) for site in sites)

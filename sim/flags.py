@@ -80,6 +80,7 @@ def check_question(args: argparse.Namespace) -> None:
         read_up_down(args.bandwidth, "--bandwidth")
 
 
+PLACED = ("fomoe", "spes", "resident-routing")  # methods that replication changes
 ROUND_FLAGS = ("fragments", "overlap_steps")
 
 
@@ -90,7 +91,7 @@ def check_methods(args: argparse.Namespace, methods: list[str], *, experts: bool
         methods: as the user named them.
         experts: whether the model has routed experts.
     """
-    placed = {"fomoe", "spes", "resident-routing"} & set(methods)
+    placed = set(PLACED) & set(methods)
     if args.replication is not None and not (placed and experts):
         what = f"method {methods[0]}" if experts else "a model without routed experts"
         raise ConfigError("--replication", args.replication, f"has no meaning for {what}")

@@ -164,8 +164,8 @@ def risk_lines(rows: list[Row]) -> list[str]:
         risk = row["risk"]
         lines.append(
             f"{row['method']}: {row['memory_verdict']}; slowest link {row['slowest_link']}, "
-            f"{scaled(row['exposed_s_per_round'], 's')} of a round exposed ({row['time_model']}); "
-            f"{scaled(risk['failures_per_run'])} site failures per run, rejoin "
+            f"{row['exposed_s_per_round']:.4g} s of a round exposed ({row['time_model']}); "
+            f"{risk['failures_per_run']:.3g} site failures per run, rejoin "
             f"{scaled(risk['rejoin_bytes'], 'B')} in {risk['rejoin_time_s']:.3g} s"
         )
         if "coverage_loss_probability" in risk:

@@ -38,7 +38,8 @@ def write_plot(path: str | Path, rows: list[Row]) -> None:
 def label(row: Row, rows: list[Row]) -> str:
     """Method, and whatever else differs between the rows besides the x axis."""
     names = (("replication_factor", "r"), ("num_sites", "K"), ("bits", "bits"))
-    more = [f"{short}={row[name]:g}" for name, short in names if len({r[name] for r in rows}) > 1]
+    same = [other for other in rows if other["method"] == row["method"]]
+    more = [f"{short}={row[name]:g}" for name, short in names if len({r[name] for r in same}) > 1]
     if len({r["local_steps"] for r in rows}) > 1 and len({r["bandwidth_bps"] for r in rows}) > 1:
         more.append(f"H={row['local_steps']}")
     return " ".join([row["method"], *more])

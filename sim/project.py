@@ -183,5 +183,7 @@ def _print(args: argparse.Namespace, rows: list[Row], *, single: bool) -> None:
         print(to_csv(rows), end="")
     else:
         print(to_table(rows))
-        if not args.sweep:
+        if args.sweep:
+            print("units, meanings, and the source of every default: fomoe project --explain")
+        else:
             print("\n".join(["", *risk_lines(rows), "", *sources_lines()]))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fomoe_sim.answer import default_tokens
 from fomoe_sim.cluster import Cluster, load_cluster, uniform_cluster
+from fomoe_sim.flags import PLACED
 from fomoe_sim.hardware import read_up_down
 from fomoe_sim.presets import model_preset, shape_from_config
 from fomoe_sim.scenario import (
@@ -131,7 +132,7 @@ def _config(args: argparse.Namespace, point: Point) -> Config:
     if point.sites or args.sites:
         overrides.append(f"num_sites={point.sites or args.sites}")
     replication = point.replication or args.replication
-    if replication and point.method in ("fomoe", "spes", "resident-routing"):
+    if replication and point.method in PLACED:
         overrides.append(f"placement.replication_factor={replication}")
     return _load(args.config, tuple(overrides))
 
@@ -184,7 +185,7 @@ def _holdings(
     config: Config | None,
 ) -> tuple[Holdings, float]:
     num_sites = cluster.num_sites
-    if config is not None and point.method in ("fomoe", "spes", "resident-routing"):
+    if config is not None and point.method in PLACED:
         placement = build_placement(config)
         if config.placement.store == "all":
             placement = replace(placement, holders=placement.trainers)

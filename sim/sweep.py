@@ -9,9 +9,11 @@ from itertools import product
 from typing import Any
 
 from fomoe_sim.answer import Row, answers
+from fomoe_sim.flags import PLACED, ROUND_FLAGS
 from fomoe_sim.hardware import read_rate
 from fomoe_sim.presets import nearest
 from fomoe_sim.question import Point, build_scenario
+from fomoe_sim.traffic import EVERY_STEP
 
 from fomoe.errors import ConfigError
 
@@ -94,8 +96,9 @@ def sweep(
     rows: list[Row] = []
     refused: list[str] = []
     for method in methods:
-        for combination in product(*axes.values()):
-            chosen: dict[str, Any] = {n: int(v) for n, v in zip(axes, combination, strict=True)}
+        used = _used_axes(method, axes)
+        for combination in product(*used.values()):
+            chosen: dict[str, Any] = {n: int(v) for n, v in zip(used, combination, strict=True)}
             try:
                 scenario = build_scenario(args, replace(points[method], **chosen))
             except ConfigError as error:
@@ -107,6 +110,16 @@ def sweep(
     if not rows:
         raise ConfigError("--sweep", "", f"leaves nothing: {refused[0]}")
     return rows, list(dict.fromkeys(refused))
+
+
+def _used_axes(method: str, axes: dict[str, list[float]]) -> dict[str, list[float]]:
+    """The axes that change a method's answer; along the others its rows would only repeat."""
+    ignored: set[str] = set()
+    if method not in PLACED:
+        ignored.add("replication")
+    if method in EVERY_STEP:
+        ignored |= set(ROUND_FLAGS)
+    return {name: values for name, values in axes.items() if name not in ignored}
 
 
 def _check_axes(args: argparse.Namespace, axes: dict[str, list[float]]) -> None:

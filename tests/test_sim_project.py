@@ -147,7 +147,7 @@ def test_analytic_and_event_agree_without_contention(capsys, method):
     event = project(capsys, *shared, "--bandwidth", "100Tbit")
     (swept,) = project(capsys, *shared, "--sweep", "bandwidth=100Tbit")
     assert (event["time_model"], swept["time_model"]) == ("event", "analytic")
-    assert event["round_time_s"] == pytest.approx(swept["round_time_s"], rel=0.1)
+    assert event["round_time_s"] == pytest.approx(swept["round_time_s"], rel=1e-3)
 
 
 def test_a_calibration_replaces_our_defaults(capsys, config, tmp_path):
