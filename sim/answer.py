@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from fomoe_sim.hardware import central
 from fomoe_sim.memory import most_loaded, site_memories, site_totals
+from fomoe_sim.process import process_peak_bytes
 from fomoe_sim.scenario import Scenario
 from fomoe_sim.shape import ModelShape
-from fomoe_sim.timing import Timing, analytic, cluster_rate, event, overlaps
-from fomoe_sim.traffic import Floats
+from fomoe_sim.timing import Timing, analytic, cluster_rate, event, overlaps, step_times
+from fomoe_sim.traffic import Floats, Ints
 from numpy.typing import ArrayLike
 
 Row = dict[str, Any]
@@ -30,7 +31,35 @@ def answer(scenario: Scenario) -> Row:
         for mfu in scenario.mfu
     )
     steps = np.array([float(scenario.local_steps)])
-    return _rows(scenario, steps, np.array([cluster_rate(scenario.cluster)]), low, middle, high)[0]
+    rate = np.array([cluster_rate(scenario.cluster)])
+    row = _rows(scenario, steps, rate, low, middle, high)[0]
+    return {**row, **by_site(scenario)}
+
+
+def by_site(scenario: Scenario) -> Row:
+    """What the row's means are means of, site by site; named as the trainer's summary does."""
+    traffic = scenario.traffic
+    exchanges = scenario.local_steps if traffic.every_step else 1
+    per_round = {"payload": traffic.payload, "wire": traffic.sent, "received": traffic.received}
+    columns: Row = {
+        f"{name}_bytes_per_site_per_round_by_site": _whole(exchanges * amounts).tolist()
+        for name, amounts in per_round.items()
+    }
+    memories = site_memories(scenario)
+    columns["params_per_site_by_site"] = traffic.held.tolist()
+    columns["memory_bytes_per_site_by_site"] = _whole(site_totals(memories)).tolist()
+    columns["step_time_s_by_site"] = step_times(scenario, scenario.mfu[1]).tolist()
+    columns["memory_parts"] = {
+        part.name: {"where": part.where, "bytes": round(part.site_bytes)}
+        for part in most_loaded(memories).parts
+    }
+    return columns
+
+
+def _mean(values: Floats | Ints) -> int | float:
+    """A mean over sites; whole means stay integers."""
+    mean = float(values.mean())
+    return int(mean) if mean.is_integer() else mean
 
 
 def _analytic_one(scenario: Scenario, mfu: float) -> Timing:
@@ -58,16 +87,16 @@ def _rows(
 ) -> list[Row]:
     fixed = static_columns(scenario)
     exchanges = steps if scenario.traffic.every_step else np.ones_like(steps)
-    payload = exchanges * float(scenario.traffic.payload.max())
+    payload = exchanges * float(scenario.traffic.payload.mean())
     several = scenario.cluster.num_sites > 1
     numel = scenario.shape.total * REFERENCE_BITS / 8
-    columns: dict[str, Floats] = {
+    columns: dict[str, Floats | Ints] = {
         "local_steps": steps.astype(np.int64),
         "bandwidth_bps": rates,
         "payload_bytes_per_site_per_round": _whole(payload),
-        "wire_bytes_per_site_per_round": _whole(exchanges * float(scenario.traffic.sent.max())),
+        "wire_bytes_per_site_per_round": _whole(exchanges * float(scenario.traffic.sent.mean())),
         "received_bytes_per_site_per_round": _whole(
-            exchanges * float(scenario.traffic.received.max())
+            exchanges * float(scenario.traffic.received.mean())
         ),
         "step_time_s": np.full(steps.shape, float(middle.step_times_s.max())),
         "sync_time_s": middle.exchange_s + 0 * steps,
@@ -93,7 +122,7 @@ def _rows(
     ]
 
 
-def _whole(amount: Floats) -> Floats:
+def _whole(amount: Floats) -> Ints:
     """Bytes as integers: half a byte of low-bit payload is sent as a whole one."""
     return np.ceil(amount).astype(np.int64)
 
@@ -119,13 +148,16 @@ def static_columns(scenario: Scenario) -> Row:
         "recompute": scenario.recompute,
         "params_total": shape.total,
         "params_active": shape.active,
-        "params_per_site": int(traffic.held.max()),
+        "params_per_site": _mean(traffic.held),
         "executed_fraction": float(traffic.executed.mean()),
-        "memory_bytes_per_site": int(np.ceil(site_totals(memories).max())),
+        "memory_bytes_per_site": round(float(site_totals(memories).mean())),
         "memory_bytes_per_accelerator": int(np.ceil(tightest.per_accelerator)),
         "host_bytes_per_site": int(max(memory.total("host") for memory in memories)),
         "fits": not bad,
         "memory_verdict": (bad[0] if bad else tightest).verdict(),
+        "cpu_process_peak_bytes": (
+            process_peak_bytes(scenario) if scenario.trainer_states is not None else None
+        ),
         "mfu": scenario.mfu[1],
         "tokens": scenario.tokens,
     }

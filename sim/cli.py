@@ -33,16 +33,19 @@ class _One:
         return self.parser
 
 
-class _LazyParser(argparse.ArgumentParser):
-    """A subparser that learns its flags from its module when it is used."""
+def _lazy(usual: type[argparse.ArgumentParser]) -> type[argparse.ArgumentParser]:
+    """A parser class like `usual` whose flags come from a module when it first parses."""
 
-    module: str | None = None
+    class LazyParser(usual):  # type: ignore[misc, valid-type]
+        module: str | None = None
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        if self.module is not None:
-            module, self.module = self.module, None
-            import_module(module).add_command(_One(self))
-        return super().parse_known_args(args, namespace)
+        def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+            if self.module is not None:
+                module, self.module = self.module, None
+                import_module(module).add_command(_One(self))
+            return super().parse_known_args(args, namespace)
+
+    return LazyParser
 
 
 def add_commands(subparsers: Any) -> None:
@@ -52,7 +55,7 @@ def add_commands(subparsers: Any) -> None:
         subparsers: what `ArgumentParser.add_subparsers()` returned.
     """
     usual = subparsers._parser_class
-    subparsers._parser_class = _LazyParser
+    subparsers._parser_class = _lazy(usual)
     try:
         for name, text in COMMANDS.items():
             parser = subparsers.add_parser(name, help=text, description=text)

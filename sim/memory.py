@@ -242,9 +242,9 @@ def activations_per_token(
 ) -> float:
     """Bytes of saved activations per token over all layers, without MoE dispatch.
 
-    Counted as arXiv 2205.05198 (section 4.1) counts them, for SwiGLU and attention that keeps no
-    scores. `selective` recomputes norm outputs and the gated product, `full` keeps the input of
-    each layer and recomputes the layer: one whole layer is alive.
+    Counted as arXiv 2205.05198 (section 4.1) counts them, for what our trainer's SwiGLU, norms and
+    attention without stored scores keep. `selective` recomputes what needs no matrix product,
+    `full` keeps the input of each layer and recomputes the layer: one whole layer is alive.
 
     Args:
         executed: routed experts that a token really runs in each layer.
@@ -270,8 +270,9 @@ def _layer_activations(
     queries = attention.heads * (attention.head_dim + attention.rope_dim)
     kv_heads = attention.heads if attention.latent else attention.kv_heads
     keys_values = kv_heads * (attention.head_dim + attention.rope_dim + value)
-    # Layer input and FFN input, queries, keys, values, and the attention's output.
-    elements: float = 2 * shape.d_model + queries + keys_values + attention.heads * value
+    # Layer input and FFN input, queries, keys, values, and the attention's output twice: heads
+    # lie apart for attention and side by side for the output projection.
+    elements: float = 2 * shape.d_model + queries + keys_values + 2 * attention.heads * value
     hidden = 2 if shape.gated else 1  # gate and up, or up
     if layer is None:
         width = shape.shared_ffn + executed * shape.expert_ffn
@@ -279,7 +280,8 @@ def _layer_activations(
         width = float(shape.dense_width(layer))
     elements += hidden * width
     if recompute != "selective":
-        elements += 2 * shape.d_model + width  # norm outputs; the activated product
+        # Normalised inputs before and after their scale; activated gate and gated product.
+        elements += 4 * shape.d_model + hidden * width
     return size * elements
 
 

@@ -25,18 +25,22 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "bandwidth_bps": ("bit/s", "slowest site link, nominal"),
     "params_total": ("elements", "all parameters of the model"),
     "params_active": ("elements", "one token runs through, by the vendor's convention"),
-    "params_per_site": ("elements", "stored at the fullest site"),
+    "params_per_site": ("elements", "stored at a site, mean over sites"),
     "executed_fraction": ("", "of top-k assignments that run; the others are skipped"),
-    "payload_bytes_per_site_per_round": ("bytes", "reduced with other sites, per round of H steps"),
-    "wire_bytes_per_site_per_round": ("bytes", "sent by the busiest site per round"),
-    "received_bytes_per_site_per_round": ("bytes", "received by the busiest site per round"),
+    "payload_bytes_per_site_per_round": ("bytes", "reduced per round of H steps, mean over sites"),
+    "wire_bytes_per_site_per_round": ("bytes", "sent per round, mean over sites"),
+    "received_bytes_per_site_per_round": ("bytes", "received per round, mean over sites"),
     "ratio_vs_ddp": ("x", "payload of DDP in fp32 over this payload"),
     "ratio_vs_diloco": ("x", "payload of DiLoCo in fp32 over this payload"),
-    "memory_bytes_per_site": ("bytes", "all memory of the fullest site, hosts included"),
+    "memory_bytes_per_site": ("bytes", "all memory of a site, hosts included, mean"),
     "memory_bytes_per_accelerator": ("bytes", "of the tightest accelerator"),
     "host_bytes_per_site": ("bytes", "host memory of the fullest site"),
     "fits": ("", "whether every site has that memory"),
     "memory_verdict": ("", "by how much, because of what"),
+    "cpu_process_peak_bytes": (
+        "bytes",
+        "of the trainer's process of site 0 on CPU, above its imports; for a config",
+    ),
     "mfu": ("", "share of peak FLOP/s while a site computes"),
     "step_time_s": ("s", "compute of one step at the slowest site"),
     "sync_time_s": ("s", "one exchange: a round's or a fragment's sync, or a step's"),
@@ -57,6 +61,8 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "egress_usd_high": ("USD", "of it for bytes sent, at the high price"),
     "idle_usd": ("USD", "of it for accelerators that wait"),
     "usd_per_1e6_tokens": ("USD", "central cost per million tokens"),
+    "memory_parts": ("bytes", "what fills the tightest site, and where it lives; JSON only"),
+    "..._by_site": ("", "the list that a mean over sites is the mean of; JSON only"),
     "risk": ("", "stragglers, failures, quorum and coverage: fields say their unit"),
 }
 
@@ -68,7 +74,7 @@ def to_json(rows: list[Row], *, single: bool) -> str:
 
 def to_csv(rows: list[Row]) -> str:
     """All columns that are single values, with a header."""
-    names = [name for name in COLUMNS if name != "risk"]
+    names = [name for name in COLUMNS if name in rows[0] and not isinstance(rows[0][name], dict)]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(names)

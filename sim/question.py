@@ -257,11 +257,12 @@ def _trainer_states(
 def _router(config: Config | None) -> dict[str, object]:
     if config is None:
         return {}
-    compute_bytes = 4 if config.inner.precision == "fp32" else 2
+    precision = config.inner.precision  # auto: bf16 on accelerators, fp32 on CPU
     return {
         "at_least_one": config.router.at_least_one,
         "route_scope": config.router.route_scope,
-        "compute_bytes": compute_bytes,
+        "compute_bytes": 4 if precision == "fp32" else 2,
+        "cpu_compute_bytes": 2 if precision == "bf16" else 4,
     }
 
 
