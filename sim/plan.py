@@ -234,7 +234,7 @@ def why(best: Candidate, candidates: list[Candidate]) -> list[str]:
     """Which resource binds, and which constraints keep cheaper plans out."""
     row = best.row
     waiting = row["exposed_s_per_round"] / row["round_time_s"]
-    uneven = 1 - row["utilisation"] - waiting
+    uneven = max(0.0, 1 - row["utilisation"] - waiting)
     shares = {
         "compute": row["utilisation"],
         "the link": waiting,
@@ -255,7 +255,7 @@ def why(best: Candidate, candidates: list[Candidate]) -> list[str]:
     for name, other in others.items():
         times = other.row["cost_usd"] / row["cost_usd"]
         note = f" and breaks {', '.join(other.broken)}" if other.broken else ""
-        reasons.append(f"cheapest {name}: {times:.2f} x the cost{note}")
+        reasons.append(f"cheapest {name}: {times:.3g} x the cost{note}")
     return reasons
 
 

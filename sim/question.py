@@ -148,6 +148,9 @@ def _cluster(
         if sites is not None and sites != cluster.num_sites:
             rule = f"has {cluster.num_sites} sites, not {sites}"
             raise ConfigError("--cluster", args.cluster, rule)
+        if args.config and cluster.capacities:
+            rule = "states capacities; with --config they are placement.capacity of the config"
+            raise ConfigError("--cluster", args.cluster, rule)
         cluster = cluster.with_bandwidth(*rates) if rates else cluster
     else:
         small = shape.total < BIG_MODEL

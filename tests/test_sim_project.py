@@ -327,3 +327,11 @@ def test_a_cluster_that_is_too_small_is_refused(capsys, tmp_path):
     assert "has capacity for 6 experts" in refusal(
         capsys, "--model", "mixtral-8x7b", "--cluster", str(path)
     )
+
+
+def test_a_configs_capacities_are_its_own(capsys, config, tmp_path):
+    path = tmp_path / "cluster.yaml"
+    site = "accelerator: L40S, count: 1, link: 1Gbit, capacity: 8"
+    path.write_text("sites: [" + ", ".join(f"{{name: s{i}, {site}}}" for i in range(4)) + "]")
+    words = refusal(capsys, "--config", config, "--cluster", str(path))
+    assert "placement.capacity" in words
