@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import subprocess
+import sys
 import time
 import xml.etree.ElementTree as ElementTree
 
@@ -255,6 +257,17 @@ def test_plots_are_drawn(capsys, tmp_path):
         assert main(["project", "--model", "100b-moe", *more, "--plot", str(out)]) == 0
         assert ElementTree.parse(out).getroot().tag.endswith("svg")
     assert "diloco" in (tmp_path / "lines.svg").read_text()
+
+
+def test_the_simulator_never_imports_torch():
+    """A planner's machine needs no torch, and the commands stay fast."""
+    code = (
+        "import pkgutil, sys, importlib, fomoe_sim\n"
+        "names = [m.name for m in pkgutil.iter_modules(fomoe_sim.__path__)]\n"
+        "[importlib.import_module(f'fomoe_sim.{n}') for n in names if n != '__main__']\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_columns_are_explained(capsys):
