@@ -1,4 +1,7 @@
-"""The command line: `fomoe train | compare | merge`. Heavy imports wait until they are needed."""
+"""The command line: `fomoe train | compare | merge`, and the cost model's commands.
+
+Heavy imports wait until they are needed.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from typing import Any, NoReturn
 
 from fomoe import __version__
 from fomoe.errors import ConfigError, FomoeError
+from fomoe_sim.cli import add_commands
 
 _EXIT_FAILED, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 2, 130
 
@@ -27,8 +31,9 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, 1 (failed), 2 (wrong input) or 130 (interrupted)."""
-    parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    parser = build_parser(next((word for word in words if not word.startswith("-")), None))
+    args, rest = parser.parse_known_args(words)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         _take_overrides(args, rest)
@@ -37,6 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, _EXIT_USAGE)
     except FomoeError as error:
         return _fail(error, _EXIT_FAILED)
+    except BrokenPipeError:
+        # The reader of our output went away, as `head` does; Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _EXIT_FAILED
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
         return _fail(f"{error.strerror or error}{where}", _EXIT_FAILED)
@@ -48,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("interrupted; checkpoints are kept, --resume continues", _EXIT_INTERRUPTED)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
+    """The parser; `chosen` is the command that will run, whose flags must be there."""
     parser = _Parser(
         prog="fomoe",
         description="Pre-train one Mixture-of-Experts model across sites that each hold only some "
@@ -59,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_compare(commands)
     _add_merge(commands)
+    add_commands(commands, chosen)
     return parser
 
 

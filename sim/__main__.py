@@ -1,7 +1,7 @@
-"""`python -m fomoe_sim`."""
+"""`python -m fomoe_sim project ...`: the same command line as `fomoe`."""
 
 import sys
 
-from fomoe_sim.cli import main
+from fomoe.cli import main
 
 sys.exit(main())

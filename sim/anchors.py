@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from fomoe_sim import published
 from fomoe_sim.event_spec import equal_layers
 from fomoe_sim.reproduce import Cell, Table

@@ -10,6 +10,8 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
+
 from fomoe_sim.hardware import central
 from fomoe_sim.memory import most_loaded, site_memories, site_totals
 from fomoe_sim.process import process_peak_bytes
@@ -17,7 +19,6 @@ from fomoe_sim.scenario import Scenario
 from fomoe_sim.shape import ModelShape
 from fomoe_sim.timing import Timing, analytic, cluster_rate, event, overlaps, step_times
 from fomoe_sim.traffic import Floats, Ints
-from numpy.typing import ArrayLike
 
 Row = dict[str, Any]
 HOUR = 3600.0

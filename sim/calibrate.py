@@ -18,10 +18,10 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from fomoe_sim.hardware import read_rate
-from fomoe_sim.runs import Round, read_runs
 
 from fomoe.errors import ConfigError
+from fomoe_sim.hardware import read_rate
+from fomoe_sim.runs import Round, read_runs
 
 
 @dataclass(frozen=True, kw_only=True)

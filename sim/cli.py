@@ -1,18 +1,9 @@
-"""Commands of the cost model; `fomoe` registers them beside its own.
-
-Only the command that runs imports its code, so that `fomoe --help` stays fast: a subparser fills
-itself in when its first argument is parsed.
-"""
+"""Commands of the cost model; `fomoe` registers them beside its own."""
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
-
-from fomoe.errors import FomoeError
 
 COMMANDS = {
     "project": "project traffic, memory, time and money of a run, before it is bought",
@@ -22,57 +13,16 @@ COMMANDS = {
 }
 
 
-class _One:
-    """Stands for argparse's subparsers while a command's own module registers itself."""
-
-    def __init__(self, parser: argparse.ArgumentParser) -> None:
-        self.parser = parser
-
-    def add_parser(self, name: str, **options: Any) -> argparse.ArgumentParser:
-        self.parser.description = options.get("description") or options.get("help")
-        return self.parser
-
-
-def _lazy(usual: type[argparse.ArgumentParser]) -> type[argparse.ArgumentParser]:
-    """A parser class like `usual` whose flags come from a module when it first parses."""
-
-    class LazyParser(usual):  # type: ignore[misc, valid-type]
-        module: str | None = None
-
-        def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-            if self.module is not None:
-                module, self.module = self.module, None
-                import_module(module).add_command(_One(self))
-            return super().parse_known_args(args, namespace)
-
-    return LazyParser
-
-
-def add_commands(subparsers: Any) -> None:
+def add_commands(subparsers: Any, chosen: str | None) -> None:
     """Register project, plan, validate and calibrate; each sets `run`, called with the arguments.
 
     Args:
         subparsers: what `ArgumentParser.add_subparsers()` returned.
+        chosen: the command that will run; only its code is imported, so that `fomoe --help` and
+            `fomoe train` stay fast.
     """
-    usual = subparsers._parser_class
-    subparsers._parser_class = _lazy(usual)
-    try:
-        for name, text in COMMANDS.items():
-            parser = subparsers.add_parser(name, help=text, description=text)
-            parser.module = f"fomoe_sim.{name}"
-    finally:
-        subparsers._parser_class = usual
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m fomoe_sim`: exit code 0, 1 for a refused question, 2 for a wrong flag."""
-    parser = argparse.ArgumentParser(prog="fomoe_sim", description=__doc__.splitlines()[0])
-    add_commands(parser.add_subparsers(required=True, metavar="COMMAND"))
-    args = parser.parse_args(arguments)
-    try:
-        return int(args.run(args))
-    except FomoeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
-        return 1
+    for name, text in COMMANDS.items():
+        if name == chosen:
+            import_module(f"fomoe_sim.{name}").add_command(subparsers)
+        else:
+            subparsers.add_parser(name, help=text)

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from fomoe_sim.hardware import Accelerator, accelerator_preset, read_rate, read_up_down
-from fomoe_sim.presets import nearest
 from pydantic import Field, ValidationError
 
 from fomoe.config import NonNegativeFloat, Options, Positive, PositiveFloat, read_yaml
 from fomoe.errors import ConfigError
+from fomoe_sim.hardware import Accelerator, accelerator_preset, read_rate, read_up_down
+from fomoe_sim.presets import nearest
 
 # Defaults, each with its source; `fomoe project --explain` prints them.
 EFFICIENCY = 1 / 1.15  # shaped TCP links measured at 1.15 x ring bytes (diloco-measured, 4 sites)

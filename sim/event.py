@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
-from fomoe_sim.event_spec import EventSpec, send_at_round_end
 from numpy.typing import ArrayLike, NDArray
 
 from fomoe.errors import ConfigError, FomoeError
+from fomoe_sim.event_spec import EventSpec, send_at_round_end
 
 Array = NDArray[np.float64]
 

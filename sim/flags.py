@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from math import isfinite
 
+from fomoe.errors import ConfigError
 from fomoe_sim.hardware import read_up_down
 from fomoe_sim.traffic import EVERY_STEP
-
-from fomoe.errors import ConfigError
 
 
 def add_question_flags(parser: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
 from fomoe_sim.shape import ModelShape
 from fomoe_sim.traffic import Floats
 

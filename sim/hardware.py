@@ -6,9 +6,8 @@ import re
 from dataclasses import dataclass
 from math import isfinite, sqrt
 
-from fomoe_sim.presets import nearest
-
 from fomoe.errors import ConfigError
+from fomoe_sim.presets import nearest
 
 
 @dataclass(frozen=True, kw_only=True)

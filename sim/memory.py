@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
 from fomoe_sim.scenario import Scenario
 from fomoe_sim.shape import ModelShape
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from fomoe.errors import ConfigError
 from fomoe_sim.answer import Row, answers
 from fomoe_sim.flags import add_question_flags, check_question
 from fomoe_sim.output import scaled, to_table
@@ -23,8 +24,6 @@ from fomoe_sim.question import Point, build_scenario, has_experts
 from fomoe_sim.risk import RiskOptions, risk_columns
 from fomoe_sim.scenario import LAYERS_PER_FRAGMENT, Scenario
 from fomoe_sim.search import placements
-
-from fomoe.errors import ConfigError
 
 LOCAL_STEPS = (8, 16, 32, 64, 100, 128, 256, 512)
 BITS = (32, 8, 4)

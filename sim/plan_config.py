@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import yaml
-from fomoe_sim.scenario import Scenario
-from fomoe_sim.traffic import cyclic_holdings
 
 from fomoe.config import Config, build_config, option_names
 from fomoe.errors import ConfigError
+from fomoe_sim.scenario import Scenario
+from fomoe_sim.traffic import cyclic_holdings
 
 TRAINED = ("fomoe", "diloco", "photon", "ddp", "spes")
 

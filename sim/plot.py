@@ -6,9 +6,8 @@ from html import escape
 from math import ceil, floor, log10
 from pathlib import Path
 
-from fomoe_sim.answer import Row
-
 from fomoe.errors import ConfigError
+from fomoe_sim.answer import Row
 
 WIDTH, HEIGHT = 720, 420
 LEFT, RIGHT, TOP, BOTTOM = 70, 170, 40, 55

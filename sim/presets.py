@@ -9,9 +9,8 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING, Literal
 
-from fomoe_sim.shape import Attention, ModelShape
-
 from fomoe.errors import ConfigError
+from fomoe_sim.shape import Attention, ModelShape
 
 if TYPE_CHECKING:
     from fomoe.config import Config

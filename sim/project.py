@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fomoe.errors import ConfigError
 from fomoe_sim.answer import Row, answer
 from fomoe_sim.flags import add_question_flags, check_methods, check_question
 from fomoe_sim.output import explain, risk_lines, sources_lines, to_csv, to_json, to_table
@@ -16,8 +17,6 @@ from fomoe_sim.question import Point, build_scenario, has_experts, methods_asked
 from fomoe_sim.risk import REPAIR_HOURS, RiskOptions, risk_columns
 from fomoe_sim.scenario import Scenario
 from fomoe_sim.sweep import sweep
-
-from fomoe.errors import ConfigError
 
 MOST_LOCAL_STEPS = 1_000_000
 SLOWEST_BPS, FASTEST_BPS = 1e3, 1e15

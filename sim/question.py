@@ -11,6 +11,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
+from fomoe.config import Config, load_config
+from fomoe.errors import ConfigError
+from fomoe.memory import SiteMemory, site_memory
+from fomoe.placement import Placement, build_placement, by_capacity, capacity_slots
+from fomoe.segments import build_plan
+from fomoe.shapes import parameter_specs
 from fomoe_sim.answer import default_tokens
 from fomoe_sim.cluster import Cluster, load_cluster, uniform_cluster
 from fomoe_sim.flags import PLACED
@@ -28,13 +34,6 @@ from fomoe_sim.scenario import (
 )
 from fomoe_sim.shape import ModelShape
 from fomoe_sim.traffic import Holdings, cyclic_holdings, executed_share, table_holdings
-
-from fomoe.config import Config, load_config
-from fomoe.errors import ConfigError
-from fomoe.memory import SiteMemory, site_memory
-from fomoe.placement import Placement, build_placement, by_capacity, capacity_slots
-from fomoe.segments import build_plan
-from fomoe.shapes import parameter_specs
 
 DEFAULT_SITES = 4
 DEFAULT_REPLICATION = 2

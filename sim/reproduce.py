@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from fomoe_sim import published
 from fomoe_sim.event import GRID_BPS, ImpossibleResult, check_conservation, required_bandwidth
 from fomoe_sim.event_spec import EventSpec, equal_layers, send_at_round_end, send_fragments

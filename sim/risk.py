@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from math import comb, exp, prod
 from typing import Any
 
+from fomoe.errors import ConfigError
 from fomoe_sim.hardware import central
 from fomoe_sim.memory import FLOAT32
 from fomoe_sim.scenario import Scenario
 from fomoe_sim.stragglers import StepTimes, round_time_percentiles
 from fomoe_sim.timing import step_times
-
-from fomoe.errors import ConfigError
 
 # Llama-3 405B: 419 unexpected interruptions in 54 days on 16,384 H100 (arXiv 2407.21783, table 5),
 # at more than 90 % effective training time over 466 interruptions.

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from fomoe.errors import ConfigError
+from fomoe.memory import SiteMemory
 from fomoe_sim.cluster import Cluster
 from fomoe_sim.flops import TokenFlops, token_flops
 from fomoe_sim.shape import ModelShape
 from fomoe_sim.traffic import METHODS, Holdings, Traffic, method_traffic
-
-from fomoe.errors import ConfigError
-from fomoe.memory import SiteMemory
 
 # Model FLOPs utilisation (low, central, high) while a site computes.
 MFU_MOE = (0.20, 0.25, 0.30)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from fomoe.errors import ConfigError
+from fomoe.placement import Placement, by_capacity, capacity_slots
 from fomoe_sim.memory import SiteMemory, site_memories
 from fomoe_sim.scenario import Scenario
 from fomoe_sim.traffic import cyclic_holdings, table_holdings
-
-from fomoe.errors import ConfigError
-from fomoe.placement import Placement, by_capacity, capacity_slots
 
 
 def placements(base: Scenario, replication: int | None) -> list[Scenario]:

@@ -8,14 +8,13 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
+from fomoe.errors import ConfigError
 from fomoe_sim.answer import Row, answers
 from fomoe_sim.flags import PLACED, ROUND_FLAGS
 from fomoe_sim.hardware import read_rate
 from fomoe_sim.presets import nearest
 from fomoe_sim.question import Point, build_scenario
 from fomoe_sim.traffic import EVERY_STEP
-
-from fomoe.errors import ConfigError
 
 AXES = (
     "replication",

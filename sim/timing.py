@@ -9,12 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
+
 from fomoe_sim.cluster import Cluster
 from fomoe_sim.event import EventSpec, check_conservation, simulate
 from fomoe_sim.event_spec import send_at_round_end, send_fragments
 from fomoe_sim.scenario import Scenario
 from fomoe_sim.traffic import Floats
-from numpy.typing import ArrayLike
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
-from fomoe_sim.shape import ModelShape
 from numpy.typing import NDArray
 
 from fomoe.placement import Placement
+from fomoe_sim.shape import ModelShape
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

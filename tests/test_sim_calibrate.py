@@ -7,15 +7,15 @@ import json
 
 import numpy as np
 import pytest
-from fomoe_sim import calibrate
-from fomoe_sim.calibrate import Calibration, fit, load_calibration, split_rounds
-from fomoe_sim.runs import read_run, read_runs
 
 from fomoe.config import build_config
 from fomoe.errors import ConfigError
 from fomoe.placement import build_placement
 from fomoe.segments import build_plan, sync_traffic
 from fomoe.shapes import parameter_specs
+from fomoe_sim import calibrate
+from fomoe_sim.calibrate import Calibration, fit, load_calibration, split_rounds
+from fomoe_sim.runs import read_run, read_runs
 
 STEP_S, FIXED_S, LINK_BPS = 0.1, 0.07, 80e6
 

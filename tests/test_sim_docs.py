@@ -7,7 +7,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-from fomoe_sim.cli import main
+
+from fomoe.cli import main
 
 PAGE = Path("docs/projection-100b.md")
 BLOCKS = re.findall(r"```console\n\$ (.*?)\n(.*?)```", PAGE.read_text(), re.DOTALL)

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
+from fomoe.config import build_config
+from fomoe.errors import ConfigError
+from fomoe.placement import build_placement
+from fomoe.segments import build_plan, sync_traffic
+from fomoe.shapes import parameter_specs
 from fomoe_sim.event import (
     GRID_BPS,
     ImpossibleResult,
@@ -21,12 +27,6 @@ from fomoe_sim.event_spec import (
     send_fragments,
 )
 from fomoe_sim.stragglers import StepTimes, round_time_percentiles, shared_uplink_s
-
-from fomoe.config import build_config
-from fomoe.errors import ConfigError
-from fomoe.placement import build_placement
-from fomoe.segments import build_plan, sync_traffic
-from fomoe.shapes import parameter_specs
 
 BANDWIDTHS = np.logspace(6, 12, 60)
 

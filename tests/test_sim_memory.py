@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 
 import pytest
-from fomoe_sim.flags import add_question_flags
-from fomoe_sim.memory import activations_per_token, site_memories
-from fomoe_sim.presets import MODELS, model_preset
-from fomoe_sim.question import Point, build_scenario
 
 from fomoe.config import load_config
 from fomoe.memory import site_memory
 from fomoe.placement import build_placement
 from fomoe.segments import build_plan
 from fomoe.shapes import parameter_specs
+from fomoe_sim.flags import add_question_flags
+from fomoe_sim.memory import activations_per_token, site_memories
+from fomoe_sim.presets import MODELS, model_preset
+from fomoe_sim.question import Point, build_scenario
 
 CONFIG = """
 num_sites: 3

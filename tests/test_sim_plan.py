@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from fomoe_sim.cli import main
 
+from fomoe.cli import main
 from fomoe.config import load_config
 from fomoe.placement import build_placement
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from fomoe_sim.cluster import load_cluster
-from fomoe_sim.flops import token_flops
-from fomoe_sim.hardware import read_rate, read_up_down
-from fomoe_sim.presets import MODELS, model_preset, shape_from_config
 
 from fomoe.config import build_config
 from fomoe.errors import ConfigError
 from fomoe.shapes import parameter_specs
+from fomoe_sim.cluster import load_cluster
+from fomoe_sim.flops import token_flops
+from fomoe_sim.hardware import read_rate, read_up_down
+from fomoe_sim.presets import MODELS, model_preset, shape_from_config
 
 EXACT = {
     "olmoe-1b-7b": 6_919_161_856,

@@ -12,8 +12,9 @@ import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
+
+from fomoe.cli import main
 from fomoe_sim.calibrate import Calibration, save_calibration
-from fomoe_sim.cli import main
 
 PROMISED = {
     "model",

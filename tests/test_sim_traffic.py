@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
+from fomoe.config import build_config
+from fomoe.placement import build_placement
+from fomoe.segments import build_plan, sync_traffic, wire_elements
+from fomoe.shapes import parameter_specs
 from fomoe_sim.presets import model_preset, shape_from_config
 from fomoe_sim.traffic import (
     cyclic_holdings,
@@ -12,11 +17,6 @@ from fomoe_sim.traffic import (
     method_traffic,
     table_holdings,
 )
-
-from fomoe.config import build_config
-from fomoe.placement import build_placement
-from fomoe.segments import build_plan, sync_traffic, wire_elements
-from fomoe.shapes import parameter_specs
 
 SMALL = {"d_model": 24, "num_heads": 3, "expert_ffn_dim": 5}
 

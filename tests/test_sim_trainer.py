@@ -8,7 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from fomoe_sim.cli import main as simulate
+
+from fomoe.cli import main as simulate
 
 pytest.importorskip("fomoe.train", reason="the trainer is not part of this checkout")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from fomoe_sim import anchors, published, validate
 from fomoe_sim.event import GRID_BPS, ImpossibleResult, check_conservation
 from fomoe_sim.reproduce import (
