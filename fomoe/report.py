@@ -26,7 +26,7 @@ class Progress:
     def __init__(self, config: Config, *, num_local_sites: int, show: bool) -> None:
         self.config, self.show = config, show
         self.console = Console(stderr=True, quiet=not show, soft_wrap=True, highlight=False)
-        self.live = show and self.console.is_terminal
+        self.live = show and self.console.is_terminal and not self.console.is_dumb_terminal
         self.started = self._last_line = time.monotonic()
         self._steps_done = self._tokens = 0
         self._steps_total = config.rounds * config.local_steps * num_local_sites

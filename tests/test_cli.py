@@ -278,6 +278,7 @@ def test_a_run_ends_with_a_table_and_where_to_look(tiny: Path, tmp_path: Path) -
 
 
 def test_a_terminal_gets_a_live_display(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes the stream for a terminal
     outcome = fomoe("train", tiny, "run.log_every=1")
     assert outcome.status == 0
