@@ -225,11 +225,11 @@ _MODELS = (
         shared_ffn=8192,
         source="meta-llama/Llama-4-Scout-17B-16E config, text part; 4096 tokens assumed",
     ),
-    # Layers are published (arXiv 2501.18512; 2503.09799, table 3, for 1B and 10B); the width of
-    # 100b is the multiple of 64 whose total is nearest to 100e9.
-    _dense("1b", 24, 2048, "arXiv 2503.09799, the 1.3B row"),
-    _dense("10b", 48, 4096, "arXiv 2503.09799, the 10B row"),
-    _dense("100b", 108, 8768, "arXiv 2501.18512 (layers); width from the total"),
+    # The numbers of layers are published (arXiv 2501.18512); the widths are chosen here so that
+    # the totals come near the models' names.
+    _dense("1b", 24, 2048, "arXiv 2501.18512 (layers); width chosen from the total"),
+    _dense("10b", 48, 4096, "arXiv 2501.18512 (layers); width chosen from the total"),
+    _dense("100b", 108, 8768, "arXiv 2501.18512 (layers); width chosen from the total"),
     ModelShape(
         name="llama3-405b",
         num_layers=126,
