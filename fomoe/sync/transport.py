@@ -25,6 +25,10 @@ from fomoe.errors import FomoeError, SyncError
 from fomoe.segments import Bucket, chunk_bounds, wire_elements
 from fomoe.sync.aggregate import Contribution, sum_in_order
 
+_NOT_COMMITTED = (
+    "; a sync that fails is committed nowhere, --resume continues from the newest checkpoint"
+)
+
 
 class ByteCounts:
     """Bytes by class (shared, expert, control, evaluation) of one site."""
@@ -184,11 +188,9 @@ class GlooTransport:
         self._rank = {member: rank for rank, member in enumerate(self.members)}
         options = dist.ProcessGroupGloo._Options()
         options._timeout = timedelta(seconds=timeout_s)
-        create = dist.ProcessGroupGloo.create_device
-        device = create(interface=interface) if interface else None
-        options._devices = [device or dist.ProcessGroupGloo.create_default_device()]
+        options._devices = [_open_interface(interface)]
         prefixed = dist.PrefixStore(f"{prefix}/{local_rank}", store)
-        with _named("joining the other sites"):
+        with _named("joining the other sites", hint=""):
             self._group = dist.ProcessGroupGloo(
                 prefixed, self._rank[site], len(self.members), options
             )
@@ -303,8 +305,23 @@ def _count_gather(counts: ByteCounts, message: bytes, num_members: int) -> None:
     counts.add("control", payload=size, wire=size * (num_members - 1))
 
 
+def _open_interface(interface: str | None) -> dist.ProcessGroupGloo.Device:
+    """The network device that gloo listens on.
+
+    Raises:
+        SyncError: if this machine has no such interface.
+    """
+    try:
+        if interface is None:
+            return dist.ProcessGroupGloo.create_default_device()
+        return dist.ProcessGroupGloo.create_device(interface=interface)
+    except RuntimeError:
+        asked = f"--interface {interface}" if interface else "the host name's network address"
+        raise SyncError(f"{asked}: this machine has no such network interface") from None
+
+
 @contextmanager
-def _named(what: str) -> Iterator[None]:
+def _named(what: str, hint: str = _NOT_COMMITTED) -> Iterator[None]:
     """A failed exchange becomes one line that says what was being done; it is never swallowed."""
     try:
         yield
@@ -316,10 +333,7 @@ def _named(what: str) -> Iterator[None]:
         text = str(error).strip() or type(error).__name__
         # gloo puts its source file before the reason and advice behind it.
         reason = re.sub(r"^\[[^]]*\] *", "", text.splitlines()[0]).split(". This is")[0]
-        raise SyncError(
-            f"{what} failed: {reason[:200]}; a sync that fails is committed nowhere, --resume "
-            f"continues from the newest checkpoint"
-        ) from error
+        raise SyncError(f"{what} failed: {reason[:200]}{hint}") from error
 
 
 # ----------------------------------------------------------------------------------------- launch
@@ -372,7 +386,8 @@ def open_transport(
             f"torchrun started {launch.world_size} ranks, but num_sites is {num_sites}; "
             f"start one rank per site"
         )
-    with _named("reaching the store"):
+    _open_interface(interface)  # a wrong name is told before the wait for the other sites
+    with _named("reaching the other sites", hint=""):
         store, rank, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return GlooTransport(
