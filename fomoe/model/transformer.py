@@ -89,6 +89,7 @@ class MoE(nn.Module):
             num_experts=model.num_experts,
             top_k=model.top_k,
             options=config.router,
+            matmul=model.matmul,
         )
         self.shared_expert = (
             SwiGLU(model.d_model, model.shared_expert_ffn_dim, model.matmul)
