@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from fomoe.config import Config, ModelConfig
 from fomoe.model.backends.base import ExpertWeights, compute_dtype, plan_dispatch
 from fomoe.model.backends.choice import BACKENDS, choose_backend
+from fomoe.model.elementwise import rms_norm, rotate
 from fomoe.model.experts import Expert, SwiGLU, run_experts
 from fomoe.model.matmul import Linear, check_matmul, linear
 from fomoe.model.router import Router, RouterStats, Routing
@@ -38,7 +39,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -250,12 +251,6 @@ class Transformer(nn.Module):
         module = self.layers[layer].moe
         assert isinstance(module, MoE)
         return module
-
-
-def rotate(x: Tensor, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
-    """Rotary positions on the last two dimensions [S, H], halves paired (2104.09864)."""
-    left, right = x.chunk(2, dim=-1)
-    return (x * cos_SH + torch.cat([-right, left], dim=-1) * sin_SH).to(x.dtype)
 
 
 def rotary_table(*, seq_len: int, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
