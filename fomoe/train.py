@@ -18,6 +18,7 @@ from fomoe.config import Config
 from fomoe.data.dataset import Data, build_data
 from fomoe.errors import SyncError
 from fomoe.evaluate import MergedEvaluation, evaluate_local, evaluate_merged, topk_agreement
+from fomoe.hostmemory import keep_freed_memory
 from fomoe.metrics import Metrics
 from fomoe.planning import RunPlan, plan_run
 from fomoe.report import Progress
@@ -120,6 +121,8 @@ def build_run(
     compare_configs(config, transport, mode)
     config, run_dir = claim_run_dir(config, transport, mode)
     plan = plan_run(config)
+    if device.type == "cpu":
+        keep_freed_memory()
 
     def read() -> Data:
         return build_data(config, transport.sites, run_dir=run_dir, share=transport.share)
@@ -140,6 +143,8 @@ def build_run(
     parameters = {site: s.parameters for site, s in sites.items()}
     outer = OuterOptimizer(config, plan.plan, parameters, pin=device.type == "cuda")
     progress = Progress(config, num_local_sites=len(sites), show=show and transport.sites[0] == 0)
+    if config.model.moe_layers:
+        progress.say(f"experts run on backend {sites[transport.sites[0]].expert_backend}")
     totals = {site: Totals() for site in sites}
     run = Run(config, run_dir, plan, transport, data, sites, outer, progress, totals)
     if mode == "resume":

@@ -59,7 +59,8 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _turn(grad, *ctx.saved_tensors, -1), None, None
+        cos_SH, sin_SH = ctx.saved_tensors
+        return _turn(grad, cos_SH, sin_SH, -1), None, None
 
 
 def _turn(x: Tensor, cos_SH: Tensor, sin_SH: Tensor, sign: int) -> Tensor:
