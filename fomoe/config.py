@@ -208,6 +208,9 @@ class RunConfig(Options):
     eval_every: NonNegative = 1  # rounds between evaluations of each site's own model; 0: at end
     eval_merged_every: NonNegative = 0  # rounds between evaluations of the merged model; 0: at end
     log_every: Positive = 10  # steps between plain progress lines
+    # Waiting sites of a proxy run in pinned host memory. auto: where the state of all sites would
+    # take more than half of the accelerator's free memory.
+    park: Literal["auto", "never", "always"] = "auto"
     wandb: Literal["off", "offline", "online"] = "off"
     wandb_project: str = "fomoe"
 
