@@ -145,7 +145,7 @@ def library_blocks(machine: Machine, shape: LayerShape) -> dict[str, torch.nn.Mo
 
 
 def product_candidates(machine: Machine, shape: LayerShape) -> dict[str, Callable[[], object]]:
-    """The layer's nine products per expert alone, on ready operands of the same sizes."""
+    """The layer's six products per expert alone, on ready operands of the same sizes."""
     rows = shape.tokens * shape.top_k // shape.num_experts
 
     def operand(*sizes: int) -> Tensor:
