@@ -27,6 +27,7 @@ setup(
         # Optional expert backend; builds from source and needs CUDA.
         "megablocks": ["megablocks>=0.10,<0.11"],
         "dev": [
+            "datasets>=3,<6",
             "pytest>=8,<10",
             "ruff>=0.8,<1",
             "mypy>=1.13,<3",

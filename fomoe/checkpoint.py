@@ -45,15 +45,15 @@ def save_part(
         CheckpointError: if it cannot be written (a full disk, say); earlier ones are untouched.
     """
     folder = round_folder(run_dir, round_idx)
-    names = {"tensors": f"site-{site}.safetensors", "values": f"site-{site}.json"}
+    tensors_name, values_name = _file_names(site)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # A manifest of an earlier attempt must not vouch for the files that replace it.
         (folder / f"site-{site}.manifest.json").unlink(missing_ok=True)
         on_cpu = {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
-        write_atomically(folder / names["tensors"], lambda path: save_file(on_cpu, path))
-        _write_text(folder / names["values"], json.dumps(values))
-        files = {name: _describe(folder / name) for name in names.values()}
+        write_atomically(folder / tensors_name, lambda path: save_file(on_cpu, path))
+        _write_text(folder / values_name, json.dumps(values))
+        files = {name: _describe(folder / name) for name in _file_names(site)}
         manifest = {"format": _FORMAT, "round": round_idx, "site": site, "files": files}
         _write_text(folder / f"site-{site}.manifest.json", json.dumps(manifest, indent=1))
     except (OSError, SafetensorError) as error:
@@ -65,6 +65,10 @@ def save_part(
         ) from error
 
 
+def _file_names(site: int) -> tuple[str, str]:
+    return f"site-{site}.safetensors", f"site-{site}.json"
+
+
 def check_part(run_dir: Path, round_idx: int, site: int) -> str:
     """Why a part cannot be used; empty if it is whole."""
     folder = round_folder(run_dir, round_idx)
@@ -72,6 +76,10 @@ def check_part(run_dir: Path, round_idx: int, site: int) -> str:
         manifest = json.loads((folder / f"site-{site}.manifest.json").read_text())
         if manifest["format"] != _FORMAT:
             return f"has format {manifest['format']}, not {_FORMAT}"
+        if (manifest["round"], manifest["site"]) != (round_idx, site):
+            return f"its manifest is of round {manifest['round']}, site {manifest['site']}"
+        if set(manifest["files"]) != set(_file_names(site)):
+            return "its manifest does not name its files"
         for name, expected in manifest["files"].items():
             if _describe(folder / name) != expected:
                 return f"{name} is torn or was altered (its sha256 differs from the manifest)"
@@ -107,8 +115,9 @@ def remove_parts(run_dir: Path, round_idx: int, sites: Iterable[int]) -> None:
     """Remove these sites' parts of a round, manifests first, and the folder once it is empty."""
     folder = round_folder(run_dir, round_idx)
     for site in sites:
-        for suffix in (".manifest.json", ".json", ".safetensors"):
-            (folder / f"site-{site}{suffix}").unlink(missing_ok=True)
+        for name in (f"site-{site}.manifest.json", *_file_names(site)):
+            (folder / name).unlink(missing_ok=True)
+            _temporary(folder / name).unlink(missing_ok=True)
     if folder.exists() and not any(folder.iterdir()):
         folder.rmdir()
 
@@ -117,9 +126,22 @@ def remove_parts(run_dir: Path, round_idx: int, sites: Iterable[int]) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write a small file so that readers see the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_text(path, text)
+    """Write a small file so that readers see the old one or the new one.
+
+    Raises:
+        CheckpointError: naming the file, if it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_text(path, text)
+    except OSError as error:
+        raise not_written(path, error) from error
+
+
+def not_written(path: Path, error: OSError) -> CheckpointError:
+    """The system's own error for a full disk does not say which file it was."""
+    reason = error.strerror or error
+    return CheckpointError(f"{path} cannot be written: {reason}; checkpoints are kept")
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -128,7 +150,7 @@ def _write_text(path: Path, text: str) -> None:
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Write through a temporary name: flush, rename, flush the folder."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     try:
         write(temporary)
         _flush(temporary)
@@ -136,6 +158,10 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _flush(path: Path) -> None:

@@ -1,4 +1,7 @@
-"""The command line: `fomoe train | compare | merge`. Heavy imports wait until they are needed."""
+"""The command line: `fomoe train | compare | merge`, and the cost model's commands.
+
+Heavy imports wait until they are needed.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from typing import Any, NoReturn
 
 from fomoe import __version__
 from fomoe.errors import ConfigError, FomoeError
+from fomoe_sim.cli import add_commands
 
 _EXIT_FAILED, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 2, 130
 
@@ -27,8 +31,9 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, 1 (failed), 2 (wrong input) or 130 (interrupted)."""
-    parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    parser = build_parser(next((word for word in words if not word.startswith("-")), None))
+    args, rest = parser.parse_known_args(words)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         _take_overrides(args, rest)
@@ -37,14 +42,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, _EXIT_USAGE)
     except FomoeError as error:
         return _fail(error, _EXIT_FAILED)
+    except BrokenPipeError:
+        # The reader of our output went away, as `head` does; Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _EXIT_FAILED
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
         return _fail(f"{error.strerror or error}{where}", _EXIT_FAILED)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _fail(f"out of memory: {error}", _EXIT_FAILED)
     except KeyboardInterrupt:
         return _fail("interrupted; checkpoints are kept, --resume continues", _EXIT_INTERRUPTED)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
+    """The parser; `chosen` is the command that will run, whose flags must be there."""
     parser = _Parser(
         prog="fomoe",
         description="Pre-train one Mixture-of-Experts model across sites that each hold only some "
@@ -55,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_compare(commands)
     _add_merge(commands)
+    add_commands(commands, chosen)
     return parser
 
 
@@ -161,7 +176,7 @@ def _compare(args: argparse.Namespace) -> int:
             raise ConfigError("--methods", method, "stands twice")
     configs = []
     for method in methods:  # all are checked before the first one trains
-        config = load(args.config, [*args.overrides, f"method={method}"])
+        config = load(args.config, args.overrides, method=method)
         assert config.run.dir is not None
         settings = config.run.model_copy(update={"dir": str(Path(config.run.dir) / method)})
         configs.append(config.model_copy(update={"run": settings}))
@@ -190,11 +205,11 @@ def _merge(args: argparse.Namespace) -> int:
 # ---------------------------------------------------------------------------------------- helpers
 
 
-def load(path: str, overrides: Sequence[str]) -> Any:
+def load(path: str, overrides: Sequence[str], *, method: str | None = None) -> Any:
     """Load a config; without `run.dir` the run goes to `runs/<name of the file>`."""
     from fomoe.config import load_config
 
-    config = load_config(path, list(overrides))
+    config = load_config(path, list(overrides), method=method)
     if config.run.dir is None:
         settings = config.run.model_copy(update={"dir": str(Path("runs") / Path(path).stem)})
         config = config.model_copy(update={"run": settings})
@@ -207,6 +222,12 @@ def _take_overrides(args: argparse.Namespace, rest: list[str]) -> None:
         if word.startswith("-") or "=" not in word or not hasattr(args, "overrides"):
             raise ConfigError("argument", word, "is not known (see --help)")
         args.overrides.append(word)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """torch raises a plain RuntimeError where the CPU's allocator fails."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def _interrupt(signum: int, frame: Any) -> NoReturn:

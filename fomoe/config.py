@@ -12,21 +12,24 @@ import copy
 import difflib
 import hashlib
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fomoe.errors import ConfigError
+from fomoe.methods import method_settings
+from fomoe.rules import check_config
+from fomoe.yamlfile import parse_override, read_yaml, set_option
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]  # of a running mean
 # YAML has lists only; the tree is frozen, so it keeps tuples. Items stay strictly typed.
 IntTuple = Annotated[tuple[int, ...], Field(strict=False)]
 StrTuple = Annotated[tuple[str, ...], Field(strict=False)]
@@ -137,8 +140,8 @@ class InnerConfig(Options):
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: PositiveFloat = 1e-3
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
+    beta1: Decay = 0.9
+    beta2: Decay = 0.95
     eps: PositiveFloat = 1e-8
     momentum: Fraction = 0.0  # of inner SGD
     weight_decay: NonNegativeFloat = 0.1  # matrices only; norms are not decayed
@@ -198,6 +201,13 @@ class DataConfig(Options):
     text_field: str = "text"  # column of a hub data set
     hub_split: str = "train"  # split of a hub data set
 
+    @property
+    def fixed_vocab_size(self) -> int | None:
+        """Vocabulary size that the tokenizer's name alone fixes, or None."""
+        if self.tokenizer == "byte":
+            return 257  # 256 bytes and the end-of-text token
+        return self.bpe_vocab_size if self.tokenizer == "bpe" else None
+
 
 class RunConfig(Options):
     """Where a run writes and how often; the numbers that training produces do not depend on it."""
@@ -215,17 +225,6 @@ class RunConfig(Options):
     wandb_project: str = "fomoe"
 
 
-METHODS = (
-    "fomoe",
-    "diloco",
-    "photon",
-    "ddp",
-    "spes",
-    "resident-routing",
-    "dense",
-    "diloco-half",
-    "single",
-)
 Method = Literal[
     "fomoe",
     "diloco",
@@ -237,6 +236,7 @@ Method = Literal[
     "diloco-half",
     "single",
 ]
+METHODS: tuple[str, ...] = get_args(Method)
 
 
 class Config(Options):
@@ -259,8 +259,7 @@ class Config(Options):
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding: `model.vocab_size`, or the tokenizer's own size."""
-        known = tokenizer_vocab_size(self.data)
-        size = self.model.vocab_size or known
+        size = self.model.vocab_size or self.data.fixed_vocab_size
         assert size is not None  # check_config refuses a config without either
         return size
 
@@ -282,22 +281,20 @@ class Config(Options):
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def tokenizer_vocab_size(data: DataConfig) -> int | None:
-    """Vocabulary size that the tokenizer's name alone fixes, or None."""
-    if data.tokenizer == "byte":
-        return 257  # 256 bytes and the end-of-text token
-    return data.bpe_vocab_size if data.tokenizer == "bpe" else None
-
-
 # ---------------------------------------------------------------------------------------- loading
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load_config(
+    path: str | Path, overrides: list[str] | tuple[str, ...] = (), *, method: str | None = None
+) -> Config:
     """Read a YAML experiment, apply dotted overrides and the method's settings, check every rule.
 
     Args:
         path: the YAML file.
-        overrides: `section.option=value` strings; values are read as YAML.
+        overrides: `section.option=value` strings; values are read as YAML. One that contradicts
+            the method is refused.
+        method: run this method instead of the config's; what it sets wins over the overrides, so
+            that one command line serves several methods.
 
     Raises:
         ConfigError: one line naming the field, the value and the rule that it breaks.
@@ -308,50 +305,9 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         field, value = parse_override(override)
         set_option(tree, field, value)
         explicit[field] = value
+    if method is not None:
+        tree["method"], explicit = method, {}
     return build_config(tree, explicit=explicit)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping; every failure names the file."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ConfigError("config", str(path), f"does not exist{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("config", str(path), f"cannot be read: {_one_line(error)}") from None
-    try:
-        tree = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError("config", str(path), f"is not valid YAML: {_one_line(error)}") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError("config", str(path), "must hold a mapping of options")
-    return tree
-
-
-def parse_override(override: str) -> tuple[str, Any]:
-    field, equals, text = override.partition("=")
-    if not equals or not field:
-        raise ConfigError("override", override, "must have the form section.option=value")
-    try:
-        return field, yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(field, text, f"is not valid YAML: {_one_line(error)}") from None
-
-
-def set_option(tree: dict[str, Any], field: str, value: Any) -> None:
-    *sections, option = field.split(".")
-    node = tree
-    for section in sections:
-        child = node.setdefault(section, {})
-        if not isinstance(child, dict):
-            raise ConfigError(field, value, f"cannot be set: {section} is not a section")
-        node = child
-    node[option] = value
 
 
 def build_config(tree: dict[str, Any], *, explicit: dict[str, Any] | None = None) -> Config:
@@ -370,50 +326,6 @@ def build_config(tree: dict[str, Any], *, explicit: dict[str, Any] | None = None
     return config
 
 
-def method_settings(config: Config) -> dict[str, Any]:
-    """What a method's name sets: baselines are settings of the same system.
-
-    The settings are absolute, so applying them to a resolved config changes nothing.
-    """
-    everywhere = {
-        "placement.kind": "cyclic",
-        "placement.replication_factor": config.num_sites,
-        "placement.capacity": None,
-        "placement.num_common": None,
-        "placement.table": None,
-        "placement.store": "holders",
-    }
-    plain_mean = {
-        "outer.optimizer": "SGD",
-        "outer.lr": 1.0,
-        "outer.momentum": 0.0,
-        "outer.nesterov": False,
-        "outer.options": {},
-    }
-    # One site alone keeps the text that it would have had among the others.
-    own_text: dict[str, Any] = {"data.num_shards": config.data.num_shards or config.num_sites}
-    if config.data.sites:
-        own_text = {"data.sites": list(config.data.sites[:1])}
-    alone = {
-        "num_sites": 1,
-        "placement.replication_factor": 1,
-        "sync.single_holder": "local",
-        **own_text,
-    }
-    settings: dict[str, dict[str, Any]] = {
-        "fomoe": {},
-        "diloco": everywhere,
-        "photon": {**everywhere, **plain_mean},
-        "ddp": {**everywhere, "sync.average": "gradients"},
-        "spes": {"placement.store": "all", "router.route_scope": "all", **plain_mean},
-        "resident-routing": {"router.route_scope": "resident"},
-        "dense": {**everywhere, "model.ffn": "dense"},
-        "diloco-half": {**everywhere, "model.expert_ffn_scale": 0.5},
-        "single": {**everywhere, **alone},
-    }
-    return settings[config.method]
-
-
 def _parse(tree: dict[str, Any]) -> Config:
     _refuse_unknown(tree, Config, "")
     try:
@@ -427,7 +339,10 @@ def _refuse_unknown(tree: Any, section: type[Options], prefix: str) -> None:
     for key, value in tree.items():
         field = f"{prefix}{key}"
         if key not in section.model_fields:
-            near = _nearest(field, list(option_names(Config)))
+            names = list(option_names(Config))
+            if isinstance(value, dict):  # a section's name may be what is misspelled
+                names += {name.partition(".")[0] for name in names if "." in name}
+            near = _nearest(field, sorted(names))
             raise ConfigError(field, "", f"is not an option; did you mean {near}?")
         kind = section.model_fields[key].annotation
         if isinstance(kind, type) and issubclass(kind, Options):
@@ -485,127 +400,3 @@ def _yaml_word(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return repr(value)
-
-
-# ------------------------------------------------------------------------------------------ rules
-
-
-def check_config(config: Config) -> None:
-    """Check the rules that tie several options together.
-
-    Raises:
-        ConfigError: naming the first field, value and rule that do not hold.
-    """
-    from fomoe.placement import build_placement  # placement stands after config in the data flow
-
-    _check_model(config)
-    _check_outer(config.outer)
-    _check_data(config)
-    placement = build_placement(config)
-    if config.router.route_scope == "resident" and config.model.ffn == "moe":
-        fewest = min(placement.num_residents(site) for site in range(config.num_sites))
-        if fewest < config.model.top_k:
-            rule = f"needs at least top_k = {config.model.top_k} experts per layer and site; "
-            raise ConfigError("router.route_scope", "resident", rule + f"a site holds {fewest}")
-    if config.sync.average == "gradients" and not placement.full:
-        rule = "needs every expert on every site (replication_factor = num_sites)"
-        raise ConfigError("sync.average", "gradients", rule)
-
-
-def _check_model(config: Config) -> None:
-    model = config.model
-    known = tokenizer_vocab_size(config.data)
-    if model.vocab_size is None and known is None:
-        rule = f"is needed beside data.tokenizer {config.data.tokenizer}"
-        raise ConfigError("model.vocab_size", "null", rule)
-    if model.vocab_size is not None and known is not None and model.vocab_size < known:
-        raise ConfigError(
-            "model.vocab_size", model.vocab_size, f"is below the tokenizer's {known} tokens"
-        )
-    if model.head_dim is None and model.d_model % model.num_heads:
-        rule = f"does not divide d_model {model.d_model}; set model.head_dim"
-        raise ConfigError("model.num_heads", model.num_heads, rule)
-    if model.head_size % 2:
-        raise ConfigError("model.head_dim", model.head_size, "must be even (rotary positions)")
-    if model.num_heads % model.kv_heads:
-        rule = f"does not divide num_heads {model.num_heads}"
-        raise ConfigError("model.num_kv_heads", model.kv_heads, rule)
-    if model.top_k > model.num_experts:
-        rule = f"exceeds the {model.num_experts} experts (model.num_experts)"
-        raise ConfigError("model.top_k", model.top_k, rule)
-    if model.num_dense_layers > model.num_layers:
-        rule = f"exceeds the {model.num_layers} layers (model.num_layers)"
-        raise ConfigError("model.num_dense_layers", model.num_dense_layers, rule)
-    if model.expert_width < 1:
-        rule = f"leaves no width of expert_ffn_dim {model.expert_ffn_dim}"
-        raise ConfigError("model.expert_ffn_scale", model.expert_ffn_scale, rule)
-
-
-def _check_outer(outer: OuterConfig) -> None:
-    if outer.optimizer != "SGD":
-        for name in ("momentum", "nesterov"):
-            if getattr(outer, name) is not None:
-                rule = f"is an option of SGD, not of {outer.optimizer}; use outer.options"
-                raise ConfigError(f"outer.{name}", getattr(outer, name), rule)
-    clash = {"lr", "momentum", "nesterov"} & set(outer.options)
-    if clash and (outer.optimizer == "SGD" or "lr" in clash):
-        name = sorted(clash)[0]
-        raise ConfigError(f"outer.options.{name}", outer.options[name], f"is set by outer.{name}")
-    if outer.arguments.get("nesterov") and not outer.arguments.get("momentum"):
-        raise ConfigError("outer.nesterov", "true", "needs outer.momentum above 0")
-
-
-def _check_data(config: Config) -> None:
-    data = config.data
-    if data.sites is not None and len(data.sites) != config.num_sites:
-        rule = f"must name one source for each of the {config.num_sites} sites"
-        raise ConfigError("data.sites", list(data.sites), rule)
-    if data.sites is not None and data.num_shards is not None:
-        raise ConfigError("data.num_shards", data.num_shards, "has no meaning beside data.sites")
-    if data.num_shards is not None and data.num_shards < config.num_sites:
-        rule = f"must be at least num_sites {config.num_sites}"
-        raise ConfigError("data.num_shards", data.num_shards, rule)
-    sources = [*(data.sites or (data.source,)), *([data.held_out] if data.held_out else [])]
-    for source in sources:
-        shards = source.endswith((".bin", ".npy"))
-        if shards != (data.tokenizer == "none"):
-            rule = "must be none for token shards" if shards else f"cannot read text {source}"
-            raise ConfigError("data.tokenizer", data.tokenizer, rule)
-
-
-# ------------------------------------------------------------------------------------------- YAML
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with the number and truth words people expect, and no silently repeated keys.
-
-    YAML 1.1, which PyYAML follows, reads `3e-4` as text and `off` as false.
-    """
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if not isinstance(key, str):
-                raise yaml.YAMLError(f"key {key!r} must be text")
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"key {key!r} stands twice")
-        return super().construct_mapping(node, deep=deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith((":bool", ":float"))]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$"), list("tf"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
-        r"|\.[0-9]+([eE][-+]?[0-9]+)?|\.(inf|nan))$"
-    ),
-    list("-+0123456789."),
-)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

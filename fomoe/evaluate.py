@@ -20,7 +20,6 @@ from torch import Tensor
 
 from fomoe.config import Config
 from fomoe.model.experts import Expert, swiglu
-from fomoe.placement import Placement
 from fomoe.segments import Plan, Segment
 from fomoe.shapes import expert_name
 from fomoe.site import Site
@@ -81,7 +80,6 @@ def topk_agreement(before_LTK: Tensor, after_LTK: Tensor) -> float:
 def evaluate_merged(
     config: Config,
     sites: Mapping[int, Site],
-    placement: Placement,
     plan: Plan,
     transport: Transport,
     held_out: np.ndarray,
@@ -90,7 +88,6 @@ def evaluate_merged(
 
     Args:
         sites: the sites of this process.
-        placement: who holds which expert.
         plan: where each expert's tensors are found.
     """
     batches = list(_batches(config, held_out))

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fomoe.checkpoint import write_text_atomically
+from fomoe.checkpoint import not_written, write_text_atomically
 from fomoe.config import Config
 
 
@@ -42,9 +42,16 @@ class Metrics:
         self._wandb = _open_wandb(config, run_dir, sites)
 
     def write(self, records: list[dict[str, Any]]) -> None:
-        """Append records and flush, so that a crash loses none of them."""
-        self._file.write("".join(json.dumps(record) + "\n" for record in records))
-        self._file.flush()
+        """Append records and flush, so that a crash loses none of them.
+
+        Raises:
+            CheckpointError: if they cannot be written.
+        """
+        try:
+            self._file.write("".join(json.dumps(record) + "\n" for record in records))
+            self._file.flush()
+        except OSError as error:
+            raise not_written(self.path, error) from error
         if self._wandb is not None:
             for record in records:
                 prefix = f"site{record['site']}/" if "site" in record else ""
@@ -58,8 +65,11 @@ class Metrics:
                 )
 
     def close(self) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
+        try:
+            os.fsync(self._file.fileno())
+            self._file.close()
+        except OSError as error:  # closing tries once more to write what did not fit
+            raise not_written(self.path, error) from error
         if self._wandb is not None:
             self._wandb.finish()
 

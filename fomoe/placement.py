@@ -200,7 +200,7 @@ def _check_options(config: Config) -> None:
         raise ConfigError("placement.replication_factor", r, rule)
     if options.kind == "cyclic":
         if r is None and options.capacity is None:
-            rule = "is needed for cyclic placement, or placement.capacity"
+            rule = "must be set for cyclic placement, or placement.capacity"
             raise ConfigError("placement.replication_factor", "null", rule)
         if options.capacity is not None:
             _check_capacity(options.capacity, num_sites, num_experts, r)
@@ -214,7 +214,7 @@ def _check_options(config: Config) -> None:
             rule = f"is an option of {kind} placement, not of {options.kind}"
             raise ConfigError(f"placement.{name}", value, rule)
         if value is None and options.kind == kind and kind != "cyclic":
-            raise ConfigError(f"placement.{name}", "null", f"is needed for {kind} placement")
+            raise ConfigError(f"placement.{name}", "null", f"must be set for {kind} placement")
     if options.num_common is not None and options.num_common > num_experts:
         rule = f"exceeds the {num_experts} experts (model.num_experts)"
         raise ConfigError("placement.num_common", options.num_common, rule)

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from fomoe.config import Config
 from fomoe.planning import RunPlan, memory_by_kind, planned_summary
+from fomoe.segments import full_payload, wire_elements
 
 _PLAIN_EVERY_S = 15.0  # longest silence where there is no terminal
 
@@ -25,7 +26,7 @@ class Progress:
     def __init__(self, config: Config, *, num_local_sites: int, show: bool) -> None:
         self.config, self.show = config, show
         self.console = Console(stderr=True, quiet=not show, soft_wrap=True, highlight=False)
-        self.live = show and self.console.is_terminal
+        self.live = show and self.console.is_terminal and not self.console.is_dumb_terminal
         self.started = self._last_line = time.monotonic()
         self._steps_done = self._tokens = 0
         self._steps_total = config.rounds * config.local_steps * num_local_sites
@@ -125,14 +126,32 @@ def print_dry_run(run: RunPlan) -> None:
         f"{summary['replication_factor']:g} of {summary['num_sites']} sites hold an expert "
         f"on average"
     )
-    if summary["ratio_vs_diloco"] is None:
-        console.print("nothing crosses between sites")
-    else:
-        console.print(
-            f"payload per site and round {bytes_text(summary['payload_bytes_per_site_per_round'])}:"
-            f" {summary['ratio_vs_diloco']:.2f}x less than DiLoCo,"
-            f" {summary['ratio_vs_ddp']:.2f}x less than DDP"
-        )
+    console.print(_traffic_table(run))
+
+
+def _traffic_table(run: RunPlan) -> Table:
+    """Bytes per site and round of this run, and of DiLoCo and DDP for the same model."""
+    config, numel = run.config, run.plan.numel
+    sites = range(config.num_sites)
+    own = (
+        sum(run.payload_per_round(site) for site in sites) / len(sites),
+        sum(run.wire_per_round(site) for site in sites) / len(sites),
+    )
+    whole = (
+        full_payload(numel, config.num_sites),
+        4 * sum(wire_elements(numel, config.num_sites, site) for site in sites) / len(sites),
+    )
+    rows = {
+        f"this run ({config.method})": own,
+        "DiLoCo": whole,
+        "DDP": tuple(config.local_steps * count for count in whole),
+    }
+    columns = ("", "payload", "wire", "payload ratio", "wire ratio")
+    table = Table(*columns, title="Bytes per site and round, against the same model elsewhere")
+    for name, counts in rows.items():
+        ratios = (_times(n / o if o else None) for n, o in zip(counts, own, strict=True))
+        table.add_row(name, *(bytes_text(count) for count in counts), *ratios)
+    return table
 
 
 def _holders_table(run: RunPlan) -> Table:

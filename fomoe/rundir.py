@@ -101,7 +101,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def claim_run_dir(config: Config, transport: Transport, mode: str) -> tuple[Config, Path]:
-    """Find the run's folder and make it ready for `mode`.
+    """Find the run's folder for `mode`, and make it; nothing in it is touched yet.
 
     Returns:
         The config with the folder that is used, and the folder.
@@ -116,14 +116,14 @@ def claim_run_dir(config: Config, transport: Transport, mode: str) -> tuple[Conf
         run_dir = Path(transport.share(lambda: str(_next_free(wanted)).encode()).decode())
     elif mode == "new":
         agreed(transport, lambda: _refuse_existing(run_dir, transport.sites))
-    elif mode == "overwrite":
-        _remove_run(run_dir, transport.sites)
     agreed(transport, lambda: _make_folder(run_dir))
     settings = config.run.model_copy(update={"dir": str(run_dir)})
     return config.model_copy(update={"run": settings}), run_dir
 
 
 def _make_folder(run_dir: Path) -> None:
+    if run_dir.exists() and not run_dir.is_dir():
+        raise CheckpointError(f"run.dir {run_dir} is a file, not a folder")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -133,7 +133,7 @@ def _make_folder(run_dir: Path) -> None:
 def _next_free(run_dir: Path) -> Path:
     """`run_dir`, or `run_dir-2`, `-3`, ... whichever holds nothing yet."""
     candidate, number = run_dir, 1
-    while candidate.exists() and any(candidate.iterdir()):
+    while candidate.is_dir() and any(candidate.iterdir()):
         number += 1
         candidate = run_dir.with_name(f"{run_dir.name}-{number}")
     return candidate
@@ -149,8 +149,11 @@ def _refuse_existing(run_dir: Path, sites: tuple[int, ...]) -> None:
         )
 
 
-def _remove_run(run_dir: Path, sites: tuple[int, ...]) -> None:
-    """Remove what a run of these sites wrote, and nothing else."""
+def remove_run(run_dir: Path, sites: tuple[int, ...]) -> None:
+    """Remove what a run of these sites wrote, and nothing else.
+
+    Only once everything that can be wrong with the new run has been checked.
+    """
     metrics_path(run_dir, sites[0]).unlink(missing_ok=True)
     for round_idx in checkpoint.saved_rounds(run_dir):
         checkpoint.remove_parts(run_dir, round_idx, sites)

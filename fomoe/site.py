@@ -144,10 +144,11 @@ class Site:
     # ---------------------------------------------------------------------------------- counting
 
     def _check_tokens(self, batch: Tensor) -> None:
-        if int(batch.max()) >= self.config.vocab_size:
+        low, high = int(batch.min()), int(batch.max())
+        if low < 0 or high >= self.config.vocab_size:
             raise DataError(
-                f"token {int(batch.max())} in the training data exceeds model.vocab_size "
-                f"{self.config.vocab_size}"
+                f"token {low if low < 0 else high} in the training data is not below "
+                f"model.vocab_size {self.config.vocab_size} and from 0 up"
             )
 
     def _reset_round(self) -> None:

@@ -82,7 +82,7 @@ def round_record(
             f"site {site} sent (payload, wire) = {counted} bytes in round {round_idx}, "
             f"but the plan says {planned}"
         )
-    selected = max(int(routing.selected_LE.sum()), 1)
+    selected = int(routing.selected_LE.sum())
     health = routing_health(routing.selected_LE, routing.skipped_L, routing.entropy_L)
     held = {bucket.index for bucket in plan.plan.buckets if site in bucket.holders}
     return {
@@ -97,7 +97,7 @@ def round_record(
         "wire_bytes": counted[1],
         "payload_bytes_by_class": payload,
         "wire_bytes_by_class": wire,
-        "skipped_fraction": int(routing.skipped_L.sum()) / selected,
+        "skipped_fraction": int(routing.skipped_L.sum()) / max(selected, 1),
         "executed_fraction": _executed(int(routing.executed_LE.sum()), selected),
         "unserved_fraction": int(routing.unserved_L.sum())
         / max(routing.tokens * len(routing.unserved_L), 1),

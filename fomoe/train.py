@@ -17,7 +17,7 @@ import torch
 from fomoe import checkpoint
 from fomoe.config import Config
 from fomoe.data.dataset import Data, build_data
-from fomoe.errors import SyncError
+from fomoe.errors import ConfigError, SyncError
 from fomoe.evaluate import MergedEvaluation, evaluate_local, evaluate_merged, topk_agreement
 from fomoe.hostmemory import keep_freed_memory
 from fomoe.metrics import Metrics
@@ -31,6 +31,7 @@ from fomoe.rundir import (
     compare_configs,
     compare_fingerprints,
     find_checkpoint,
+    remove_run,
     write_run_files,
 )
 from fomoe.site import STEP_FIELDS, RoundRouting, Site, learning_rate
@@ -40,8 +41,14 @@ from fomoe.sync.outer import (
     average_gradients,
     average_pseudo_gradients,
     check_replicas,
+    divergence,
 )
-from fomoe.sync.transport import Transport, launch_from_environment, open_transport
+from fomoe.sync.transport import (
+    Transport,
+    check_agreement,
+    launch_from_environment,
+    open_transport,
+)
 
 
 @dataclass
@@ -112,7 +119,7 @@ def choose_device(name: str, local_rank: int) -> torch.device:
         name = f"cuda:{local_rank % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError):
         raise SyncError(f"--device {name}: this machine has no such device") from None
     if device.type == "cuda":
@@ -131,7 +138,8 @@ def build_run(
         keep_freed_memory()
 
     def read() -> Data:
-        return build_data(config, transport.sites, run_dir=run_dir, share=transport.share)
+        kept_in = run_dir if mode == "resume" else None
+        return build_data(config, transport.sites, tokenizer_dir=kept_in, share=transport.share)
 
     data = agreed(transport, read)
     compare_fingerprints(data.fingerprints, transport)
@@ -150,6 +158,8 @@ def build_run(
         agreed(transport, lambda: resume(run))
         for parking in parkings.values():
             parking.park()
+    elif mode == "overwrite":
+        remove_run(run_dir, transport.sites)
     write_run_files(config, run_dir, data, transport)
     return run
 
@@ -208,7 +218,8 @@ def run_rounds(run: Run) -> dict[str, Any]:
                 )
             if is_due(config.run.eval_merged_every, round_idx, config.rounds):
                 run.merged = merged_loss(run)
-                records.append(merged_record(run.merged, round_idx))
+                if transport.members[0] in transport.sites:
+                    records.append(merged_record(run.merged, round_idx))
             metrics.write(records)
             save_checkpoint(run, round_idx + 1)
             run.progress.round_done(round_idx, records)
@@ -287,6 +298,9 @@ def synchronize(run: Run) -> dict[int, RoundRouting]:
         counts = {site: s.round_counts(routing[site]) for site, s in run.sites.items()}
         means = average_pseudo_gradients(config, run.plan.plan, run.outer, run.transport, counts)
         run.outer.step(means)
+    else:  # gradients were averaged at every step; the parameters are what they are
+        parameters = {site: s.parameters for site, s in run.sites.items()}
+        check_agreement(run.transport, lambda site: divergence(parameters[site]))
     if config.router.balance != "loss" and config.model.moe_layers:
         selected = [
             torch.frombuffer(bytearray(message), dtype=torch.int64)
@@ -325,12 +339,7 @@ def evaluate_sites(run: Run, round_idx: int) -> dict[int, float]:
 def merged_loss(run: Run) -> MergedEvaluation:
     with unparked(run.parkings.values(), optimizer=False):
         return evaluate_merged(
-            run.config,
-            run.sites,
-            run.plan.placement,
-            run.plan.plan,
-            run.transport,
-            run.data.held_out,
+            run.config, run.sites, run.plan.plan, run.transport, run.data.held_out
         )
 
 
@@ -375,6 +384,9 @@ def resume(run: Run) -> None:
     if found is None:
         run.progress.say(f"{run.run_dir} holds no complete checkpoint; starting at round 0")
         return
+    if found > run.config.rounds:
+        rule = f"is below the {found} rounds that {run.run_dir} has done"
+        raise ConfigError("rounds", run.config.rounds, rule)
     run.first_round = found
     for site_idx, site in run.sites.items():
         tensors, values = checkpoint.load_part(run.run_dir, found, site_idx)

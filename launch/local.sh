@@ -24,4 +24,11 @@ for ((site = 0; site < sites; site++)); do
   pids+=($!)
 done
 # The first site that fails ends the others; its status is this script's.
-for ((left = sites; left > 0; left--)); do wait -n || exit $?; done
+for ((left = sites; left > 0; left--)); do
+  wait -n || {
+    status=$?
+    sleep 3 # the others notice by themselves and say what they were doing
+    echo "launch/local.sh: a site ended with status $status; --resume continues the run" >&2
+    exit $status
+  }
+done

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from fomoe.sync.transport import GlooTransport, InMemoryTransport, Transport
 from fomoe.train import Run, run_local_steps, synchronize, verify_replicas
 
 torch.set_num_threads(1)
+# Optimizers import it at their first step, which two threads must not do at once.
+import_module("torch._dynamo")
 
 _TINY: dict[str, Any] = {
     "num_sites": 4,
@@ -209,6 +212,10 @@ def over_gloo(
         try:
             transport = GlooTransport(store, sites, site, timeout_s=timeout_s, prefix=prefix)
             try:
+                # A site with nothing to say must not leave while others are still joining.
+                store.add(f"{prefix}/joined", 1)
+                while store.add(f"{prefix}/joined", 0) < len(sites):
+                    time.sleep(0.001)
                 results[site] = work(transport)
             finally:
                 transport.close()

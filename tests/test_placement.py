@@ -151,7 +151,7 @@ def test_store_all_holds_everywhere_and_trains_by_the_table():
     ("options", "words"),
     [
         ({"placement.replication_factor": 5}, "replication_factor 5 exceeds the 4 sites"),
-        ({"placement.replication_factor": None}, "replication_factor null is needed"),
+        ({"placement.replication_factor": None}, "replication_factor null must be set"),
         ({"placement.capacity": [1, 1, 1, 1]}, "without a holder"),
         ({"placement.capacity": [4, 4, 4]}, "each of the 4 sites"),
         ({"placement.capacity": [8, 8, 8, -1]}, "must not be negative"),
@@ -159,7 +159,7 @@ def test_store_all_holds_everywhere_and_trains_by_the_table():
         ({"placement.kind": "common"}, "has no meaning for common"),
         (
             {"placement.kind": "common", "placement.replication_factor": None},
-            "num_common null is needed",
+            "num_common null must be set",
         ),
         ({"placement.num_common": 2}, "is an option of common placement"),
     ],

@@ -53,7 +53,7 @@ def build_data(
     config: Config,
     sites: Iterable[int],
     *,
-    run_dir: Path,
+    tokenizer_dir: Path | None = None,
     share: Callable[[Callable[[], bytes]], bytes] = lambda make: make(),
 ) -> Data:
     """Read the sources and split them.
@@ -61,14 +61,15 @@ def build_data(
     Args:
         config: the experiment.
         sites: the sites of this process; only their part is tokenized.
-        run_dir: where a trained tokenizer is kept between runs.
+        tokenizer_dir: folder of the run that goes on: its trained tokenizer is taken, if it has
+            one. A new run trains its own.
         share: runs a function at site 0 and gives its bytes to all sites.
 
     Raises:
         DataError, ConfigError: if a source, tokenizer or split cannot be used.
     """
     names = config.data.sites or (config.data.source,) * config.num_sites
-    tokenizer, tokenizer_json = _build_tokenizer(config, names, run_dir, share)
+    tokenizer, tokenizer_json = _build_tokenizer(config, names, tokenizer_dir, share)
     parts: dict[str, _Part] = {}
     streams: dict[int, Stream] = {}
     needed = {names[site] for site in sites}
@@ -110,7 +111,7 @@ def entropy(counts: np.ndarray) -> float:
 def _build_tokenizer(
     config: Config,
     names: tuple[str, ...],
-    run_dir: Path,
+    kept_in: Path | None,
     share: Callable[[Callable[[], bytes]], bytes],
 ) -> tuple[Tokenizer | None, bytes | None]:
     data = config.data
@@ -122,11 +123,10 @@ def _build_tokenizer(
             rule = f"is below the tokenizer's {tokenizer.vocab_size} tokens"
             raise ConfigError("model.vocab_size", config.vocab_size, rule)
         return tokenizer, None
-    kept = run_dir / "tokenizer.json"
 
     def train() -> bytes:
-        if kept.exists():
-            return kept.read_bytes()
+        if kept_in is not None and (kept_in / "tokenizer.json").exists():
+            return (kept_in / "tokenizer.json").read_bytes()
         if any(sources.is_hub(name) for name in names):
             raise DataError("data.tokenizer bpe is trained on text files, not on a hub data set")
         documents = [
@@ -204,9 +204,7 @@ def _shard_part(config: Config, source: str, held_out: bool) -> _Part:
     arrays = sources.open_shards(source)
     size = _SHARD_BLOCK_WINDOWS * config.data.seq_len + 1
     for array in arrays:
-        if len(array) and int(array[:1_000_000].max()) >= config.vocab_size:
-            rule = f"does not cover token {int(array[:1_000_000].max())} of {source}"
-            raise ConfigError("model.vocab_size", config.vocab_size, rule)
+        _check_tokens(config, array[:1_000_000], source)
     blocks = [array[i : i + size] for array in arrays for i in range(0, len(array), size)]
     order = np.random.Generator(np.random.PCG64([config.seed, 0x5EED])).permutation(len(blocks))
     num_held = math.ceil(config.data.held_out_fraction * len(blocks)) if held_out else 0
@@ -232,7 +230,7 @@ def _hub_part(config: Config, source: str, tokenizer: Tokenizer, held_out: bool)
     dataset = sources.open_hub(source, data.hub_split)
     wanted = data.held_out_sequences * (data.seq_len + 1)
     held: list[np.ndarray] = []
-    for row in dataset if held_out else ():
+    for row in sources.hub_rows(dataset, source) if held_out else ():
         if sum(map(len, held)) >= wanted:
             break
         held.append(encode_document(tokenizer, hub_text(row, data.text_field)))
@@ -242,6 +240,7 @@ def _hub_part(config: Config, source: str, tokenizer: Tokenizer, held_out: bool)
         return HubStream(
             rest,
             tokenizer,
+            source=source,
             field=data.text_field,
             seq_len=data.seq_len,
             shard=shard,
@@ -279,10 +278,19 @@ def _held_out_windows(config: Config, held_out: list[np.ndarray]) -> np.ndarray:
     count = min(config.data.held_out_sequences, available)
     starts = np.linspace(0, available - 1, count).round().astype(np.int64) * seq_len
     windows = np.stack([tokens[start : start + seq_len + 1] for start in starts]).astype(np.int64)
-    if windows.max() >= config.vocab_size:
-        rule = f"does not cover token {windows.max()} of the held-out part"
-        raise ConfigError("model.vocab_size", config.vocab_size, rule)
+    _check_tokens(config, windows, "the held-out part")
     return windows
+
+
+def _check_tokens(config: Config, tokens: np.ndarray, where: str) -> None:
+    """Training checks every batch; this finds most mistakes before the first step."""
+    if not tokens.size:
+        return
+    if int(tokens.min()) < 0:
+        raise DataError(f"{where} has a negative token, {int(tokens.min())}")
+    if int(tokens.max()) >= config.vocab_size:
+        rule = f"does not cover token {int(tokens.max())} of {where}"
+        raise ConfigError("model.vocab_size", config.vocab_size, rule)
 
 
 def _fingerprints(

@@ -122,6 +122,8 @@ def _open_bin(path: Path) -> np.ndarray:
         raise DataError(f"token shard {path} has no known .bin header")
     dtype = np.dtype(_BIN_DTYPES[int(header[0])]).newbyteorder("<")
     count, offset = int(header[2]), 4 * _BIN_HEADER
+    if count < 0:
+        raise DataError(f"token shard {path} has a damaged header ({count} tokens)")
     if path.stat().st_size < offset + count * dtype.itemsize:
         raise DataError(f"token shard {path} is shorter than the {count} tokens of its header")
     return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,))
@@ -148,6 +150,19 @@ def shard_digest(array: np.ndarray) -> bytes:
 
 def is_hub(source: str) -> bool:
     return source.startswith(HUB)
+
+
+def hub_rows(dataset: Any, source: str) -> Iterator[dict[str, Any]]:
+    """Rows of an opened hub data set.
+
+    Raises:
+        DataError: if one cannot be read.
+    """
+    try:
+        yield from dataset
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"data source {source} cannot be read: {reason}") from None
 
 
 def open_hub(source: str, split: str) -> Any:

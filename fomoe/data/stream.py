@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fomoe.data.sources import hub_rows
 from fomoe.data.tokenizer import Tokenizer
 from fomoe.errors import DataError
 
@@ -96,6 +97,7 @@ class HubStream:
 
     Args:
         dataset: a streaming `datasets` split, the held-out documents already skipped.
+        source: its name, for errors.
         field: the column that holds the text.
         shard, num_shards: this site takes documents shard, shard + num_shards, ...
     """
@@ -105,18 +107,20 @@ class HubStream:
         dataset: Any,
         tokenizer: Tokenizer,
         *,
+        source: str,
         field: str,
         seq_len: int,
         shard: int,
         num_shards: int,
     ) -> None:
-        self.dataset, self.tokenizer, self.field = dataset, tokenizer, field
+        self.dataset, self.source = dataset, source
+        self.tokenizer, self.field = tokenizer, field
         self.seq_len, self.shard, self.num_shards = seq_len, shard, num_shards
         self.load_state({"epoch": 0, "document": 0, "token": 0})
 
     def _read(self) -> Iterator[np.ndarray]:
         first = self.shard + self.document * self.num_shards
-        rows = islice(iter(self.dataset.skip(first)), 0, None, self.num_shards)
+        rows = islice(hub_rows(self.dataset.skip(first), self.source), 0, None, self.num_shards)
         for row in rows:
             yield encode_document(self.tokenizer, hub_text(row, self.field))
 

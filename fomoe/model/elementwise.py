@@ -18,7 +18,7 @@ from torch import Tensor
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension (1910.07467)."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-        return F.rms_norm(x, weight_D.shape, weight_D, eps)
+        return F.rms_norm(x, weight_D.shape, weight_D.to(x.dtype), eps)
     return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight_D, eps).view(x.shape)
 
 

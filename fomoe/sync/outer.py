@@ -129,9 +129,12 @@ def build_outer_optimizer(config: Config, anchors: list[nn.Parameter]) -> torch.
     ):
         raise ConfigError("outer.optimizer", name, "must be an elementwise class of torch.optim")
     try:
-        # An empty process (no segment to step) still builds, so that bad options are found.
-        return kind(anchors or [nn.Parameter(torch.zeros(1))], **config.outer.arguments)
-    except (TypeError, ValueError) as error:
+        # Some options are refused at the first step only: it is tried before anything is trained.
+        trial = nn.Parameter(torch.zeros(1))
+        trial.grad = torch.zeros(1)
+        kind([trial], **config.outer.arguments).step()
+        return kind(anchors or [trial], **config.outer.arguments)
+    except (TypeError, ValueError, LookupError, RuntimeError, AssertionError) as error:
         reason = f"is refused by torch.optim.{name}: {error}"
         raise ConfigError("outer.options", config.outer.arguments, reason) from None
 
@@ -153,26 +156,30 @@ def average_pseudo_gradients(
     and if any site failed none commits.
 
     Raises:
-        SyncError: if the exchange failed or a site's pseudo-gradient is not finite.
+        SyncError: if the exchange failed or a site's parameters are not finite.
     """
-    problems = dict.fromkeys(transport.sites, "")
 
     def contribute(bucket: Bucket, site: int) -> Contribution:
         rule, own = config.sync.weight, counts[site]
         weights = [contribution_weight(s, site, rule=rule, counts=own) for s in bucket.segments]
-        contribution = build_contribution(
+        return build_contribution(
             bucket,
             weights,
             lambda s: outer.anchors[s.name].detach() - read_segment(outer.sites[site], s).to("cpu"),
         )
-        if not problems[site] and not torch.isfinite(contribution.values).all():
-            problems[site] = "its parameters are not finite (the local training diverged)"
-        return contribution
 
     stepped = Plan(num_sites=plan.num_sites, buckets=tuple(outer.buckets))
     means = mean_over_holders(stepped, transport, contribute)
-    check_agreement(transport, problems.__getitem__)
+    check_agreement(transport, lambda site: divergence(outer.sites[site]))
     return means
+
+
+def divergence(parameters: Parameters) -> str:
+    """What is wrong with one site's parameters, those that no peer holds included; or nothing."""
+    finite = [torch.isfinite(parameter.detach()).all() for parameter in parameters.values()]
+    if torch.stack(finite).all():
+        return ""
+    return "its parameters are not finite (the local training diverged)"
 
 
 def average_gradients(plan: Plan, sites: Mapping[int, Parameters], transport: Transport) -> None:

@@ -8,6 +8,8 @@ and both count bytes per site and class: payload is what a site puts in, wire is
 from __future__ import annotations
 
 import os
+import re
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,8 +34,10 @@ class ByteCounts:
         self.wire: Counter[str] = Counter()
 
     def add(self, kind: str, *, payload: int, wire: int) -> None:
-        self.payload[kind] += payload
-        self.wire[kind] += wire
+        # A class that never cost a byte is not listed, whatever the transport.
+        if payload or wire:
+            self.payload[kind] += payload
+            self.wire[kind] += wire
 
     def state(self) -> dict[str, dict[str, int]]:
         return {"payload": dict(self.payload), "wire": dict(self.wire)}
@@ -276,7 +280,10 @@ class GlooTransport:
         return sum(t.nbytes for _, t in sends)
 
     def close(self) -> None:
+        """Leave the group: peers that still wait for this site fail now, not at their timeout."""
+        # The connections close with the last reference to the group; shutdown alone leaves them.
         self._group.shutdown()
+        del self._group
 
 
 def _count_sum(counts: ByteCounts, bucket: Bucket, own: Contribution, *, wire: int) -> None:
@@ -304,8 +311,15 @@ def _named(what: str) -> Iterator[None]:
     except (RuntimeError, dist.DistError) as error:
         if isinstance(error, FomoeError):
             raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SyncError(f"{what} failed: {reason[:200]}") from error
+        # Pending operations in the failed frames would keep the connections open after `close`.
+        traceback.clear_frames(error.__traceback__)
+        text = str(error).strip() or type(error).__name__
+        # gloo puts its source file before the reason and advice behind it.
+        reason = re.sub(r"^\[[^]]*\] *", "", text.splitlines()[0]).split(". This is")[0]
+        raise SyncError(
+            f"{what} failed: {reason[:200]}; a sync that fails is committed nowhere, --resume "
+            f"continues from the newest checkpoint"
+        ) from error
 
 
 # ----------------------------------------------------------------------------------------- launch

@@ -1,0 +1,52 @@
+"""Methods by name: baselines are settings of the same system, not code of their own (no torch)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fomoe.config import Config
+
+
+def method_settings(config: Config) -> dict[str, Any]:
+    """What a method's name sets: baselines are settings of the same system.
+
+    The settings are absolute, so applying them to a resolved config changes nothing.
+    """
+    everywhere = {
+        "placement.kind": "cyclic",
+        "placement.replication_factor": config.num_sites,
+        "placement.capacity": None,
+        "placement.num_common": None,
+        "placement.table": None,
+        "placement.store": "holders",
+    }
+    plain_mean = {
+        "outer.optimizer": "SGD",
+        "outer.lr": 1.0,
+        "outer.momentum": 0.0,
+        "outer.nesterov": False,
+        "outer.options": {},
+    }
+    # One site alone keeps the text that it would have had among the others.
+    own_text: dict[str, Any] = {"data.num_shards": config.data.num_shards or config.num_sites}
+    if config.data.sites:
+        own_text = {"data.sites": list(config.data.sites[:1])}
+    alone = {
+        "num_sites": 1,
+        "placement.replication_factor": 1,
+        "sync.single_holder": "local",
+        **own_text,
+    }
+    settings: dict[str, dict[str, Any]] = {
+        "fomoe": {},
+        "diloco": everywhere,
+        "photon": {**everywhere, **plain_mean},
+        "ddp": {**everywhere, "sync.average": "gradients"},
+        "spes": {"placement.store": "all", "router.route_scope": "all", **plain_mean},
+        "resident-routing": {"router.route_scope": "resident"},
+        "dense": {**everywhere, "model.ffn": "dense"},
+        "diloco-half": {**everywhere, "model.expert_ffn_scale": 0.5},
+        "single": {**everywhere, **alone},
+    }
+    return settings[config.method]

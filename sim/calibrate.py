@@ -1,0 +1,279 @@
+"""`fomoe calibrate`: fit step time, link and fixed cost per sync from real runs.
+
+A round of a real run takes `H x step time + fixed cost x syncs + wire bits / effective bandwidth`.
+Step time comes from the local steps alone. The fixed cost and the effective bandwidth can be told
+apart only if the runs differ in wire bytes; where they do not, all sync time counts as bandwidth
+and the calibration says so. What was not fitted (other runs, or the last rounds of each) is
+predicted and the error is written beside the fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, fields
+from math import isfinite
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from fomoe.errors import ConfigError
+from fomoe_sim.hardware import read_rate
+from fomoe_sim.runs import Round, read_runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What was fitted; a file of it serves `fomoe project --calibration`.
+
+    Attributes:
+        runs: folders that were fitted.
+        step_time_s: one local step at the slowest site, median over rounds.
+        effective_bps: wire bits per second of a site during a sync; None if the sync time does not
+            grow with the bytes (a link too fast to be seen).
+        sync_fixed_s: time of one sync beside its bits.
+        bandwidth_bps: the link's stated bandwidth, None if it was not given.
+        link_efficiency: effective over stated bandwidth, None without either.
+        separated: whether fixed cost and bandwidth were told apart.
+        note: what the fit could not decide, in words; empty if nothing.
+        held_out: what was predicted without being fitted.
+        num_rounds, held_out_rounds: how many rounds were fitted and predicted.
+        round_error, sync_error: median relative error on held-out rounds; None without any.
+        payload_error_bytes: largest difference between planned and counted payload of the held-out
+            rounds; None without a config beside them.
+    """
+
+    runs: tuple[str, ...]
+    step_time_s: float
+    effective_bps: float | None
+    sync_fixed_s: float
+    bandwidth_bps: float | None = None
+    link_efficiency: float | None = None
+    separated: bool
+    note: str = ""
+    held_out: str = ""
+    num_rounds: int
+    held_out_rounds: int = 0
+    round_error: float | None = None
+    sync_error: float | None = None
+    payload_error_bytes: int | None = None
+
+    def sync_s(self, wire_bytes: float, *, num_syncs: int = 1) -> float:
+        """Predicted time of the syncs of one round, for the wire bytes of all of them together."""
+        moving = 8 * wire_bytes / self.effective_bps if self.effective_bps else 0.0
+        return num_syncs * self.sync_fixed_s + moving
+
+    def round_time_s(self, *, local_steps: int, wire_bytes: float, num_syncs: int = 1) -> float:
+        """Predicted time of one round that overlaps nothing."""
+        return local_steps * self.step_time_s + self.sync_s(wire_bytes, num_syncs=num_syncs)
+
+
+# --------------------------------------------------------------------------------------------- fit
+
+
+def split_rounds(rounds: list[Round]) -> tuple[list[Round], list[Round]]:
+    """Rounds to fit and rounds to predict: of each run's rounds the last third is held out.
+
+    A run of fewer than three rounds is fitted whole.
+    """
+    fitted: list[Round] = []
+    held_out: list[Round] = []
+    for run in dict.fromkeys(r.run for r in rounds):
+        own = sorted((r for r in rounds if r.run == run), key=lambda r: r.index)
+        keep = len(own) - len(own) // 3
+        fitted += own[:keep]
+        held_out += own[keep:]
+    return fitted, held_out
+
+
+def fit(
+    rounds: list[Round], held_out: list[Round], *, bandwidth_bps: float | None = None
+) -> Calibration:
+    """Fit one calibration and check it on rounds that were not fitted.
+
+    Args:
+        rounds: to fit, at least one.
+        held_out: to predict; may be empty.
+        bandwidth_bps: the link's stated bandwidth, if known.
+
+    Raises:
+        ConfigError: if the runs moved more bits than the stated bandwidth allows.
+    """
+    fixed, effective, separated, note = fit_link(rounds)
+    efficiency = None
+    if bandwidth_bps is not None and effective is not None:
+        efficiency = effective / bandwidth_bps
+        if efficiency > 1 + 1e-6:
+            rule = f"is below the {effective:.4g} bit/s that the runs moved"
+            raise ConfigError("--bandwidth", f"{bandwidth_bps:.4g} bit/s", rule)
+    calibration = Calibration(
+        runs=tuple(dict.fromkeys(r.run for r in rounds)),
+        step_time_s=median(r.train_s / r.local_steps for r in rounds),
+        effective_bps=effective,
+        sync_fixed_s=fixed,
+        bandwidth_bps=bandwidth_bps,
+        link_efficiency=efficiency,
+        separated=separated,
+        note=note,
+        num_rounds=len(rounds),
+    )
+    return check(calibration, held_out) if held_out else calibration
+
+
+def fit_link(rounds: list[Round]) -> tuple[float, float | None, bool, str]:
+    """Fixed cost per sync, effective bandwidth, whether they were told apart, and a note.
+
+    Rounds of equal traffic are first reduced to their median, so that a slow first round does not
+    count. The line through the medians minimises the relative error.
+    """
+    groups: dict[tuple[int, int], list[float]] = {}
+    for r in rounds:
+        groups.setdefault((r.num_syncs, r.wire_bytes), []).append(r.sync_s)
+    syncs = np.array([key[0] for key in groups], dtype=float)
+    bits = np.array([8 * key[1] for key in groups], dtype=float)
+    times = np.array([median(values) for values in groups.values()])
+    through_origin = float(np.sum((bits / times) ** 2) / np.sum(bits / times))
+    per_sync = bits / syncs
+    if per_sync.max() < 1.05 * per_sync.min():
+        note = (
+            "all rounds send the same bytes per sync: the fixed cost cannot be told from the "
+            "bandwidth and counts as bandwidth; fit runs of different payloads together"
+        )
+        return 0.0, through_origin, False, note
+    lines = np.stack([syncs / times, bits / times], axis=1)
+    (fixed, slope), *_ = np.linalg.lstsq(lines, np.ones_like(times), rcond=None)
+    if slope <= 0:
+        note = "sync time does not grow with the bytes sent: all of it counts as fixed cost"
+        return float(np.median(times / syncs)), None, True, note
+    if fixed < 0:
+        note = "the best line has a negative fixed cost: it is taken as 0"
+        return 0.0, through_origin, True, note
+    return float(fixed), float(1 / slope), True, ""
+
+
+def check(calibration: Calibration, held_out: list[Round]) -> Calibration:
+    """The same calibration with its errors on rounds that were not fitted."""
+    whole, syncs = [], []
+    for r in held_out:
+        sync = calibration.sync_s(r.wire_bytes, num_syncs=r.num_syncs)
+        predicted = r.local_steps * calibration.step_time_s + sync
+        whole.append(abs(predicted / r.round_s - 1))
+        syncs.append(abs(sync / r.sync_s - 1))
+    planned = [
+        abs(r.planned_payload_bytes - r.payload_bytes)
+        for r in held_out
+        if r.planned_payload_bytes is not None
+    ]
+    values = asdict(calibration) | {
+        "runs": calibration.runs,
+        "held_out": ", ".join(dict.fromkeys(r.run for r in held_out)),
+        "held_out_rounds": len(held_out),
+        "round_error": median(whole),
+        "sync_error": median(syncs),
+        "payload_error_bytes": max(planned, default=None),
+    }
+    return Calibration(**values)
+
+
+# -------------------------------------------------------------------------------------------- file
+
+
+def save_calibration(calibration: Calibration, path: str | Path) -> None:
+    """Write a calibration as JSON."""
+    try:
+        Path(path).write_text(json.dumps(asdict(calibration), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError("--out", str(path), f"cannot be written: {error.strerror}") from None
+
+
+def load_calibration(path: str | Path) -> Calibration:
+    """Read a file that `fomoe calibrate` wrote.
+
+    Raises:
+        ConfigError: if it is missing, not JSON, or lacks or adds a field.
+    """
+    try:
+        tree = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError("--calibration", str(path), "does not exist") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        raise ConfigError("--calibration", str(path), "is not a readable JSON file") from None
+    names = [field.name for field in fields(Calibration)]
+    if not isinstance(tree, dict) or sorted(tree) != sorted(names):
+        rule = "is not a calibration file: write one with fomoe calibrate"
+        raise ConfigError("--calibration", str(path), rule)
+    for name in ("step_time_s", "effective_bps", "sync_fixed_s"):
+        value, least = tree[name], 0.0
+        optional = name == "effective_bps" and value is None
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not optional and not (number and isfinite(value) and value >= least):
+            raise ConfigError(f"--calibration {name}", value, "must be a number of at least 0")
+    if tree["step_time_s"] <= 0 or tree["effective_bps"] == 0:
+        raise ConfigError("--calibration", str(path), "has a step time or bandwidth of 0")
+    return Calibration(**(tree | {"runs": tuple(tree["runs"])}))
+
+
+# ------------------------------------------------------------------------------------- the command
+
+
+def add_command(subparsers: Any) -> None:
+    """Register `calibrate` with the subparsers of an argparse parser."""
+    parser = subparsers.add_parser(
+        "calibrate", help="fit step time, link and fixed cost per sync from real runs"
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders to fit")
+    parser.add_argument(
+        "--hold-out",
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="run folders to predict and not to fit; else the last third of each run's rounds",
+    )
+    parser.add_argument("--bandwidth", help="stated bandwidth of the link, as 1Gbit")
+    parser.add_argument("--out", metavar="FILE", help="else calibration.json in the first run")
+    parser.add_argument("--json", action="store_true", help="print the calibration as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fit, check, write and print."""
+    rounds = read_runs(args.runs)
+    bandwidth = read_rate(args.bandwidth, "--bandwidth") if args.bandwidth else None
+    both = {Path(path).resolve() for path in args.runs} & {
+        Path(path).resolve() for path in args.hold_out
+    }
+    if both:
+        raise ConfigError("--hold-out", str(both.pop()), "is also a run to fit")
+    held_out = read_runs(args.hold_out)
+    if not held_out:
+        rounds, held_out = split_rounds(rounds)
+    calibration = fit(rounds, held_out, bandwidth_bps=bandwidth)
+    out = Path(args.out) if args.out else Path(args.runs[0]) / "calibration.json"
+    save_calibration(calibration, out)
+    print(json.dumps(asdict(calibration), indent=2) if args.json else text(calibration, out))
+    return 0
+
+
+def text(calibration: Calibration, out: Path) -> str:
+    """The calibration as a person reads it."""
+    c = calibration
+    link = f"{c.effective_bps / 1e6:.4g} Mbit/s" if c.effective_bps else "too fast to be seen"
+    share = "" if c.link_efficiency is None else f" ({c.link_efficiency:.3f} of the stated)"
+    lines = [
+        f"fitted {c.num_rounds} rounds of {', '.join(c.runs)}",
+        f"step time        {c.step_time_s:.5g} s (slowest site)",
+        f"link             {link}{share}",
+        f"fixed per sync   {c.sync_fixed_s:.4g} s",
+    ]
+    if c.note:
+        lines.append(f"note: {c.note}")
+    if c.round_error is not None and c.sync_error is not None:
+        lines.append(
+            f"held out: {c.held_out_rounds} rounds of {c.held_out}: median error of the round time "
+            f"{c.round_error:.1%}, of the sync time {c.sync_error:.1%}"
+        )
+    if c.payload_error_bytes is not None:
+        lines.append(f"held out: planned payload is off by {c.payload_error_bytes} bytes")
+    return "\n".join([*lines, f"wrote {out}"])

@@ -1,0 +1,234 @@
+"""Sites, their accelerators and their links: what a run would be placed on.
+
+A cluster is a YAML file, or the flags of the command line for equal sites. Unknown keys, negative
+prices and zero bandwidths are refused in one line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError
+
+from fomoe.config import NonNegativeFloat, Options, Positive, PositiveFloat, read_yaml
+from fomoe.errors import ConfigError
+from fomoe_sim.hardware import Accelerator, accelerator_preset, read_rate, read_up_down
+from fomoe_sim.presets import nearest
+
+# Defaults, each with its source; `fomoe project --explain` prints them.
+EFFICIENCY = 1 / 1.15  # shaped TCP links measured at 1.15 x ring bytes (diloco-measured, 4 sites)
+SYNC_FIXED_S = 0.07  # the same measurement's fixed cost per sync
+RTT_S = 0.04  # light in 4,000 km of fibre and back at 200,000 km/s
+EGRESS_PER_GB = (0.0, 0.09)  # neoclouds charge nothing; AWS's first Internet tier (2026)
+Topology = Literal["ring", "star", "tree"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One site.
+
+    Attributes:
+        count: accelerators.
+        up_bps, down_bps: link to the other sites, bit/s.
+        price_per_hour: low and high USD per accelerator-hour.
+        egress_per_gb: low and high USD per 1e9 bytes sent.
+        host_bytes: host memory of the whole site.
+        capacity: experts per layer that it may hold; None: no limit.
+        uplink: name of a link that it shares with other sites, or None.
+    """
+
+    name: str
+    accelerator: Accelerator
+    count: int
+    up_bps: float
+    down_bps: float
+    price_per_hour: tuple[float, float]
+    egress_per_gb: tuple[float, float]
+    host_bytes: float
+    capacity: int | None = None
+    uplink: str | None = None
+
+    @property
+    def peak_flops(self) -> float:
+        return self.count * self.accelerator.peak_flops
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Sites and what their links have in common.
+
+    Attributes:
+        topology: how a mean travels between holders.
+        rtt_s: round-trip time between sites.
+        efficiency: share of a link's nominal rate that a sync reaches.
+        sync_fixed_s: time of every sync beside its bytes.
+        uplinks: rate of each shared uplink, bit/s, both ways.
+    """
+
+    name: str
+    sites: tuple[Site, ...]
+    topology: Topology = "ring"
+    rtt_s: float = RTT_S
+    efficiency: float = EFFICIENCY
+    sync_fixed_s: float = SYNC_FIXED_S
+    uplinks: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def num_sites(self) -> int:
+        return len(self.sites)
+
+    @property
+    def capacities(self) -> tuple[int, ...] | None:
+        """Experts per layer of each site, if any site states a limit."""
+        if all(site.capacity is None for site in self.sites):
+            return None
+        return tuple(10**9 if s.capacity is None else s.capacity for s in self.sites)
+
+    def with_bandwidth(self, up_bps: float, down_bps: float) -> Cluster:
+        """The same cluster with every site's own link replaced."""
+        sites = tuple(replace(site, up_bps=up_bps, down_bps=down_bps) for site in self.sites)
+        return replace(self, sites=sites)
+
+
+def uniform_cluster(
+    num_sites: int,
+    *,
+    accelerator: str,
+    count: int,
+    up_bps: float,
+    down_bps: float,
+    price: tuple[float, float] | None = None,
+) -> Cluster:
+    """Equal sites, from the command line's flags."""
+    device = accelerator_preset(accelerator)
+    sites = tuple(
+        Site(
+            name=f"site-{i}",
+            accelerator=device,
+            count=count,
+            up_bps=up_bps,
+            down_bps=down_bps,
+            price_per_hour=price or device.price_per_hour,
+            egress_per_gb=EGRESS_PER_GB,
+            host_bytes=count * device.host_bytes,
+        )
+        for i in range(num_sites)
+    )
+    return Cluster(name=f"{num_sites} x {count} {device.name}", sites=sites)
+
+
+# ------------------------------------------------------------------------------------------- YAML
+
+RangeOrNumber = NonNegativeFloat | Annotated[tuple[float, float], Field(strict=False)]
+
+
+class SiteFile(Options):
+    """One entry of `sites`."""
+
+    name: str
+    accelerator: str
+    count: Positive
+    link: str | float | None = None  # both ways, or UP/DOWN
+    up: str | float | None = None
+    down: str | float | None = None
+    price_per_hour: RangeOrNumber | None = None  # USD per accelerator; null: list prices
+    egress_per_gb: RangeOrNumber | None = None  # USD; null: none to AWS's first tier
+    host_memory_gb: PositiveFloat | None = None  # of the site; null: the usual server's
+    capacity: Positive | None = None  # experts per layer
+    uplink: str | None = None
+
+
+class ClusterFile(Options):
+    """A cluster description."""
+
+    name: str | None = None
+    topology: Topology = "ring"
+    rtt_ms: NonNegativeFloat = 1000 * RTT_S
+    efficiency: Annotated[float, Field(gt=0, le=1)] = EFFICIENCY
+    sync_fixed_s: NonNegativeFloat = SYNC_FIXED_S
+    shared_uplinks: dict[str, str | float] = Field(default_factory=dict)
+    sites: Annotated[tuple[SiteFile, ...], Field(strict=False, min_length=1)]
+
+
+def load_cluster(path: str | Path) -> Cluster:
+    """Read and check a cluster description.
+
+    Raises:
+        ConfigError: one line with the field, the value and the rule.
+    """
+    try:
+        tree = read_yaml(path)
+    except ConfigError as error:
+        raise ConfigError("--cluster", error.value, error.rule) from None
+    try:
+        file = ClusterFile.model_validate(tree)
+    except ValidationError as error:
+        raise _problem(error) from None
+    uplinks = {n: read_rate(r, f"shared_uplinks.{n}") for n, r in file.shared_uplinks.items()}
+    names = [site.name for site in file.sites]
+    if len(set(names)) != len(names):
+        raise ConfigError("sites", names, "must have different names")
+    return Cluster(
+        name=file.name or Path(path).stem,
+        sites=tuple(_site(entry, f"sites.{entry.name}", uplinks) for entry in file.sites),
+        topology=file.topology,
+        rtt_s=file.rtt_ms / 1000,
+        efficiency=file.efficiency,
+        sync_fixed_s=file.sync_fixed_s,
+        uplinks=tuple(uplinks.items()),
+    )
+
+
+def _site(entry: SiteFile, field: str, uplinks: dict[str, float]) -> Site:
+    device = accelerator_preset(entry.accelerator, f"{field}.accelerator")
+    if (entry.link is None) == (entry.up is None and entry.down is None):
+        raise ConfigError(f"{field}.link", entry.link, "or both up and down must be given")
+    if entry.link is not None:
+        up, down = read_up_down(entry.link, f"{field}.link")
+    else:
+        up, down = read_rate(entry.up, f"{field}.up"), read_rate(entry.down, f"{field}.down")
+    if entry.uplink is not None and entry.uplink not in uplinks:
+        near = nearest(entry.uplink, list(uplinks)) or "none are given"
+        raise ConfigError(f"{field}.uplink", entry.uplink, f"is not in shared_uplinks: {near}")
+    host = 1e9 * entry.host_memory_gb if entry.host_memory_gb else entry.count * device.host_bytes
+    prices = _range(entry.price_per_hour, f"{field}.price_per_hour") or device.price_per_hour
+    return Site(
+        name=entry.name,
+        accelerator=device,
+        count=entry.count,
+        up_bps=up,
+        down_bps=down,
+        price_per_hour=prices,
+        egress_per_gb=_range(entry.egress_per_gb, f"{field}.egress_per_gb") or EGRESS_PER_GB,
+        host_bytes=host,
+        capacity=entry.capacity,
+        uplink=entry.uplink,
+    )
+
+
+def _range(value: float | tuple[float, float] | None, field: str) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    low, high = value if isinstance(value, tuple) else (value, value)
+    if not 0 <= low <= high:
+        raise ConfigError(field, [low, high], "must be two prices, 0 <= low <= high")
+    return low, high
+
+
+def _problem(error: ValidationError) -> ConfigError:
+    """The first problem as one line; an unknown key names the nearest valid one."""
+    problems = error.errors()
+    # A misspelt option also leaves its right name missing; the misspelling is the cause.
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    place = [str(part) for part in problem["loc"] if not str(part).startswith(("tuple", "constr"))]
+    field = ".".join(place)
+    if problem["type"] == "extra_forbidden":
+        known = [*SiteFile.model_fields, *ClusterFile.model_fields]
+        near = nearest(place[-1], known)
+        return ConfigError(field, "", f"is not an option of a cluster; did you mean {near}?")
+    if problem["type"] == "missing":
+        return ConfigError(field, "", "is needed")
+    rule = problem["msg"].replace("Input should be", "must be").replace("'", "")
+    return ConfigError(field, problem["input"], rule)

@@ -1,0 +1,154 @@
+"""Accelerators and links by name, with their sources, and sizes as people write them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import isfinite, sqrt
+
+from fomoe.errors import ConfigError
+from fomoe_sim.presets import nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accelerator:
+    """One accelerator.
+
+    Attributes:
+        peak_flops: dense bf16 FLOP/s with fp32 accumulation.
+        memory_bytes: device memory.
+        memory_bandwidth: bytes/s.
+        host_bytes: host memory per accelerator in the usual server.
+        price_per_hour: lowest and highest list price, USD.
+        source: of the figures; prices move, so runs should state their own.
+    """
+
+    name: str
+    peak_flops: float
+    memory_bytes: float
+    memory_bandwidth: float
+    host_bytes: float
+    price_per_hour: tuple[float, float]
+    source: str
+
+
+_DGX = "datasheet, host memory of an 8-GPU DGX server"
+_MERCATUS = "prices: mercatus-ai.com/blog/cloud-gpu-pricing, May 2026"
+
+_ACCELERATORS = (
+    Accelerator(
+        name="A100",
+        peak_flops=312e12,
+        memory_bytes=80e9,
+        memory_bandwidth=2.039e12,
+        host_bytes=128e9,
+        price_per_hour=(0.80, 3.00),
+        source=f"A100 80GB SXM {_DGX}; {_MERCATUS}",
+    ),
+    Accelerator(
+        name="H100",
+        peak_flops=989e12,
+        memory_bytes=80e9,
+        memory_bandwidth=3.35e12,
+        host_bytes=256e9,
+        price_per_hour=(1.99, 5.00),
+        source=f"H100 SXM {_DGX}; {_MERCATUS}",
+    ),
+    Accelerator(
+        name="H800",
+        peak_flops=989e12,
+        memory_bytes=80e9,
+        memory_bandwidth=3.35e12,
+        host_bytes=256e9,
+        price_per_hour=(2.00, 2.00),
+        source="as H100 SXM; price: DeepSeek-V3 (arXiv 2412.19437, table 1)",
+    ),
+    Accelerator(
+        name="H200",
+        peak_flops=989e12,
+        memory_bytes=141e9,
+        memory_bandwidth=4.8e12,
+        host_bytes=256e9,
+        price_per_hour=(2.50, 7.00),
+        source=f"H200 SXM {_DGX}; {_MERCATUS}",
+    ),
+    Accelerator(
+        name="B200",
+        peak_flops=2250e12,
+        memory_bytes=180e9,
+        memory_bandwidth=7.7e12,
+        host_bytes=256e9,
+        price_per_hour=(2.65, 14.24),
+        source=f"HGX B200 {_DGX}; prices: inworld.ai/resources/nvidia-b200-gpu-cloud, April 2026",
+    ),
+    Accelerator(
+        name="L40S",
+        peak_flops=362e12,
+        memory_bytes=48e9,
+        memory_bandwidth=0.864e12,
+        host_bytes=48e9,
+        price_per_hour=(0.86, 2.25),
+        source="datasheet, host memory assumed equal to the card's; prices: "
+        "modal.com/blog/nvidia-l40s-price-article, August 2025",
+    ),
+)
+ACCELERATORS = {item.name: item for item in _ACCELERATORS}
+
+
+def accelerator_preset(name: str, field: str = "--accelerator") -> Accelerator:
+    """The accelerator of that name, any case.
+
+    Raises:
+        ConfigError: if there is none; lists the nearest.
+    """
+    found = ACCELERATORS.get(name.upper())
+    if found is None:
+        near = nearest(name.upper(), list(ACCELERATORS))
+        raise ConfigError(field, name, f"is not an accelerator preset; nearest: {near}")
+    return found
+
+
+def central(low_high: tuple[float, float]) -> float:
+    """Geometric mean of a range: the figure that is as far from both ends in ratio."""
+    return sqrt(low_high[0] * low_high[1])
+
+
+_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+# Links people name by their product: nominal rates.
+LINKS = {"fast-ethernet": 100e6, "gigabit": 1e9, "10gbe": 10e9, "100gbe": 100e9}
+
+
+def read_rate(text: object, field: str) -> float:
+    """Bits per second from `1Gbit`, `100Mbit`, `2.5Gbit/s`, a link's name, or a plain number.
+
+    Raises:
+        ConfigError: if the text is no rate, or the rate is not above 0.
+    """
+    if isinstance(text, int | float) and not isinstance(text, bool):
+        rate = float(text)
+    else:
+        word = str(text).strip().lower()
+        match = re.fullmatch(
+            r"([0-9.]+(?:e[+-]?[0-9]+)?)\s*([kmgt]?)(?:bit(?:/s|ps)?|bps|b/s)?", word
+        )
+        if word in LINKS:
+            rate = LINKS[word]
+        elif match is None or word.count(".") > 1:
+            near = nearest(word, list(LINKS))
+            rule = f"is not a link or a rate such as 1Gbit or 100Mbit; named links: {near}"
+            raise ConfigError(field, str(text), rule)
+        else:
+            rate = float(match[1]) * _UNITS[match[2]]
+    if not (isfinite(rate) and rate > 0):
+        raise ConfigError(field, str(text), "must be a bandwidth above 0")
+    return rate
+
+
+def read_up_down(text: object, field: str) -> tuple[float, float]:
+    """Up and down rates of `UP/DOWN` (each a rate) or of one rate for both."""
+    word = str(text)
+    parts = re.split(r"/(?!s\b)", word) if isinstance(text, str) else [text]
+    if len(parts) > 2:
+        raise ConfigError(field, word, "must be one rate, or UP/DOWN such as 100Mbit/1Gbit")
+    rates = [read_rate(part, field) for part in parts]
+    return rates[0], rates[-1]

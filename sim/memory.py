@@ -1,0 +1,306 @@
+"""Memory of a site and of each of its accelerators, part by part, and whether it fits.
+
+Inside a site everything that training keeps is sharded over the accelerators (FSDP); activations
+are per accelerator. The states of a config are those that `fomoe.memory.site_memory` counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fomoe_sim.scenario import Scenario
+from fomoe_sim.shape import ModelShape
+
+FLOAT32 = 4
+# Bytes per element: parameters, gradients, Adam moments, master weights. `fp32` is what the trainer
+# keeps; `mixed` is bf16 weights with fp32 accumulation and master copy (arXiv 1710.03740).
+STATES = {"fp32": (4, 4, 8, 0), "mixed": (2, 4, 8, 4)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPart:
+    """One part of a site's memory: bytes of the whole site, and of its fullest accelerator."""
+
+    name: str
+    where: str  # accelerator, host or disk
+    site_bytes: float
+    accelerator_bytes: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteMemory:
+    """All parts of one site's memory.
+
+    Attributes:
+        parts: in the order of the table.
+        capacity_bytes: of one accelerator.
+        host_capacity_bytes: of the site's hosts.
+    """
+
+    site: str
+    parts: tuple[MemoryPart, ...]
+    capacity_bytes: float
+    host_capacity_bytes: float
+
+    def total(self, where: str) -> float:
+        """Bytes of the whole site in one place."""
+        return sum(part.site_bytes for part in self.parts if part.where == where)
+
+    @property
+    def site_bytes(self) -> float:
+        return sum(part.site_bytes for part in self.parts)
+
+    @property
+    def per_accelerator(self) -> float:
+        return sum(part.accelerator_bytes for part in self.parts)
+
+    @property
+    def fits(self) -> bool:
+        return self.missing_accelerator <= 0 and self.missing_host <= 0
+
+    @property
+    def missing_accelerator(self) -> float:
+        """Bytes that each accelerator lacks; negative is room left."""
+        return self.per_accelerator - self.capacity_bytes
+
+    @property
+    def missing_host(self) -> float:
+        return self.total("host") - self.host_capacity_bytes
+
+    def verdict(self) -> str:
+        """Fits or not, by how much, because of what."""
+        if self.missing_accelerator > 0:
+            worst = max(self.parts, key=lambda part: part.accelerator_bytes)
+            return (
+                f"{self.site} does not fit: each accelerator lacks "
+                f"{self.missing_accelerator / 1e9:.1f} GB of {self.capacity_bytes / 1e9:.0f}, most "
+                f"of it {worst.name} ({worst.accelerator_bytes / 1e9:.1f} GB)"
+            )
+        if self.missing_host > 0:
+            on_host = [part for part in self.parts if part.where == "host"]
+            worst = max(on_host, key=lambda part: part.site_bytes)
+            return (
+                f"{self.site} does not fit: its hosts lack {self.missing_host / 1e9:.1f} GB of "
+                f"{self.host_capacity_bytes / 1e9:.0f}, most of it {worst.name} "
+                f"({worst.site_bytes / 1e9:.1f} GB)"
+            )
+        return (
+            f"{self.site} fits with {-self.missing_accelerator / 1e9:.1f} GB per accelerator left"
+        )
+
+
+def site_memories(scenario: Scenario) -> list[SiteMemory]:
+    """Memory of every site."""
+    seen: dict[tuple[object, ...], SiteMemory] = {}
+    result = []
+    for index, site in enumerate(scenario.cluster.sites):
+        traffic = scenario.traffic
+        key = (
+            site.accelerator,
+            site.count,
+            site.host_bytes,
+            int(traffic.held[index]),
+            int(traffic.trained[index]),
+            float(traffic.payload[index]),
+            int(traffic.residents[:, index].max(initial=0)),
+            float(traffic.executed[index]),
+        )
+        if key not in seen:
+            seen[key] = _site_memory(scenario, index)
+        found = seen[key]
+        same = found.site == site.name
+        result.append(
+            found
+            if same
+            else SiteMemory(
+                site=site.name,
+                parts=found.parts,
+                capacity_bytes=found.capacity_bytes,
+                host_capacity_bytes=found.host_capacity_bytes,
+            )
+        )
+    return result
+
+
+def _site_memory(scenario: Scenario, index: int) -> SiteMemory:
+    site = scenario.cluster.sites[index]
+    parts = [
+        *_states(scenario, index),
+        *_sync_parts(scenario, index),
+        *_working(scenario, index),
+    ]
+    allocated = sum(part.accelerator_bytes for part in parts)
+    slack = scenario.slack * allocated
+    parts.append(
+        MemoryPart(
+            name="allocator slack",
+            where="accelerator",
+            site_bytes=slack * site.count,
+            accelerator_bytes=slack,
+        )
+    )
+    return SiteMemory(
+        site=site.name,
+        parts=tuple(part for part in parts if part.site_bytes),
+        capacity_bytes=site.accelerator.memory_bytes,
+        host_capacity_bytes=site.host_bytes,
+    )
+
+
+def _states(scenario: Scenario, index: int) -> list[MemoryPart]:
+    """What training keeps between steps, sharded over the site's accelerators."""
+    count = scenario.cluster.sites[index].count
+    if scenario.trainer_states is not None:
+        exact = scenario.trainer_states[index]
+        known = ("parameters", exact.parameters), ("gradients", exact.gradients)
+        named = (*known, ("inner optimizer", exact.inner_optimizer))
+        return [_sharded(name, size, count) for name, size in named]
+    held = int(scenario.traffic.held[index])
+    trained = int(scenario.traffic.trained[index])
+    parameter, gradient, optimizer, master = STATES[scenario.states]
+    sizes = (
+        ("parameters", parameter * held),
+        ("gradients", gradient * trained),
+        ("inner optimizer", optimizer * trained),
+        ("master weights", master * trained),
+    )
+    return [_sharded(name, size, count) for name, size in sizes]
+
+
+def _sharded(name: str, size: float, count: int) -> MemoryPart:
+    return MemoryPart(
+        name=name, where="accelerator", site_bytes=size, accelerator_bytes=size / count
+    )
+
+
+def _sync_parts(scenario: Scenario, index: int) -> list[MemoryPart]:
+    """Anchor, outer state, error feedback and the buffers of one fragment's sync."""
+    if scenario.traffic.every_step or scenario.cluster.num_sites < 2:
+        return []
+    held = int(scenario.traffic.held[index])
+    width = scenario.bits / 8
+    synced = float(scenario.traffic.payload[index]) / width
+    fragment = synced / scenario.fragments
+    anchor, momentum = FLOAT32 * held, FLOAT32 * held * scenario.outer_vectors
+    if scenario.trainer_states is not None:
+        exact = scenario.trainer_states[index]
+        anchor, momentum = exact.anchor, exact.outer_optimizer
+    sizes: list[tuple[str, float]] = [
+        ("anchor", anchor),
+        ("outer momentum", momentum),
+        ("error feedback", FLOAT32 * synced if scenario.bits < 16 else 0),
+        # The reduction works on a copy, so that a failed sync leaves the model as it was.
+        ("fragment buffer", FLOAT32 * fragment),
+        ("codec buffers", 2 * width * fragment if scenario.bits < 32 else 0),
+    ]
+    count = scenario.cluster.sites[index].count
+    if scenario.outer_on == "accelerator":
+        return [_sharded(name, size, count) for name, size in sizes]
+    return [
+        # Buffers are worked on, so they stay in host memory even if the states are on disk.
+        MemoryPart(
+            name=name, where="host" if "buffer" in name else scenario.outer_on, site_bytes=size
+        )
+        for name, size in sizes
+    ]
+
+
+def _working(scenario: Scenario, index: int) -> list[MemoryPart]:
+    """What one micro-batch needs on every accelerator."""
+    shape, count = scenario.shape, scenario.cluster.sites[index].count
+    tokens = scenario.micro_batch * scenario.seq_len
+    executed = shape.top_k * float(scenario.traffic.executed[index])
+    per_token = activations_per_token(
+        shape,
+        executed=executed,
+        element_bytes=scenario.compute_bytes,
+        recompute=scenario.recompute,
+    )
+    dispatch = dispatch_per_token(shape, executed=executed, element_bytes=scenario.compute_bytes)
+    layers = 1 if scenario.recompute == "full" else shape.num_moe_layers
+    # Logits in compute precision, their fp32 copy for the loss and its gradient.
+    logits = shape.vocab_size * (scenario.compute_bytes + 2 * FLOAT32)
+    sizes = [
+        ("activations", tokens * per_token),
+        ("MoE dispatch", tokens * dispatch * layers),
+        ("logits", tokens * logits),
+    ]
+    if count > 1:
+        # FSDP gathers the layer in use and prefetches the next one.
+        residents = int(scenario.traffic.residents[:, index].max(initial=0))
+        layer = max(shape.layer_shared) + residents * shape.expert_numel
+        sizes.append(("gathered layers", 2 * scenario.compute_bytes * layer))
+    return [
+        MemoryPart(name=name, where="accelerator", site_bytes=size * count, accelerator_bytes=size)
+        for name, size in sizes
+    ]
+
+
+def activations_per_token(
+    shape: ModelShape, *, executed: float, element_bytes: int, recompute: str
+) -> float:
+    """Bytes of saved activations per token over all layers, without MoE dispatch.
+
+    Counted as arXiv 2205.05198 (section 4.1) counts them, for what our trainer's SwiGLU, norms and
+    attention without stored scores keep. `selective` recomputes what needs no matrix product,
+    `full` keeps the input of each layer and recomputes the layer: one whole layer is alive.
+
+    Args:
+        executed: routed experts that a token really runs in each layer.
+    """
+    first_moe = shape.num_layers - shape.num_moe_layers
+    moe = _layer_activations(shape, executed, element_bytes, recompute, None)
+    dense = [
+        _layer_activations(shape, executed, element_bytes, recompute, layer)
+        for layer in range(first_moe)
+    ]
+    if recompute == "full":
+        alive = max([*dense, moe] if shape.num_moe_layers else dense)
+        return element_bytes * shape.d_model * shape.num_layers + alive
+    return sum(dense) + shape.num_moe_layers * moe
+
+
+def _layer_activations(
+    shape: ModelShape, executed: float, size: int, recompute: str, layer: int | None
+) -> float:
+    """Bytes per token of one layer; `layer` None is an MoE layer."""
+    attention = shape.attention
+    value = attention.value_dim if attention.latent else attention.head_dim
+    queries = attention.heads * (attention.head_dim + attention.rope_dim)
+    kv_heads = attention.heads if attention.latent else attention.kv_heads
+    keys_values = kv_heads * (attention.head_dim + attention.rope_dim + value)
+    # Layer input and FFN input, queries, keys, values, and the attention's output twice: heads
+    # lie apart for attention and side by side for the output projection.
+    elements: float = 2 * shape.d_model + queries + keys_values + 2 * attention.heads * value
+    hidden = 2 if shape.gated else 1  # gate and up, or up
+    if layer is None:
+        width = shape.shared_ffn + executed * shape.expert_ffn
+    else:
+        width = float(shape.dense_width(layer))
+    elements += hidden * width
+    if recompute != "selective":
+        # Normalised inputs before and after their scale; activated gate and gated product.
+        elements += 4 * shape.d_model + hidden * width
+    return size * elements
+
+
+def dispatch_per_token(shape: ModelShape, *, executed: float, element_bytes: int) -> float:
+    """Bytes per token and MoE layer of routing: scores, indices, copied rows and their outputs."""
+    if not shape.num_experts:
+        return 0.0
+    scores = 2 * FLOAT32 * shape.num_experts  # logits and probabilities, fp32
+    indices = shape.top_k * (8 + FLOAT32)  # expert id (int64) and gate
+    rows = 2 * executed * shape.d_model * element_bytes  # gathered inputs, expert outputs
+    return scores + indices + rows
+
+
+def most_loaded(memories: list[SiteMemory]) -> SiteMemory:
+    """The site that is nearest to, or furthest beyond, its limit."""
+    return max(memories, key=lambda memory: memory.per_accelerator / memory.capacity_bytes)
+
+
+def site_totals(memories: list[SiteMemory]) -> np.ndarray:
+    """Bytes of each whole site, [K]."""
+    return np.array([memory.site_bytes for memory in memories])

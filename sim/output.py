@@ -1,0 +1,191 @@
+"""How answers are shown: a table, JSON, CSV, and what every column means."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from typing import Any
+
+from fomoe_sim.answer import Row
+from fomoe_sim.scenario import SOURCES
+
+# name -> (unit, meaning); the order of the CSV and of --explain.
+COLUMNS: dict[str, tuple[str, str]] = {
+    "model": ("", "preset or config"),
+    "method": ("", "how sites exchange what they learn"),
+    "num_sites": ("sites", "K"),
+    "replication_factor": ("holders", "r, holders per expert: mean over experts"),
+    "local_steps": ("steps", "H, inner steps per round"),
+    "bits": ("bit", "per element on the wire"),
+    "fragments": ("", "parts of the model synced at staggered steps"),
+    "overlap_steps": ("steps", "that a sync may take beside compute"),
+    "topology": ("", "how a mean travels: ring, star or tree"),
+    "recompute": ("", "activations computed twice: none, selective or full"),
+    "bandwidth_bps": ("bit/s", "slowest site link, nominal"),
+    "params_total": ("elements", "all parameters of the model"),
+    "params_active": ("elements", "one token runs through, by the vendor's convention"),
+    "params_per_site": ("elements", "stored at a site, mean over sites"),
+    "executed_fraction": ("", "of top-k assignments that run; the others are skipped"),
+    "payload_bytes_per_site_per_round": ("bytes", "reduced per round of H steps, mean over sites"),
+    "wire_bytes_per_site_per_round": ("bytes", "sent per round, mean over sites"),
+    "received_bytes_per_site_per_round": ("bytes", "received per round, mean over sites"),
+    "ratio_vs_ddp": ("x", "payload of DDP in fp32 over this payload"),
+    "ratio_vs_diloco": ("x", "payload of DiLoCo in fp32 over this payload"),
+    "memory_bytes_per_site": ("bytes", "all memory of a site, hosts included, mean"),
+    "memory_bytes_per_accelerator": ("bytes", "of the tightest accelerator"),
+    "host_bytes_per_site": ("bytes", "host memory of the fullest site"),
+    "fits": ("", "whether every site has that memory"),
+    "memory_verdict": ("", "by how much, because of what"),
+    "cpu_process_peak_bytes": (
+        "bytes",
+        "of the trainer's process of site 0 on CPU, above its imports; for a config",
+    ),
+    "mfu": ("", "share of peak FLOP/s while a site computes"),
+    "step_time_s": ("s", "compute of one step at the slowest site"),
+    "sync_time_s": ("s", "one exchange: a round's or a fragment's sync, or a step's"),
+    "exposed_s_per_round": ("s", "of a round in which sites wait for the link"),
+    "round_time_s": ("s", "H steps and what is exposed"),
+    "utilisation": ("", "share of time spent computing, mean over accelerators"),
+    "tokens_per_s": ("1/s", "of all sites together"),
+    "time_model": ("", "analytic: closed form; event: layers on one link"),
+    "slowest_link": ("", "link and direction that take longest"),
+    "tokens": ("tokens", "of the whole run"),
+    "rounds": ("", "of the whole run"),
+    "days": ("days", "of the whole run at the central utilisation of peak"),
+    "days_low": ("days", "at the high end of utilisation of peak"),
+    "days_high": ("days", "at the low end of utilisation of peak"),
+    "cost_usd": ("USD", "central prices: accelerator-hours and half of the egress range"),
+    "cost_usd_low": ("USD", "lowest prices, best utilisation of peak, no more than low egress"),
+    "cost_usd_high": ("USD", "highest prices, worst utilisation of peak, full egress"),
+    "egress_usd_high": ("USD", "of it for bytes sent, at the high price"),
+    "idle_usd": ("USD", "of it for accelerators that wait"),
+    "usd_per_1e6_tokens": ("USD", "central cost per million tokens"),
+    "memory_parts": ("bytes", "what fills the tightest site, and where it lives; JSON only"),
+    "..._by_site": ("", "the list that a mean over sites is the mean of; JSON only"),
+    "risk": ("", "stragglers, failures, quorum and coverage: fields say their unit"),
+}
+
+
+def to_json(rows: list[Row], *, single: bool) -> str:
+    """One object for one answer, a list for several."""
+    return json.dumps(rows[0] if single else rows, indent=2 if len(rows) < 100 else None)
+
+
+def to_csv(rows: list[Row]) -> str:
+    """All columns that are single values, with a header."""
+    names = [name for name in COLUMNS if name in rows[0] and not isinstance(rows[0][name], dict)]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows([[row[name] for name in names] for row in rows])
+    return out.getvalue()
+
+
+def explain() -> str:
+    """Every column with its unit and meaning, and the source of every default."""
+    wide = max(map(len, COLUMNS))
+    lines = ["Columns (unit): meaning"]
+    lines += [f"  {n:<{wide}}  ({unit or '-'}) {text}" for n, (unit, text) in COLUMNS.items()]
+    return "\n".join([*lines, "", *sources_lines()])
+
+
+def sources_lines() -> list[str]:
+    return ["Defaults and their sources:", *(f"  {n}: {text}" for n, text in SOURCES.items())]
+
+
+def scaled(value: float, unit: str = "") -> str:
+    """1.23 G style: three digits and a decimal prefix."""
+    for limit, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}".rstrip()
+
+
+def _short_row(row: Row) -> list[str]:
+    ratio = row["ratio_vs_ddp"]
+    return [
+        row["method"],
+        f"{row['num_sites']}",
+        f"{row['replication_factor']:g}",
+        f"{row['local_steps']}",
+        f"{row['bits']:g}",
+        scaled(row["bandwidth_bps"], "bit/s"),
+        scaled(row["payload_bytes_per_site_per_round"], "B"),
+        scaled(row["wire_bytes_per_site_per_round"], "B"),
+        "-" if ratio is None else f"{ratio:.3g}",
+        scaled(row["memory_bytes_per_site"], "B"),
+        ("fits " if row["fits"] else "NO ") + scaled(row["memory_bytes_per_accelerator"], "B"),
+        f"{row['step_time_s']:.3g}",
+        f"{row['round_time_s']:.4g}",
+        f"{100 * row['utilisation']:.1f}",
+        f"{row['days']:.3g}",
+        f"{scaled(row['cost_usd_low'])} - {scaled(row['cost_usd_high'])}",
+    ]
+
+
+HEADS = (
+    "method",
+    "K",
+    "r",
+    "H",
+    "bits",
+    "link",
+    "payload/round",
+    "sent/round",
+    "vs DDP",
+    "memory/site",
+    "per accelerator",
+    "step s",
+    "round s",
+    "util %",
+    "days",
+    "USD low - high",
+)
+
+
+def to_table(rows: list[Row], *, limit: int = 60) -> str:
+    """A table for people; at most `limit` rows, and it says how many it leaves out."""
+    body = [_short_row(row) for row in rows[:limit]]
+    widths = [max(len(r[i]) for r in [list(HEADS), *body]) for i in range(len(HEADS))]
+
+    def line(cells: Any) -> str:
+        return "  ".join(str(c).ljust(w) for c, w in zip(cells, widths, strict=True)).rstrip()
+
+    first = rows[0]
+    title = (
+        f"{first['model']}: {scaled(first['params_total'])} parameters, "
+        f"{scaled(first['params_active'])} active; run of {scaled(first['tokens'])} tokens"
+    )
+    lines = [title, line(HEADS), *map(line, body)]
+    if len(rows) > limit:
+        lines.append(f"... {len(rows) - limit} more rows; use --csv or --json for all")
+    return "\n".join(lines)
+
+
+def risk_lines(rows: list[Row]) -> list[str]:
+    """Memory verdict, slowest link, risk and money of each answer, in words."""
+    lines = []
+    for row in rows:
+        risk = row["risk"]
+        lines.append(
+            f"{row['method']}: {row['memory_verdict']}; slowest link {row['slowest_link']}, "
+            f"{row['exposed_s_per_round']:.4g} s of a round exposed ({row['time_model']}); "
+            f"{risk['failures_per_run']:.3g} site failures per run, rejoin "
+            f"{scaled(risk['rejoin_bytes'], 'B')} in {risk['rejoin_time_s']:.3g} s"
+        )
+        if "coverage_loss_probability" in risk:
+            lines[-1] += (
+                f"; an expert loses all holders with probability "
+                f"{risk['coverage_loss_probability']:.2g} (costs {risk['coverage_cost_usd']:.3g} "
+                "USD on average)"
+            )
+        percentiles = [f"p{n} {v:.4g} s" for n, v in _percentiles(risk)]
+        if percentiles:
+            lines[-1] += "; round time " + ", ".join(percentiles)
+    return lines
+
+
+def _percentiles(risk: dict[str, Any]) -> list[tuple[str, float]]:
+    found = [name for name in risk if name.startswith("round_time_p")]
+    return [(name.removeprefix("round_time_p").removesuffix("_s"), risk[name]) for name in found]

@@ -1,0 +1,151 @@
+"""Rounds of a real run, read from its `metrics.jsonl`.
+
+The trainer writes one JSON object per line. Used here are those of kind `round`, one per site:
+`round, site, train_s, sync_s, wire_bytes, payload_bytes, local_steps`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from fomoe.config import Config, load_config
+from fomoe.errors import ConfigError
+from fomoe.placement import build_placement
+from fomoe.segments import build_plan, sync_traffic
+from fomoe.shapes import parameter_specs
+
+NUMBERS = ("round", "site", "train_s", "sync_s", "wire_bytes", "payload_bytes", "local_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One round over all sites that reported it.
+
+    Attributes:
+        run: folder of the run.
+        index: of the round.
+        local_steps: steps of the round, H.
+        num_syncs: syncs in the round: one, or one per step where gradients are averaged.
+        train_s: time of the local steps at the slowest site.
+        sync_s: time from there to the end of the sync; the wait for slower sites is not in it.
+        wire_bytes, payload_bytes: of the site that sent most.
+        planned_payload_bytes: what the run's config says that site reduces; None without a config.
+    """
+
+    run: str
+    index: int
+    local_steps: int
+    num_syncs: int
+    train_s: float
+    sync_s: float
+    wire_bytes: int
+    payload_bytes: int
+    planned_payload_bytes: int | None = None
+
+    @property
+    def round_s(self) -> float:
+        return self.train_s + self.sync_s
+
+
+def read_runs(folders: Iterable[str | Path]) -> list[Round]:
+    """Rounds of several runs, in order.
+
+    Raises:
+        ConfigError: naming the folder, if it holds no rounds to fit a link from.
+    """
+    return [round_ for folder in dict.fromkeys(map(str, folders)) for round_ in read_run(folder)]
+
+
+def read_run(folder: str | Path) -> list[Round]:
+    """Rounds of one run; a round that was repeated after a resume counts once, as it ran last."""
+    path = Path(folder) / "metrics.jsonl"
+    table: dict[int, dict[int, dict[str, Any]]] = {}
+    for number, record in _records(path):
+        if record.get("kind") == "round":
+            _check_record(record, f"{path}:{number}")
+            table.setdefault(int(record["round"]), {})[int(record["site"])] = record
+    if not table:
+        raise ConfigError(str(path), "", "has no round records")
+    if not any(record["wire_bytes"] for sites in table.values() for record in sites.values()):
+        rule = "sent no bytes between sites (a single-process run?): it shows no link to calibrate"
+        raise ConfigError("run", str(folder), rule)
+    path = Path(folder) / "config.yaml"
+    config = load_config(path) if path.exists() else None
+    planned = planned_payload(config) if config else {}
+    every_step = config is not None and config.sync.average == "gradients"
+    return [
+        _merge(str(folder), index, table[index], planned, every_step) for index in sorted(table)
+    ]
+
+
+def planned_payload(config: Config) -> dict[int, int]:
+    """Payload bytes of one sync at every site, from the config alone."""
+    plan = build_plan(
+        parameter_specs(config), build_placement(config), router_rows=config.sync.router_rows
+    )
+    return {site: sync_traffic(plan, site).payload for site in range(config.num_sites)}
+
+
+def _records(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError("run", str(path.parent), "has no metrics.jsonl") from None
+    except (OSError, UnicodeDecodeError):
+        raise ConfigError(str(path), "", "cannot be read as text") from None
+    lines = content.split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            if number == len(lines):
+                continue  # torn by a kill: every whole line ends with a newline
+            raise ConfigError(f"{path}:{number}", "", "is not a JSON object") from None
+        if not isinstance(record, dict):
+            raise ConfigError(f"{path}:{number}", "", "is not a JSON object")
+        yield number, record
+
+
+def _check_record(record: dict[str, Any], where: str) -> None:
+    for name in NUMBERS:
+        value = record.get(name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 <= float(value or 0) < inf:
+            raise ConfigError(f"{where} {name}", value, "must be a number of at least 0")
+    for name in ("train_s", "sync_s", "local_steps"):
+        if record[name] == 0:
+            raise ConfigError(f"{where} {name}", 0, "must be above 0")
+
+
+def _merge(
+    run: str,
+    index: int,
+    sites: dict[int, dict[str, Any]],
+    planned: dict[int, int],
+    every_step: bool,
+) -> Round:
+    records = list(sites.values())
+    local_steps = int(max(record["local_steps"] for record in records))
+    num_syncs = local_steps if every_step else 1
+    train_s = max(record["train_s"] for record in records)
+    end_s = max(record["train_s"] + record["sync_s"] for record in records)
+    return Round(
+        run=run,
+        index=index,
+        local_steps=local_steps,
+        num_syncs=num_syncs,
+        train_s=train_s,
+        sync_s=end_s - train_s,
+        wire_bytes=int(max(record["wire_bytes"] for record in records)),
+        payload_bytes=int(max(record["payload_bytes"] for record in records)),
+        planned_payload_bytes=(
+            num_syncs * max(planned.get(site, 0) for site in sites) if planned else None
+        ),
+    )

@@ -1,0 +1,239 @@
+"""Shapes of models from which parameters, bytes and FLOPs are computed, wider than the trainer's.
+
+The trainer builds one family; the presets need more (latent attention, biases, sinks, ungated
+FFNs). A shape lists its parameters as `ParameterSpec`s, exactly as `fomoe.shapes` does for a
+config, and has closed forms of the same sums, which a test holds equal to the list.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Literal
+
+from fomoe.shapes import ParameterSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Multi-head attention: grouped-query (`q_lora` 0) or latent (MLA).
+
+    Attributes:
+        heads, kv_heads: query heads and key/value heads (MLA: kv_heads is not used).
+        head_dim: width of one query/key head without the MLA rope part.
+        q_lora, kv_lora, rope_dim, value_dim: MLA ranks and widths; 0 for grouped-query attention.
+        qk_norm: RMS norms of queries and keys: over one head, or over all of them.
+        qkv_bias, out_bias: biases of the projections.
+        sinks: one learned logit per head.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    q_lora: int = 0
+    kv_lora: int = 0
+    rope_dim: int = 0
+    value_dim: int = 0
+    qk_norm: Literal["none", "head", "full"] = "none"
+    qkv_bias: bool = False
+    out_bias: bool = False
+    sinks: bool = False
+
+    @property
+    def latent(self) -> bool:
+        return self.q_lora > 0
+
+    @property
+    def score_width(self) -> int:
+        """Summed width of queries and values over heads: FLOPs per token and key are 2 x this."""
+        value = self.value_dim if self.latent else self.head_dim
+        return self.heads * (self.head_dim + self.rope_dim + value)
+
+    def parameters(self, d_model: int) -> list[tuple[str, tuple[int, ...], str]]:
+        """Name, shape and kind of each parameter of one layer's attention."""
+        return self._latent(d_model) if self.latent else self._grouped(d_model)
+
+    def _grouped(self, d_model: int) -> list[tuple[str, tuple[int, ...], str]]:
+        q_size, kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        out: list[tuple[str, tuple[int, ...], str]] = [
+            ("q_proj.weight", (q_size, d_model), "attention"),
+            ("k_proj.weight", (kv_size, d_model), "attention"),
+            ("v_proj.weight", (kv_size, d_model), "attention"),
+            ("o_proj.weight", (d_model, q_size), "attention"),
+        ]
+        if self.qkv_bias:
+            sizes = (("q", q_size), ("k", kv_size), ("v", kv_size))
+            out += [(f"{name}_proj.bias", (size,), "attention") for name, size in sizes]
+        if self.out_bias:
+            out.append(("o_proj.bias", (d_model,), "attention"))
+        if self.sinks:
+            out.append(("sinks", (self.heads,), "attention"))
+        if self.qk_norm != "none":
+            full = self.qk_norm == "full"
+            for name, size in (("q_norm", q_size), ("k_norm", kv_size)):
+                out.append((f"{name}.weight", (size if full else self.head_dim,), "norm"))
+        return out
+
+    def _latent(self, d_model: int) -> list[tuple[str, tuple[int, ...], str]]:
+        """DeepSeek-V2/V3 latent attention (arXiv 2412.19437, section 2.1.1)."""
+        q_size = self.heads * (self.head_dim + self.rope_dim)
+        kv_size = self.heads * (self.head_dim + self.value_dim)
+        return [
+            ("q_a_proj.weight", (self.q_lora, d_model), "attention"),
+            ("q_a_norm.weight", (self.q_lora,), "norm"),
+            ("q_b_proj.weight", (q_size, self.q_lora), "attention"),
+            ("kv_a_proj.weight", (self.kv_lora + self.rope_dim, d_model), "attention"),
+            ("kv_a_norm.weight", (self.kv_lora,), "norm"),
+            ("kv_b_proj.weight", (kv_size, self.kv_lora), "attention"),
+            ("o_proj.weight", (d_model, self.heads * self.value_dim), "attention"),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """One model.
+
+    Attributes:
+        name: preset name, or the config file's.
+        num_layers, num_dense_layers: layers, and how many of the first have a dense FFN.
+        d_model, vocab_size: widths.
+        num_experts, top_k: routed experts per MoE layer (0 for a dense model) and choices.
+        expert_ffn, shared_ffn, dense_ffn: hidden widths; shared_ffn sums all shared experts.
+        dense_widths: hidden width of each dense layer where they differ (else dense_ffn).
+        gated: SwiGLU (three matrices) or a plain FFN (two).
+        expert_bias, router_bias: biases inside experts and of the router.
+        score_bias: one balancing bias per expert.
+        active_without: what the vendor leaves out when it counts active parameters.
+        seq_len: pre-training context, in tokens.
+        source: where the shape comes from.
+        unsupported: features of it that the trainer does not build.
+    """
+
+    name: str
+    num_layers: int
+    d_model: int
+    vocab_size: int
+    attention: Attention
+    num_dense_layers: int = 0
+    num_experts: int = 0
+    top_k: int = 0
+    expert_ffn: int = 0
+    shared_ffn: int = 0
+    dense_ffn: int = 0
+    dense_widths: tuple[int, ...] = ()
+    tied: bool = False
+    gated: bool = True
+    expert_bias: bool = False
+    router_bias: bool = False
+    score_bias: bool = False
+    active_without: tuple[Literal["embedding", "head"], ...] = ()
+    seq_len: int = 4096
+    source: str = ""
+    unsupported: tuple[str, ...] = ()
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.num_layers - self.num_dense_layers if self.num_experts else 0
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        return tuple(range(self.num_layers - self.num_moe_layers, self.num_layers))
+
+    @cached_property
+    def expert_numel(self) -> int:
+        """Elements of one routed expert of one layer."""
+        if not self.num_experts:
+            return 0
+        bias = (2 if self.gated else 1) * self.expert_ffn + self.d_model
+        return self._ffn_numel(self.expert_ffn) + (bias if self.expert_bias else 0)
+
+    @cached_property
+    def expert_total(self) -> int:
+        """Elements of all routed experts."""
+        return self.num_moe_layers * self.num_experts * self.expert_numel
+
+    @cached_property
+    def layer_shared(self) -> tuple[int, ...]:
+        """Shared elements (all but routed experts) of each layer."""
+        common = 2 * self.d_model + _numel(self.attention.parameters(self.d_model))
+        router = self.num_experts * (self.d_model + self.router_bias + self.score_bias)
+        moe = common + router + (self._ffn_numel(self.shared_ffn) if self.shared_ffn else 0)
+        first_moe = self.num_layers - self.num_moe_layers
+        dense = [common + self._ffn_numel(self.dense_width(i)) for i in range(first_moe)]
+        return (*dense, *[moe] * self.num_moe_layers)
+
+    @cached_property
+    def shared_total(self) -> int:
+        """Elements that every site holds."""
+        embedding = self.vocab_size * self.d_model * (1 if self.tied else 2)
+        return embedding + self.d_model + sum(self.layer_shared)
+
+    @property
+    def total(self) -> int:
+        return self.shared_total + self.expert_total
+
+    @cached_property
+    def active(self) -> int:
+        """Parameters one token runs through, by the vendor's convention."""
+        skipped = self.num_moe_layers * (self.num_experts - self.top_k) * self.expert_numel
+        table = self.vocab_size * self.d_model
+        return self.total - skipped - table * len(self.active_without)
+
+    def dense_width(self, layer: int) -> int:
+        """Hidden width of a dense layer's FFN."""
+        return self.dense_widths[layer] if self.dense_widths else self.dense_ffn
+
+    def _ffn_numel(self, width: int) -> int:
+        return (3 if self.gated else 2) * self.d_model * width
+
+    def parameter_specs(self) -> list[ParameterSpec]:
+        """Every parameter, all experts included, in the model's order."""
+        table = (self.vocab_size, self.d_model)
+        specs = [ParameterSpec("embedding.weight", table, "embedding")]
+        for layer in range(self.num_layers):
+            specs += self._layer_specs(layer)
+        specs.append(ParameterSpec("final_norm.weight", (self.d_model,), "norm"))
+        if not self.tied:
+            specs.append(ParameterSpec("head.weight", table, "embedding"))
+        return specs
+
+    def _layer_specs(self, layer: int) -> list[ParameterSpec]:
+        prefix, norm = f"layers.{layer}", (self.d_model,)
+        specs = [ParameterSpec(f"{prefix}.attention_norm.weight", norm, "norm", layer)]
+        specs += [
+            ParameterSpec(f"{prefix}.attention.{name}", shape, kind, layer)
+            for name, shape, kind in self.attention.parameters(self.d_model)
+        ]
+        specs.append(ParameterSpec(f"{prefix}.ffn_norm.weight", norm, "norm", layer))
+        if layer not in self.moe_layers:
+            return specs + self._ffn_specs(f"{prefix}.ffn", self.dense_width(layer), "ffn", layer)
+        router = (self.num_experts, self.d_model)
+        specs.append(ParameterSpec(f"{prefix}.moe.router.weight", router, "router", layer))
+        for name, there in (("bias", self.router_bias), ("score_bias", self.score_bias)):
+            if there:
+                size = (self.num_experts,)
+                specs.append(ParameterSpec(f"{prefix}.moe.router.{name}", size, "router", layer))
+        if self.shared_ffn:
+            name = f"{prefix}.moe.shared_expert"
+            specs += self._ffn_specs(name, self.shared_ffn, "shared_expert", layer)
+        for expert in range(self.num_experts):
+            name = f"{prefix}.moe.experts.{expert}"
+            specs += self._ffn_specs(name, self.expert_ffn, "expert", layer, expert)
+        return specs
+
+    def _ffn_specs(
+        self, prefix: str, width: int, kind: str, layer: int, expert: int | None = None
+    ) -> list[ParameterSpec]:
+        first, rows = ("gate_up", 2 * width) if self.gated else ("up", width)
+        shapes: list[tuple[str, tuple[int, ...]]] = [
+            (first, (rows, self.d_model)),
+            ("down", (self.d_model, width)),
+        ]
+        if self.expert_bias and kind == "expert":
+            shapes += [(f"{first}_bias", (rows,)), ("down_bias", (self.d_model,))]
+        return [ParameterSpec(f"{prefix}.{n}", shape, kind, layer, expert) for n, shape in shapes]
+
+
+def _numel(parameters: list[tuple[str, tuple[int, ...], str]]) -> int:
+    return sum(prod(shape) for _, shape, _ in parameters)

@@ -1,0 +1,248 @@
+"""Calibration: recovers a known link from runs made with it, and says what it cannot know."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+
+from fomoe.config import build_config
+from fomoe.errors import ConfigError
+from fomoe.placement import build_placement
+from fomoe.segments import build_plan, sync_traffic
+from fomoe.shapes import parameter_specs
+from fomoe_sim import calibrate
+from fomoe_sim.calibrate import Calibration, fit, load_calibration, split_rounds
+from fomoe_sim.runs import read_run, read_runs
+
+STEP_S, FIXED_S, LINK_BPS = 0.1, 0.07, 80e6
+
+
+def write_run(folder, *, local_steps, wire_bytes, rounds=9, noise=0.0, syncs=1, config=None):
+    """A run over a known link: two sites, of which site 1 is slower and so waits less."""
+    folder.mkdir()
+    random = np.random.default_rng(local_steps)
+    lines = [{"kind": "step", "round": 0, "step": 0, "site": 0, "loss": 5.5}]
+    for index in range(rounds):
+        slow = STEP_S * local_steps * (1 + noise * random.standard_normal())
+        moving = 8 * wire_bytes / LINK_BPS * (1 + noise * random.standard_normal())
+        sync = FIXED_S * syncs + moving
+        if index == 0:
+            sync *= 3  # a cold first round
+        for site, train in ((0, 0.8 * slow), (1, slow)):
+            lines.append(
+                {
+                    "kind": "round",
+                    "round": index,
+                    "site": site,
+                    "train_s": train,
+                    "sync_s": slow + sync - train,
+                    "wire_bytes": wire_bytes,
+                    "payload_bytes": wire_bytes,
+                    "local_steps": local_steps,
+                }
+            )
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if config is not None:
+        (folder / "config.yaml").write_text(config.to_yaml())
+    return str(folder)
+
+
+def run_command(*words):
+    parser = argparse.ArgumentParser()
+    calibrate.add_command(parser.add_subparsers())
+    args = parser.parse_args(["calibrate", *words])
+    return args.run(args)
+
+
+# -------------------------------------------------------------------------------------------- fits
+
+
+def test_two_payloads_separate_fixed_cost_and_bandwidth(tmp_path):
+    runs = [
+        write_run(tmp_path / "a", local_steps=8, wire_bytes=1_000_000),
+        write_run(tmp_path / "b", local_steps=32, wire_bytes=4_000_000),
+    ]
+    found = fit(read_runs(runs), [], bandwidth_bps=100e6)
+    assert found.step_time_s == pytest.approx(STEP_S)
+    assert found.sync_fixed_s == pytest.approx(FIXED_S)
+    assert found.effective_bps == pytest.approx(LINK_BPS)
+    assert found.link_efficiency == pytest.approx(0.8)
+    assert found.separated
+    assert found.note == ""
+    assert found.round_error is None
+
+
+def test_a_held_out_run_of_another_h_and_payload_is_predicted(tmp_path, capsys):
+    runs = [
+        write_run(tmp_path / "a", local_steps=8, wire_bytes=1_000_000, noise=0.05),
+        write_run(tmp_path / "b", local_steps=32, wire_bytes=4_000_000, noise=0.05),
+    ]
+    other = write_run(tmp_path / "c", local_steps=16, wire_bytes=9_000_000, noise=0.05)
+    assert run_command(*runs, "--hold-out", other) == 0
+    found = load_calibration(tmp_path / "a" / "calibration.json")
+    assert found.held_out == other
+    assert found.held_out_rounds == 9
+    assert found.round_error < 0.10
+    assert found.sync_error < 0.15
+    assert "wrote" in capsys.readouterr().out
+    predicted = found.round_time_s(local_steps=16, wire_bytes=9_000_000)
+    assert predicted == pytest.approx(1.6 + 0.07 + 0.9, rel=0.1)
+
+
+def test_one_payload_is_not_separated_and_says_so(tmp_path):
+    run = write_run(tmp_path / "a", local_steps=8, wire_bytes=1_000_000)
+    fitted, held_out = split_rounds(read_run(run))
+    assert [r.index for r in held_out] == [6, 7, 8]
+    found = fit(fitted, held_out)
+    assert not found.separated
+    assert found.sync_fixed_s == 0.0
+    assert "cannot be told from the bandwidth" in found.note
+    # All of the sync time counts as bandwidth, so the same payload is still predicted.
+    assert found.sync_s(1_000_000) == pytest.approx(FIXED_S + 8e6 / LINK_BPS)
+    assert found.round_error == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_run_that_syncs_every_step_pays_the_fixed_cost_every_step(tmp_path):
+    config = build_config({"method": "ddp", "num_sites": 2, "placement": {}})
+    runs = [
+        write_run(tmp_path / "a", local_steps=8, wire_bytes=8_000_000, syncs=8, config=config),
+        write_run(tmp_path / "b", local_steps=8, wire_bytes=2_000_000),
+    ]
+    rounds = read_runs(runs)
+    assert {r.num_syncs for r in rounds if r.run == runs[0]} == {8}
+    found = fit(rounds, [])
+    assert found.sync_fixed_s == pytest.approx(FIXED_S)
+    assert found.effective_bps == pytest.approx(LINK_BPS)
+
+
+def test_a_link_too_fast_to_be_seen_has_no_bandwidth(tmp_path):
+    runs = [
+        write_run(tmp_path / "a", local_steps=8, wire_bytes=10),
+        write_run(tmp_path / "b", local_steps=8, wire_bytes=1_000_000),
+    ]
+    rounds = read_runs(runs)
+    backwards = [
+        type(r)(**{**vars(r), "wire_bytes": 2_000_000 if r.wire_bytes == 10 else 10})
+        for r in rounds
+    ]
+    found = fit(backwards, [], bandwidth_bps=1e9)
+    assert found.effective_bps is None
+    assert found.link_efficiency is None
+    assert "does not grow" in found.note
+    assert found.sync_s(5_000_000) == found.sync_fixed_s > 0
+
+
+def test_planned_payload_is_compared_with_the_counted_one(tmp_path):
+    config = build_config(
+        {
+            "num_sites": 2,
+            "model": {"num_layers": 2, "num_experts": 4, "d_model": 32, "expert_ffn_dim": 16},
+            "placement": {"replication_factor": 1},
+        }
+    )
+    plan = build_plan(parameter_specs(config), build_placement(config))
+    payload = sync_traffic(plan, 0).payload
+    exact = write_run(tmp_path / "a", local_steps=8, wire_bytes=payload, config=config)
+    off = write_run(tmp_path / "b", local_steps=8, wire_bytes=payload + 4, config=config)
+    assert fit(*split_rounds(read_run(exact))).payload_error_bytes == 0
+    assert fit(*split_rounds(read_run(off))).payload_error_bytes == 4
+
+
+# ----------------------------------------------------------------------------------------- reading
+
+
+def test_a_round_is_that_of_its_slowest_site(tmp_path):
+    first = read_run(write_run(tmp_path / "a", local_steps=10, wire_bytes=1_000_000))[1]
+    assert first.train_s == pytest.approx(1.0)
+    assert first.sync_s == pytest.approx(FIXED_S + 0.1)
+    assert first.round_s == pytest.approx(1.17)
+
+
+def test_a_repeated_round_counts_as_it_ran_last_and_a_torn_line_is_left_out(tmp_path):
+    run = write_run(tmp_path / "a", local_steps=10, wire_bytes=1_000_000, rounds=2)
+    path = tmp_path / "a" / "metrics.jsonl"
+    again = json.loads(path.read_text().splitlines()[-1]) | {"train_s": 2.0, "sync_s": 0.5}
+    path.write_text(path.read_text() + json.dumps(again) + '\n{"kind": "rou')
+    rounds = read_run(run)
+    assert len(rounds) == 2
+    assert rounds[-1].train_s == 2.0
+
+
+# ---------------------------------------------------------------------------------------- refusals
+
+
+def edit_records(run, change):
+    """Rewrite the round records of a run."""
+    path = f"{run}/metrics.jsonl"
+    with open(path, encoding="utf-8") as file:
+        records = [json.loads(line) for line in file]
+    records = [change(r) if r["kind"] == "round" else r for r in records]
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(r) + "\n" for r in records)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: r | {"kind": "step"}, "has no round records"),
+        (lambda r: r | {"wire_bytes": 0}, "sent no bytes between sites"),
+        (lambda r: r | {"train_s": None}, r"metrics.jsonl:2 train_s None must be a number"),
+        (lambda r: r | {"sync_s": -1.0}, r"sync_s -1.0 must be a number of at least 0"),
+        (lambda r: r | {"local_steps": 0}, "local_steps 0 must be above 0"),
+        (lambda r: {k: v for k, v in r.items() if k != "wire_bytes"}, "wire_bytes None"),
+    ],
+)
+def test_records_that_cannot_be_fitted_are_refused(tmp_path, change, words):
+    run = write_run(tmp_path / "a", local_steps=8, wire_bytes=1_000_000)
+    edit_records(run, change)
+    with pytest.raises(ConfigError, match=words):
+        run_command(run)
+    assert not (tmp_path / "a" / "calibration.json").exists()
+
+
+def test_a_broken_line_is_named(tmp_path):
+    run = write_run(tmp_path / "a", local_steps=8, wire_bytes=1_000_000)
+    path = tmp_path / "a" / "metrics.jsonl"
+    path.write_text("nonsense\n" + path.read_text())
+    with pytest.raises(ConfigError, match=r"metrics.jsonl:1 is not a JSON object"):
+        read_run(run)
+
+
+def test_wrong_arguments_are_refused(tmp_path):
+    run = write_run(tmp_path / "a", local_steps=8, wire_bytes=1_000_000)
+    with pytest.raises(ConfigError, match=r"has no metrics\.jsonl"):
+        run_command(str(tmp_path / "missing"))
+    with pytest.raises(ConfigError, match="is also a run to fit"):
+        run_command(run, "--hold-out", run)
+    with pytest.raises(ConfigError, match=r"--bandwidth 1e\+06 bit/s is below the .* moved"):
+        run_command(run, "--bandwidth", "1Mbit")
+    with pytest.raises(ConfigError, match="--bandwidth"):
+        run_command(run, "--bandwidth", "0")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        run_command(run, "--out", str(tmp_path / "no" / "folder.json"))
+
+
+def test_a_calibration_file_round_trips_and_refuses_others(tmp_path):
+    run = write_run(tmp_path / "a", local_steps=8, wire_bytes=1_000_000)
+    out = tmp_path / "c.json"
+    assert run_command(run, "--out", str(out), "--bandwidth", "1Gbit") == 0
+    found = load_calibration(out)
+    assert isinstance(found, Calibration)
+    assert found.runs == (run,)
+    assert found.bandwidth_bps == 1e9
+    tree = json.loads(out.read_text())
+    for broken, words in (
+        ("{", "not a readable JSON"),
+        (json.dumps(tree | {"extra": 1}), "is not a calibration file"),
+        (json.dumps(tree | {"step_time_s": "fast"}), "step_time_s fast must be a number"),
+        (json.dumps(tree | {"sync_fixed_s": -1}), "sync_fixed_s -1 must be"),
+        (json.dumps(tree | {"step_time_s": 0}), "step time or bandwidth of 0"),
+    ):
+        out.write_text(broken)
+        with pytest.raises(ConfigError, match=words):
+            load_calibration(out)
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_calibration(tmp_path / "none.json")

@@ -1,0 +1,101 @@
+"""`fomoe plan`: what it keeps, why, and configs that the trainer's loader accepts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fomoe.cli import main
+from fomoe.config import load_config
+from fomoe.placement import build_placement
+
+THREE = "configs/clusters/three-sites.yaml"
+QUESTION = ["--cluster", THREE, "--model", "100b-moe", "--tokens", "2e12", "--budget", "5e6"]
+
+
+def plan(capsys, *flags):
+    assert main(["plan", *flags, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def refusal(capsys, *flags):
+    assert main(["plan", *flags]) in (1, 2)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_the_best_meets_the_constraints_and_nothing_beats_it(capsys):
+    found = plan(capsys, *QUESTION)
+    best = found["best"]
+    assert best["fits"]
+    assert best["cost_usd"] <= 5e6
+    assert best["executed_fraction"] >= 0.5
+    assert best["cost_usd"] == min(row["cost_usd"] for row in found["pareto"])
+    names = ("days", "cost_usd", "local_steps", "executed_fraction")
+    scores = [[row[name] for name in names] for row in found["pareto"]]
+    for one in scores:
+        better = [o for o in scores if o != one and o[3] >= one[3]]
+        assert not any(all(a <= b for a, b in zip(o[:3], one[:3], strict=True)) for o in better)
+
+
+def test_it_says_what_binds(capsys):
+    assert main(["plan", *QUESTION]) == 0
+    text = capsys.readouterr().out
+    assert "binding resource:" in text
+    assert "cheapest diloco" in text
+
+
+def test_a_trainable_plan_becomes_a_config(capsys, tmp_path):
+    out = tmp_path / "plan.yaml"
+    flags = ["--cluster", THREE, "--model", "olmoe-1b-7b", "--trainable", "--out", str(out)]
+    assert main(["plan", *flags]) == 0
+    config = load_config(out)
+    assert config.num_sites == 3
+    assert config.model.num_experts == 64
+    assert build_placement(config).num_sites == 3
+
+
+def test_capacity_placement_survives_the_config(capsys, tmp_path):
+    cluster = tmp_path / "uneven.yaml"
+    site = "accelerator: H100, link: 10Gbit"
+    cluster.write_text(
+        f"sites: [{{name: a, {site}, count: 8, capacity: 6}}, "
+        f"{{name: b, {site}, count: 16, capacity: 4}}]"
+    )
+    out = tmp_path / "plan.yaml"
+    flags = ["--cluster", str(cluster), "--model", "proxy-54m", "--trainable", "--method", "fomoe"]
+    assert main(["plan", *flags, "--out", str(out)]) == 0
+    placement = build_placement(load_config(out))
+    assert [placement.num_residents(site) for site in range(2)] == [6, 4]
+
+
+def test_a_shape_the_trainer_lacks_is_named(capsys, tmp_path):
+    out = str(tmp_path / "plan.yaml")
+    flags = ["--model", "deepseek-v3", "--sites", "8", "--accelerators", "512", "--out", out]
+    assert main(["plan", *flags, "--bandwidth", "100Gbit"]) == 2
+    assert "latent attention (MLA)" in capsys.readouterr().err
+
+
+def test_coverage_risk_asks_for_replicas(capsys):
+    flags = ["--model", "100b-moe", "--sites", "8", "--method", "fomoe", "--min-executed", "0.1"]
+    loose = plan(capsys, *flags)["best"]
+    strict = plan(capsys, *flags, "--max-coverage-risk", "0.001")["best"]
+    assert loose["replication_factor"] < strict["replication_factor"]
+    assert strict["coverage_loss_probability"] <= 0.001
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([*QUESTION[:-1], "1"], "budget refuses"),
+        ([*QUESTION, "--deadline-days", "0.001"], "deadline refuses"),
+        (["--model", "deepseek-v3", "--sites", "2", "--accelerators", "8"], "memory refuses"),
+        ([*QUESTION, "--local-steps", "500"], "exceeds --max-local-steps"),
+        ([*QUESTION, "--min-executed", "2"], "must lie in"),
+        (["--config", "x.yaml"], "plan starts from --model"),
+    ],
+)
+def test_bad_or_impossible_questions_are_one_line(capsys, flags, words):
+    assert words in refusal(capsys, *flags)

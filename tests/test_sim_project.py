@@ -1,0 +1,351 @@
+"""`fomoe project`: the promised examples, the identities of its answers, and bad input."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+
+from fomoe.cli import main
+from fomoe_sim.calibrate import Calibration, save_calibration
+
+PROMISED = {
+    "model",
+    "method",
+    "num_sites",
+    "replication_factor",
+    "local_steps",
+    "params_total",
+    "params_active",
+    "params_per_site",
+    "payload_bytes_per_site_per_round",
+    "wire_bytes_per_site_per_round",
+    "ratio_vs_ddp",
+    "ratio_vs_diloco",
+    "memory_bytes_per_site",
+    "step_time_s",
+    "round_time_s",
+    "utilisation",
+}
+THREE = "configs/clusters/three-sites.yaml"
+CONFIG = """
+num_sites: 4
+local_steps: 32
+model: {num_layers: 2, d_model: 32, num_heads: 4, expert_ffn_dim: 24, num_experts: 8}
+placement: {replication_factor: 2}
+data: {seq_len: 64}
+"""
+
+
+def project(capsys, *flags):
+    """Rows of a question; the command must succeed."""
+    assert main(["project", *flags, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def refusal(capsys, *flags, command="project"):
+    """The one line of a refused question."""
+    code = main([command, *flags])
+    captured = capsys.readouterr()
+    assert code in (1, 2)
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    return lines[0]
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+def test_one_answer_has_every_promised_key(capsys):
+    flags = "--model deepseek-v3 --sites 8 --replication 2 --local-steps 100 --bandwidth 1Gbit"
+    row = project(capsys, *flags.split())
+    assert set(row) >= PROMISED
+    assert row["params_total"] == 671_026_419_200
+    assert row["params_per_site"] == pytest.approx(16.96e9 + 654.1e9 / 4, rel=1e-3)
+    assert row["ratio_vs_ddp"] == pytest.approx(100 * row["ratio_vs_diloco"])
+
+
+def test_compare_shows_every_method_of_a_config(capsys, config):
+    rows = project(capsys, "--config", config, "--compare", "ddp,diloco,streaming,spes,ep,fomoe")
+    by_method = {row["method"]: row for row in rows}
+    assert list(by_method) == ["ddp", "diloco", "streaming", "spes", "ep", "fomoe"]
+    assert by_method["ddp"]["ratio_vs_ddp"] == 1
+    assert by_method["diloco"]["ratio_vs_ddp"] == 32
+    assert by_method["streaming"]["ratio_vs_diloco"] == pytest.approx(8, rel=1e-3)
+
+
+def test_paper_ratio(capsys):
+    row = project(capsys, "--model", "proxy-54m", "--sites", "4", "--replication", "2")
+    assert row["ratio_vs_ddp"] == pytest.approx(45.44, rel=2e-3)
+    assert row["ratio_vs_diloco"] == pytest.approx(1.42, abs=5e-3)
+
+
+def test_sweep_answers_what_makes_sense_and_names_the_rest(capsys):
+    flags = (
+        f"--cluster {THREE} --model qwen3-235b-a22b --sweep replication=1,2,4 local_steps=32..512"
+    )
+    assert main(["project", *flags.split(), "--csv"]) == 0
+    captured = capsys.readouterr()
+    rows = list(csv.DictReader(io.StringIO(captured.out)))
+    assert [row["local_steps"] for row in rows[:5]] == ["32", "64", "128", "256", "512"]
+    assert {row["replication_factor"] for row in rows} == {"1", "2"}
+    assert "--replication 4 exceeds the 3 sites" in captured.err
+
+
+def test_a_sweep_agrees_with_single_answers(capsys):
+    flags = ["--model", "100b-moe", "--sites", "8"]
+    swept = project(capsys, *flags, "--sweep", "local_steps=10,100", "bandwidth=1Gbit,10Gbit")
+    for row in swept:
+        alone = project(
+            capsys,
+            *flags,
+            *("--local-steps", str(row["local_steps"])),
+            *("--bandwidth", f"{row['bandwidth_bps'] / 1e9:g}Gbit"),
+        )
+        assert row == pytest.approx({name: alone[name] for name in row})
+
+
+def test_solve_finds_the_least_bandwidth(capsys):
+    flags = ["--model", "100b-moe"]
+    row = project(capsys, *flags, "--solve", "bandwidth", "--utilisation", "0.95")
+    assert row["utilisation"] == pytest.approx(0.95, abs=1e-3)
+    less = project(capsys, *flags, "--bandwidth", str(row["bandwidth_bps"] / 1.01))
+    assert less["utilisation"] < 0.95
+
+
+def test_solve_finds_the_least_local_steps(capsys):
+    flags = ["--model", "100b-moe", "--bandwidth", "10Gbit"]
+    row = project(capsys, *flags, "--solve", "local_steps", "--utilisation", "0.8")
+    fewer = project(capsys, *flags, "--local-steps", str(row["local_steps"] - 1))
+    assert row["utilisation"] >= 0.8 > fewer["utilisation"]
+
+
+@pytest.mark.parametrize("method", ["fomoe", "diloco", "streaming", "spes", "ddp", "fsdp", "ep"])
+def test_utilisation_never_falls_with_bandwidth(capsys, method):
+    rates = [f"{rate:g}" for rate in np.logspace(7, 13, 13)]
+    shared = ["--model", "olmoe-1b-7b", "--method", method]
+    swept = project(capsys, *shared, "--sweep", f"bandwidth={','.join(rates)}")
+    assert [row["utilisation"] for row in swept] == sorted(row["utilisation"] for row in swept)
+    alone = [project(capsys, *shared, "--bandwidth", rate)["utilisation"] for rate in rates[::3]]
+    assert np.all(np.diff(alone) >= -1e-12)
+    assert alone[-1] > alone[0]
+
+
+@pytest.mark.parametrize("method", ["streaming", "ddp"])
+def test_analytic_and_event_agree_without_contention(capsys, method):
+    """On a fast link everything hides behind compute in both."""
+    shared = ["--model", "olmoe-1b-7b", "--method", method, "--rtt-ms", "0"]
+    event = project(capsys, *shared, "--bandwidth", "100Tbit")
+    (swept,) = project(capsys, *shared, "--sweep", "bandwidth=100Tbit")
+    assert (event["time_model"], swept["time_model"]) == ("event", "analytic")
+    assert event["round_time_s"] == pytest.approx(swept["round_time_s"], rel=1e-3)
+
+
+def test_a_calibration_replaces_our_defaults(capsys, config, tmp_path):
+    """Round time as the fit itself predicts it; payload as planned."""
+    fitted = Calibration(
+        runs=("run",),
+        step_time_s=0.02,
+        effective_bps=1e8,
+        sync_fixed_s=0.01,
+        separated=True,
+        num_rounds=4,
+        bandwidth_bps=2e8,
+        link_efficiency=0.5,
+    )
+    path = str(tmp_path / "calibration.json")
+    save_calibration(fitted, path)
+    row = project(capsys, "--config", config, "--calibration", path)
+    wire = row["wire_bytes_per_site_per_round"]
+    assert row["step_time_s"] == pytest.approx(0.02)
+    expected = fitted.round_time_s(local_steps=32, wire_bytes=wire)
+    assert row["round_time_s"] == pytest.approx(expected)
+    # Another link: its nominal rate times the fitted efficiency.
+    slow = project(capsys, "--config", config, "--calibration", path, "--bandwidth", "20Mbit")
+    expected = 32 * 0.02 + 0.01 + 8 * wire / 1e7
+    assert slow["round_time_s"] == pytest.approx(expected)
+    # Full replication executes everything, so its step is slower by the model's FLOPs.
+    full = project(capsys, "--config", config, "--calibration", path, "--method", "diloco")
+    assert full["step_time_s"] > row["step_time_s"]
+
+
+def test_skipping_speeds_a_step_up_by_the_models_own_flops(capsys):
+    """1 / (1 - f (1 - s)), f the experts' share of the FLOPs and s the executed share."""
+    from fomoe_sim.flops import token_flops
+    from fomoe_sim.presets import model_preset
+
+    shared = ["--model", "mixtral-8x7b", "--sites", "4"]
+    full = project(capsys, *shared, "--method", "diloco")
+    half = project(capsys, *shared, "--replication", "2")
+    fraction = token_flops(model_preset("mixtral-8x7b")).expert_fraction
+    gain = 1 / (1 - fraction * (1 - half["executed_fraction"]))
+    assert full["step_time_s"] / half["step_time_s"] == pytest.approx(gain)
+
+
+def test_a_slower_site_holds_the_others_up(capsys):
+    row = project(capsys, "--cluster", THREE, "--model", "olmoe-1b-7b", "--method", "diloco")
+    assert row["slowest_link"] == "south up"
+    assert row["utilisation"] < 1 - row["exposed_s_per_round"] / row["round_time_s"]
+
+
+def test_shared_uplinks_carry_both_sites(capsys):
+    path = "configs/clusters/shared-uplink.yaml"
+    flags = ["--cluster", path, "--model", "olmoe-1b-7b"]
+    row = project(capsys, *flags)
+    assert row["slowest_link"] == "remote up"
+    fast = project(capsys, *flags, "--bandwidth", "10Gbit")
+    assert fast["slowest_link"] == "uplink campus up"
+
+
+def test_money_ranges_are_ordered_and_idle_time_is_paid(capsys):
+    row = project(capsys, "--model", "100b-moe", "--bandwidth", "10Gbit")
+    assert row["cost_usd_low"] < row["cost_usd"] < row["cost_usd_high"]
+    assert row["days_low"] < row["days"] < row["days_high"]
+    assert 0 < row["idle_usd"] < row["cost_usd"]
+    assert row["usd_per_1e6_tokens"] == pytest.approx(1e6 * row["cost_usd"] / row["tokens"])
+
+
+def test_published_days_and_money_of_deepseek_v3(capsys):
+    """180 k H800-hours per 1e12 tokens and USD 2 an hour give 3.66 days on 2048 of them."""
+    mfu = 6 * 36.63e9 * 1e12 / (180e3 * 3600 * 989e12)  # what those hours imply, heads included
+    flags = "--model deepseek-v3 --sites 1 --accelerator H800 --accelerators 2048 --tokens 1e12"
+    row = project(capsys, *flags.split(), "--method", "ddp", "--mfu", f"{mfu:.6f}")
+    assert row["days"] == pytest.approx(3.66 * row_flops_ratio(), rel=5e-3)
+    assert row["cost_usd_low"] == pytest.approx(2 * 2048 * 24 * row["days"])
+
+
+def row_flops_ratio():
+    from fomoe_sim.flops import token_flops
+    from fomoe_sim.presets import model_preset
+
+    return token_flops(model_preset("deepseek-v3")).full / (6 * 36.63e9)
+
+
+def test_risk_of_losing_an_expert_falls_with_replication(capsys):
+    losses = []
+    for r in ("1", "2", "4"):
+        flags = ["--model", "100b-moe", "--sites", "8", "--replication", r, "--mtbf-hours", "100"]
+        losses.append(project(capsys, *flags)["risk"]["coverage_loss_probability"])
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] > 100 * losses[2]
+
+
+def test_stragglers_and_quorum(capsys):
+    flags = ["--model", "100b-moe", "--sites", "8", "--slow-probability", "0.2"]
+    every = project(capsys, *flags, "--slow-factor", "2")["risk"]
+    most = project(capsys, *flags, "--slow-factor", "2", "--quorum", "6")["risk"]
+    assert every["round_time_p50_s"] <= every["round_time_p99_s"]
+    assert most["round_time_p50_s"] < every["round_time_p50_s"]
+
+
+def test_plots_are_drawn(capsys, tmp_path):
+    for name, more in (
+        ("lines.svg", ["--sweep", "bandwidth=100Mbit..10Gbit", "--compare", "fomoe,diloco"]),
+        ("bars.svg", ["--compare", "fomoe,ddp"]),
+    ):
+        out = tmp_path / name
+        assert main(["project", "--model", "100b-moe", *more, "--plot", str(out)]) == 0
+        assert ElementTree.parse(out).getroot().tag.endswith("svg")
+    assert "diloco" in (tmp_path / "lines.svg").read_text()
+
+
+def test_the_simulator_never_imports_torch():
+    """A planner's machine needs no torch, and the commands stay fast."""
+    code = (
+        "import pkgutil, sys, importlib, fomoe_sim\n"
+        "names = [m.name for m in pkgutil.iter_modules(fomoe_sim.__path__)]\n"
+        "[importlib.import_module(f'fomoe_sim.{n}') for n in names if n != '__main__']\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_columns_are_explained(capsys):
+    assert main(["project", "--explain"]) == 0
+    text = capsys.readouterr().out
+    assert "payload_bytes_per_site_per_round" in text
+    assert "arXiv 2412.19437" in text
+
+
+def test_one_answer_and_a_large_sweep_are_fast(capsys):
+    start = time.perf_counter()
+    project(capsys, "--model", "kimi-k2", "--compare", "ddp,streaming,fomoe")
+    one = time.perf_counter() - start
+    start = time.perf_counter()
+    sweep = ["--sweep", "replication=1..4..1", "local_steps=1..2500..1"]
+    rows = project(capsys, "--model", "deepseek-v3", *sweep)
+    many = time.perf_counter() - start
+    assert len(rows) == 10_000
+    assert one < 0.5
+    assert many < 2
+
+
+BAD_INPUT = {
+    "--model olmo-1b-7b": "nearest: olmoe-1b-7b",
+    "--model dbrx --bandwidth 0Gbit": "above 0",
+    "--model dbrx --bandwidth fast": "is not a link",
+    "--model dbrx --sites 2 --replication 4": "exceeds the 2 sites",
+    "--model dbrx --price -1": "--price -1.0 must not be negative",
+    "--model dbrx --method dilco": "nearest: diloco",
+    "--model dbrx --accelerator H10": "nearest: H100",
+    "--model dbrx --config x.yaml": "name one of --model and --config",
+    "--sites 3": "neither is given",
+    "--model dbrx --sites 0": "above 0",
+    "--model dbrx --method ddp --replication 2": "has no meaning for method ddp",
+    "--model llama3-405b --replication 2": "without routed experts",
+    "--model dbrx --method ddp --fragments 4": "communicates in every step",
+    "--model dbrx --method ddp --compare ddp,fomoe": "contradicts --compare",
+    "--model dbrx --solve bandwidth": "needs both",
+    "--model dbrx --utilisation 0.9": "needs both",
+    "--model dbrx --solve bandwidth --utilisation 0.9 --bandwidth 1Gbit": "contradicts --solve",
+    "--model dbrx --solve bandwidth --utilisation 0.99 --local-steps 1": "is not reached",
+    f"--model dbrx --cluster {THREE} --sites 4": "has 3 sites, not 4",
+    f"--model dbrx --cluster {THREE} --accelerator H100": "contradicts --cluster",
+    "--model dbrx --cluster three.yaml": "does not exist",
+    "--model dbrx --sweep replcation=1,2": "nearest: replication",
+    "--model dbrx --sweep replication=a": "whole number",
+    "--model dbrx --sweep replication=9,10": "leaves nothing",
+    "--model dbrx --replication 2 --sweep replication=1,2": "contradicts --sweep",
+    "--model dbrx --json --csv": "contradicts --json",
+    "--model dbrx --plot out.png": "must end in .svg",
+    "--model dbrx --mfu 1.5": "must lie in",
+    "--model dbrx --quorum 9": "between 1 and the 4 sites",
+    "--model dbrx --slow-factor 2": "needs both",
+}
+
+
+@pytest.mark.parametrize(("flags", "words"), BAD_INPUT.items())
+def test_bad_input_is_one_clear_line(capsys, flags, words):
+    assert words in refusal(capsys, *flags.split())
+
+
+def test_a_cluster_that_is_too_small_is_refused(capsys, tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text("sites: [{name: lone, accelerator: L40S, count: 1, link: 1Gbit}]")
+    assert "lone does not fit" in refusal(
+        capsys, "--model", "deepseek-v3", "--cluster", str(path), "--csv"
+    )
+    site = "accelerator: L40S, count: 8, link: 1Gbit, capacity: 3"
+    path.write_text(f"sites: [{{name: a, {site}}}, {{name: b, {site}}}]")
+    assert "has capacity for 6 experts" in refusal(
+        capsys, "--model", "mixtral-8x7b", "--cluster", str(path)
+    )
+
+
+def test_a_configs_capacities_are_its_own(capsys, config, tmp_path):
+    path = tmp_path / "cluster.yaml"
+    site = "accelerator: L40S, count: 1, link: 1Gbit, capacity: 8"
+    path.write_text("sites: [" + ", ".join(f"{{name: s{i}, {site}}}" for i in range(4)) + "]")
+    words = refusal(capsys, "--config", config, "--cluster", str(path))
+    assert "placement.capacity" in words

@@ -1,0 +1,95 @@
+"""Simulated against real: payload of small runs to the byte, peak memory of a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fomoe.cli import main as simulate
+
+pytest.importorskip("fomoe.train", reason="the trainer is not part of this checkout")
+
+CONFIG = """
+local_steps: 2
+rounds: 2
+model: {{num_layers: {layers}, d_model: {width}, num_heads: 4, num_experts: 6,
+  expert_ffn_dim: {ffn}, vocab_size: {vocab}}}
+inner: {{batch_size: {batch}, precision: fp32}}
+data: {{source: {text}, seq_len: {seq}, held_out_sequences: 2}}
+run: {{dir: {run}, eval_every: 0, checkpoint_every: 0}}
+"""
+RUNS = {
+    "fomoe": "num_sites: 4\nplacement: {replication_factor: 2}\n",
+    "uneven": "num_sites: 3\nplacement: {capacity: [6, 4, 1]}\n",
+    "ddp": "num_sites: 2\nmethod: ddp\n",
+}
+# Runs the command line and prints its peak, less what it held after its imports.
+PEAK = """
+import re, sys
+import fomoe.cli, fomoe.train, fomoe.data.dataset, rich, safetensors.torch, tokenizers, torch
+
+def held(name):
+    text = open("/proc/self/status").read()
+    return 1024 * int(re.search(name + r":\\s+(\\d+)", text)[1])
+
+torch.set_num_threads(1)
+before = held("VmRSS")
+assert fomoe.cli.main(sys.argv[1:]) == 0
+print("PEAK", held("VmHWM") - before)
+"""
+
+
+def write_config(tmp_path, extra, *, layers=2, width=32, ffn=24, batch=1, seq=32, vocab=300):
+    text = tmp_path / "text.txt"
+    documents = (" ".join(f"word{(i * j) % 97}" for j in range(400)) for i in range(60))
+    text.write_text("\n\n".join(documents))
+    path = tmp_path / "run.yaml"
+    sizes = {"layers": layers, "width": width, "ffn": ffn, "vocab": vocab}
+    filled = CONFIG.format(batch=batch, seq=seq, text=text, run=tmp_path / "run", **sizes)
+    path.write_text(filled + extra)
+    return str(path)
+
+
+def projected(capsys, path):
+    capsys.readouterr()
+    assert simulate(["project", "--config", path, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_payload_equals_the_trainers_count(capsys, tmp_path, name):
+    from fomoe.cli import main as trainer
+
+    path = write_config(tmp_path, RUNS[name])
+    assert trainer(["train", path, "--device", "cpu"]) == 0
+    counted = json.loads((tmp_path / "run" / "summary.json").read_text())
+    row = projected(capsys, path)
+    for key in (
+        "params_total",
+        "params_per_site_by_site",
+        "payload_bytes_per_site_per_round",
+        "payload_bytes_per_site_per_round_by_site",
+        "wire_bytes_per_site_per_round_by_site",
+    ):
+        assert row[key] == counted[key], key
+    assert row["ratio_vs_ddp"] == pytest.approx(counted["ratio_vs_ddp"])
+    assert row["ratio_vs_diloco"] == pytest.approx(counted["ratio_vs_diloco"])
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak from /proc")
+def test_peak_memory_of_a_one_site_process(capsys, tmp_path):
+    one = "num_sites: 1\nplacement: {replication_factor: 1}\n"
+    path = write_config(tmp_path, one, layers=3, width=256, ffn=512, batch=4, seq=256, vocab=6000)
+    out = subprocess.run(
+        [sys.executable, "-c", PEAK, "train", path, "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ).stdout
+    peak = int(out.split("PEAK")[1])
+    assert projected(capsys, path)["cpu_process_peak_bytes"] == pytest.approx(peak, rel=0.15)

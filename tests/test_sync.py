@@ -1,0 +1,1056 @@
+"""The sync: means over holders, the outer step, and a commit on all sites or on none.
+
+The seven rules of the design are `test_rule_1_...` to `test_rule_7_...`; what else can go wrong
+between sites follows.
+"""
+
+from __future__ import annotations
+
+import pickle
+import random
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import (
+    LAYOUTS,
+    RandomStream,
+    all_good,
+    anchors_of,
+    assert_same_bits,
+    make_run,
+    make_site,
+    one_round,
+    over_gloo,
+    parameters_of,
+    tiny_config,
+)
+from torch import Tensor
+
+from fomoe.errors import ConfigError, SyncError
+from fomoe.planning import plan_run
+from fomoe.segments import Bucket, Plan, Segment, sync_traffic, wire_elements
+from fomoe.sync.aggregate import (
+    Contribution,
+    RoundCounts,
+    build_contribution,
+    mean_over_holders,
+    split_bucket,
+)
+from fomoe.sync.outer import (
+    OuterOptimizer,
+    average_gradients,
+    average_pseudo_gradients,
+    check_replicas,
+)
+from fomoe.sync.transport import InMemoryTransport, Item, check_agreement
+from fomoe.train import Run, run_local_steps, synchronize, verify_replicas
+
+PLAIN_MEAN = {"outer.lr": 1.0, "outer.momentum": 0.0, "sync.weight": "uniform"}
+
+
+def random_counts(config, seed: int) -> RoundCounts:
+    """Executed assignments, about a third of them zero."""
+    rng = random.Random(seed)
+    executed = {
+        (layer, expert): rng.choice([0, rng.randint(1, 50), rng.randint(1, 50)])
+        for layer in config.model.moe_layers
+        for expert in range(config.model.num_experts)
+    }
+    return RoundCounts(tokens=rng.randint(1, 100), executed=executed)
+
+
+@torch.no_grad()
+def move_randomly(run: Run, scale: float = 0.1) -> None:
+    """Local training as far as the sync is concerned: every site's parameters move."""
+    for site, own in run.sites.items():
+        generator = torch.Generator().manual_seed(1000 + site)
+        for parameter in own.parameters.values():
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
+
+
+def means_by_segment(run: Run, counts: dict[int, RoundCounts]) -> dict[str, Tensor]:
+    means = average_pseudo_gradients(run.config, run.plan.plan, run.outer, run.transport, counts)
+    found = {}
+    for bucket in run.plan.plan.buckets:
+        if bucket.index in means:
+            found |= split_bucket(bucket, means[bucket.index])
+    return found
+
+
+def segments_of(plan: Plan) -> list[Segment]:
+    return [segment for bucket in plan.buckets for segment in bucket.segments]
+
+
+# ---------------------------------------------------------------------------------- the seven rules
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rule_1_one_reduction_per_bucket_and_no_holder_set_twice(layout):
+    """Equal holders (and trainers) are reduced together, by exactly the holders."""
+    config = tiny_config(LAYOUTS[layout])
+    run = make_run(config)
+    reduced: list[Bucket] = []
+
+    class Watching(InMemoryTransport):
+        def sum_over_holders(self, bucket, contribute):
+            reduced.append(bucket)
+            return super().sum_over_holders(bucket, contribute)
+
+    run.transport = Watching(range(config.num_sites))
+    average_gradients_or_parameters(run)
+    keys = [(b.expert_class, b.holders, b.trainers) for b in reduced]
+    assert len(set(keys)) == len(keys)
+    assert [b.index for b in reduced] == sorted(b.index for b in reduced)
+    if config.placement.kind == "cyclic" and config.placement.capacity is None:
+        assert len({b.holders for b in reduced}) <= config.num_sites + 1
+
+
+def average_gradients_or_parameters(run: Run) -> None:
+    if run.config.sync.average == "gradients":
+        run_local_steps(replace(run, config=run.config.model_copy(update={"local_steps": 1})), 0)
+    else:
+        counts = {site: random_counts(run.config, site) for site in run.sites}
+        means_by_segment(run, counts)
+
+
+@pytest.mark.parametrize("rule", ["presence", "tokens", "uniform"])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "ddp"])
+def test_rule_2_the_mean_is_over_contributors_and_everyone_who_holds_receives(layout, rule):
+    """Against a plain loop in fp64, with random weights and with experts that nobody used."""
+    config = tiny_config(LAYOUTS[layout], sync__weight=rule)
+    run = make_run(config)
+    before = parameters_of(run)
+    move_randomly(run)
+    counts = {site: random_counts(config, site) for site in run.sites}
+    if config.model.moe_layers:
+        unused = (config.model.moe_layers[0], 0)
+        for own in counts.values():
+            own.executed[unused] = 0  # type: ignore[index]
+    means = means_by_segment(run, counts)
+    placement, rows = run.plan.placement, config.sync.router_rows == "holders"
+    checked = 0
+    for segment in segments_of(run.plan.plan):
+        holders = range(config.num_sites)
+        if segment.expert_class:
+            row = placement.moe_layers.index(segment.layer)
+            holders = placement.holders[row][segment.expert]
+        if len(holders) == 1 and config.sync.single_holder == "local":
+            assert segment.name not in means
+            continue
+        total, weights = torch.zeros(segment.shape, dtype=torch.float64), 0.0
+        for site in holders:
+            weight = 1.0
+            if segment.expert is not None:
+                row = placement.moe_layers.index(segment.layer)
+                trains = site in placement.trainers[row][segment.expert]
+                if not trains and (segment.expert_class or rows):
+                    continue
+            executed = counts[site].tokens
+            if segment.expert_class:
+                executed = counts[site].executed[segment.layer, segment.expert]
+            if rule == "presence":
+                weight = 1.0 if executed else 0.0
+            elif rule == "tokens":
+                weight = float(executed)
+            cut = slice(segment.start, segment.stop)
+            local = run.sites[site].parameters[segment.parameter].detach()[cut]
+            total += weight * (before[site, segment.parameter][cut] - local).double()
+            weights += weight
+        expected = total / weights if weights else torch.zeros_like(total)
+        torch.testing.assert_close(means[segment.name].double(), expected, rtol=1e-5, atol=1e-7)
+        if segment.expert_class and rule != "uniform" and (segment.layer, segment.expert) == unused:
+            assert (means[segment.name] == 0).all()
+        checked += segment.numel
+    assert checked == sum(b.numel for b in run.outer.buckets)
+
+
+def test_rule_2_a_site_whose_expert_saw_no_token_does_not_dilute_but_receives():
+    config = tiny_config(num_sites=2, placement__replication_factor=2, outer__momentum=0.0)
+    run = make_run(config)
+    name = "layers.0.moe.experts.3.down"
+    anchor = run.sites[0].parameters[name].detach().clone()
+    move_randomly(run)
+    local = run.sites[0].parameters[name].detach().clone()
+    used = {(layer, e): 5 for layer in (0, 1) for e in range(8)}
+    counts = {0: RoundCounts(10, used), 1: RoundCounts(10, used | {(0, 3): 0})}
+    run.outer.step(
+        average_pseudo_gradients(config, run.plan.plan, run.outer, run.transport, counts)
+    )
+    expected = anchor - 0.7 * (anchor - local)
+    for site in (0, 1):
+        torch.testing.assert_close(run.sites[site].parameters[name].detach(), expected)
+
+
+def test_rule_2_a_value_of_weight_zero_is_never_read():
+    """0 x NaN is NaN: what an idle holder stores must not reach the sum."""
+    segment = segments_of(plan_run(tiny_config()).plan)[0]
+    bucket = Bucket(index=0, holders=(0,), trainers=(0,), expert_class=True, segments=(segment,))
+    own = build_contribution(bucket, [0.0], lambda s: torch.full(s.shape, torch.nan))
+    assert (own.values == 0).all()
+    own = build_contribution(bucket, [2.0], lambda s: torch.ones(s.shape))
+    assert (own.values == 2).all()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "lr"), [("SGD", 0.7), ("Adam", 0.01), ("Adagrad", 0.1), ("NAdam", 0.01)]
+)
+def test_rule_3_an_expert_step_depends_on_no_other_segment(optimizer, lr):
+    """Change everything else at every site by a factor of 1000: the expert gets the same bits."""
+    config = tiny_config(outer__optimizer=optimizer, outer__lr=lr)
+    name = "layers.1.moe.experts.5.gate_up"
+    results = []
+    for factor in (1.0, 1000.0):
+        run = make_run(config)
+        for _ in range(3):
+            before = anchors_of(run)
+            move_randomly(run)
+            with torch.no_grad():
+                for own in run.sites.values():
+                    for other, parameter in own.parameters.items():
+                        if other != name:
+                            parameter += factor * torch.ones_like(parameter)
+            synchronize(run_with_counts(run))
+        assert not torch.equal(run.outer.anchors[name], before[name])
+        results.append({name: run.outer.anchors[name]})
+    assert_same_bits(*results)
+
+
+def run_with_counts(run: Run) -> Run:
+    """Pretend that every resident expert executed tokens."""
+    for own in run.sites.values():
+        own._executed_LE += 7
+        own._tokens += 7
+    return run
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "ddp"])
+def test_rule_4_every_element_at_every_holder_is_reduced(layout):
+    """Each site moves by its own constant; afterwards every single element shows the exact mean."""
+    config = tiny_config({**LAYOUTS[layout], **PLAIN_MEAN})
+    run = make_run(config)
+    anchors = anchors_of(run)
+    with torch.no_grad():
+        for site, own in run.sites.items():
+            for parameter in own.parameters.values():
+                parameter += 2.0**site
+    alone = parameters_of(run)
+    synchronize(run_with_counts(run))
+    for segment in segments_of(run.plan.plan):
+        local = len(segment.holders) == 1 and config.sync.single_holder == "local"
+        for site in segment.holders:
+            own = run.sites[site].parameters[segment.parameter][segment.start : segment.stop]
+            if local:
+                before = alone[site, segment.parameter][segment.start : segment.stop]
+                assert torch.equal(own, before)
+                continue
+            moved = sum(2.0**t for t in segment.trainers) / len(segment.trainers)
+            torch.testing.assert_close(
+                own.detach() - anchors[segment.name], torch.full_like(own, moved)
+            )
+
+
+def test_rule_4_the_plan_covers_the_model_and_counted_bytes_are_planned_bytes():
+    for layout, options in LAYOUTS.items():
+        config = tiny_config(options)
+        run = make_run(config)
+        elements = {n: p.numel() for own in run.sites.values() for n, p in own.parameters.items()}
+        assert sum(elements.values()) == run.plan.plan.numel, layout
+        one_round(run)
+        for site in run.sites:
+            counted = run.transport.counts[site]
+            planned = sync_traffic(run.plan.plan, site)
+            syncs = run.plan.syncs_per_round
+            assert counted.payload["shared"] == syncs * planned.payload_shared, layout
+            assert counted.payload["expert"] == syncs * planned.payload_expert, layout
+            assert counted.wire["shared"] == syncs * planned.wire_shared, layout
+            assert counted.wire["expert"] == syncs * planned.wire_expert, layout
+
+
+def test_rule_5_a_reduction_leaves_what_was_passed_in_alone():
+    config = tiny_config()
+
+    def work(transport) -> None:
+        run = make_run(config, transport)
+        move_randomly(run)
+        parameters, anchors = parameters_of(run), anchors_of(run)
+        counts = {site: random_counts(config, site) for site in run.sites}
+        means_by_segment(run, counts)
+        assert_same_bits(parameters, parameters_of(run))
+        assert_same_bits(anchors, anchors_of(run))
+
+    work(InMemoryTransport(range(4)))
+    all_good(over_gloo(4, work))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rule_6_replicas_are_bit_identical_at_all_holders_after_every_sync(layout):
+    """And the hashes say so: equal over gloo, equal to those of one process."""
+    config = tiny_config(LAYOUTS[layout])
+
+    def work(transport):
+        run = make_run(config, transport)
+        hashes = [one_round(run, round_idx) for round_idx in range(2)]
+        return hashes, parameters_of(run)
+
+    results = all_good(over_gloo(config.num_sites, work))
+    proxy_hashes, proxy_parameters = work(InMemoryTransport(range(config.num_sites)))
+    plan = plan_run(config).plan
+    everything = {key: value for _, own in results for key, value in own.items()}
+    assert_same_bits(everything, proxy_parameters)
+    for segment in segments_of(plan):
+        first = everything[segment.holders[0], segment.parameter]
+        for site in segment.holders[1:]:
+            other = everything[site, segment.parameter]
+            cut = slice(segment.start, segment.stop)
+            assert_same_bits({segment.name: first[cut]}, {segment.name: other[cut]})
+    for round_idx, everyone in enumerate(proxy_hashes):
+        shared = {b.index for b in plan.buckets if len(b.holders) > 1}
+        assert set(everyone) == shared
+        for site, (hashes, _) in enumerate(results):
+            held = {b.index for b in plan.buckets if site in b.holders} & shared
+            assert hashes[round_idx] == {index: everyone[index] for index in held}
+    if proxy_hashes[0]:
+        assert proxy_hashes[0] != proxy_hashes[1]
+
+
+def test_rule_7_the_pseudo_gradient_is_anchor_minus_local():
+    """Sites that moved up pull the anchor up; with lr 1 and no momentum it lands on their mean."""
+    config = tiny_config(PLAIN_MEAN, method="fomoe", placement__replication_factor=4)
+    run = make_run(config)
+    anchors = anchors_of(run)
+    with torch.no_grad():
+        for site, own in run.sites.items():
+            own.parameters["embedding.weight"] += 1.0 + site
+    counts = {site: random_counts(config, site) for site in run.sites}
+    means = means_by_segment(run, counts)
+    torch.testing.assert_close(means["embedding.weight"], torch.full((32, 16), -2.5))
+    synchronize(run_with_counts(run))
+    moved = run.outer.anchors["embedding.weight"].detach() - anchors["embedding.weight"]
+    torch.testing.assert_close(moved, torch.full((32, 16), 2.5))
+
+
+def test_rule_7_anchor_and_momentum_are_fp32_copies_off_the_parameters_and_checkpointed():
+    config = tiny_config()
+    run = make_run(config)
+    one_round(run)
+    storages = {
+        parameter.untyped_storage().data_ptr()
+        for own in run.sites.values()
+        for parameter in own.parameters.values()
+    }
+    plan = run.plan.plan
+    assert run.outer.anchors.keys() == {s.name for s in segments_of(plan)}
+    for anchor in run.outer.anchors.values():
+        momentum = run.outer.optimizer.state[anchor]["momentum_buffer"]
+        for tensor in (anchor, momentum):
+            assert (tensor.dtype, tensor.device.type) == (torch.float32, "cpu")
+            assert tensor.untyped_storage().data_ptr() not in storages
+    for site in range(4):
+        saved = run.outer.state_of(site)
+        held = {s.name for s in segments_of(plan) if site in s.holders}
+        assert {f"anchor/{name}" for name in held} <= saved.keys()
+        assert {f"outer/momentum_buffer/{name}" for name in held} <= saved.keys()
+        assert len(saved) == 2 * len(held)
+
+
+# ---------------------------------------------------------------------------------- DiLoCo, by hand
+
+
+def hand_written_diloco(config, rounds: int, lr: float, momentum: float) -> dict[str, Tensor]:
+    """K whole copies, H steps each, then Nesterov written out; no torch.optim outside."""
+    sites = [make_site(config, site) for site in range(config.num_sites)]
+    anchor = {n: p.detach().clone() for n, p in sites[0].parameters.items()}
+    velocity = {name: torch.zeros_like(value) for name, value in anchor.items()}
+    for _ in range(rounds):
+        for own in sites:
+            for _ in range(config.local_steps):
+                own.apply(own.backward())
+        for name in anchor:
+            delta = sum(anchor[name] - own.parameters[name].detach() for own in sites) / len(sites)
+            velocity[name] = momentum * velocity[name] + delta
+            anchor[name] = anchor[name] - lr * (delta + momentum * velocity[name])
+            with torch.no_grad():
+                for own in sites:
+                    own.parameters[name].copy_(anchor[name])
+    return anchor
+
+
+@pytest.mark.parametrize(("lr", "momentum"), [(0.7, 0.9), (1.0, 0.0), (0.4, 0.5)])
+def test_full_replication_is_a_hand_written_diloco(lr, momentum):
+    """Over several rounds, so that momentum and the kept inner state count."""
+    config = tiny_config(
+        method="diloco",
+        num_sites=3,
+        local_steps=3,
+        rounds=4,
+        outer__lr=lr,
+        outer__momentum=momentum,
+        sync__weight="uniform",
+    )
+    expected = hand_written_diloco(config, 4, lr, momentum)
+    run = make_run(config)
+    start = anchors_of(run)
+    for round_idx in range(4):
+        one_round(run, round_idx)
+    for name, value in expected.items():
+        torch.testing.assert_close(run.outer.anchors[name].detach(), value, rtol=1e-4, atol=1e-6)
+        assert not torch.equal(value, start[name])
+
+
+def test_the_first_sync_comes_after_exactly_h_steps_and_moves_the_anchor_at_once():
+    config = tiny_config(method="diloco", local_steps=3, rounds=1, sync__weight="uniform")
+    expected = hand_written_diloco(config, 1, 0.7, 0.9)
+    run = make_run(config)
+    one_round(run)
+    assert {own.step_idx for own in run.sites.values()} == {3}
+    for name, value in expected.items():
+        torch.testing.assert_close(run.outer.anchors[name].detach(), value, rtol=1e-5, atol=1e-7)
+        for own in run.sites.values():
+            assert torch.equal(own.parameters[name], run.outer.anchors[name])
+
+
+class Joined:
+    """The streams of several sites as one: each batch holds theirs, one after the other."""
+
+    def __init__(self, config, sites: int) -> None:
+        self.streams = [RandomStream(config, 100 + site) for site in range(sites)]
+
+    def next_batch(self, batch_size: int):
+        import numpy as np
+
+        share = batch_size // len(self.streams)
+        return np.concatenate([stream.next_batch(share) for stream in self.streams])
+
+
+ONE_BIG_BATCH = {
+    "local_steps": 1,
+    "rounds": 5,
+    "inner.optimizer": "sgd",
+    "inner.lr": 0.5,
+    "inner.schedule": "constant",
+    "inner.weight_decay": 0.0,
+    "inner.clip_norm": 0.0,
+    "router.lb_loss": 0.0,
+    "router.z_loss": 0.0,
+    "sync.weight": "uniform",
+}
+
+
+@pytest.mark.parametrize("method", ["photon", "ddp"])
+def test_one_step_of_sgd_averaged_over_all_is_one_big_batch(method):
+    """H = 1, r = K, outer SGD lr 1 without momentum: nothing is left of the split."""
+    config = tiny_config(ONE_BIG_BATCH, method=method)
+    run = make_run(config)
+    alone = make_site(tiny_config(ONE_BIG_BATCH, method="single", inner__batch_size=8))
+    alone.stream = Joined(config, 4)
+    start = {n: p.detach().clone() for n, p in alone.parameters.items()}
+    for round_idx in range(5):
+        one_round(run, round_idx)
+    alone.run_local_steps(5, lambda _: None)
+    for name, value in alone.parameters.items():
+        assert not torch.equal(value, start[name]), name
+        for own in run.sites.values():
+            torch.testing.assert_close(own.parameters[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_inner_optimizer_state_is_kept_across_syncs():
+    run = make_run(tiny_config())
+    one_round(run)
+    own = run.sites[0]
+    kept = {n: own.optimizer.state[p]["exp_avg"].clone() for n, p in own.trainable.items()}
+    synchronize(run_with_counts(run))
+    for name, parameter in own.trainable.items():
+        state = own.optimizer.state[parameter]
+        assert torch.equal(state["exp_avg"], kept[name])
+        assert float(state["step"]) == 2
+    assert any((value != 0).any() for value in kept.values())
+
+
+# ---------------------------------------------------------------------------------------------- DDP
+
+
+def test_ddp_averages_every_gradient_and_keeps_sites_identical():
+    config = tiny_config(method="ddp")
+    run = make_run(config)
+    for own in run.sites.values():
+        own.backward()
+    gradients = {
+        name: torch.stack([own.parameters[name].grad.double() for own in run.sites.values()]).mean(
+            0
+        )
+        for name in run.sites[0].parameters
+    }
+    average_gradients(run.plan.plan, {s: x.parameters for s, x in run.sites.items()}, run.transport)
+    for own in run.sites.values():
+        for name, parameter in own.parameters.items():
+            torch.testing.assert_close(
+                parameter.grad.double(), gradients[name], rtol=1e-5, atol=1e-7
+            )
+
+    def work(transport):
+        own = make_run(config, transport)
+        records = []
+        for round_idx in range(2):
+            records += run_local_steps(own, round_idx)[0]
+            synchronize(own)
+            verify_replicas(own)
+        return own.sites[transport.sites[0]].parameters, records
+
+    results = all_good(over_gloo(4, work))
+    for parameters, records in results:
+        assert_same_bits(parameters, results[0][0])
+        assert len(records) == 4
+    losses = {tuple(record["loss"] for record in records) for _, records in results}
+    norms = {tuple(record["grad_norm"] for record in records) for _, records in results}
+    assert len(losses) == 4, "the sites read different text"
+    assert len(norms) == 1, "but they step with the same gradient"
+
+
+# --------------------------------------------------------------------------------- outer optimizers
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        ("Adam", {"betas": [0.9, 0.99]}),
+        ("AdamW", {"weight_decay": 0.1}),
+        ("RMSprop", {"momentum": 0.5}),
+        ("Adagrad", {}),
+        ("ASGD", {}),
+        ("SGD", {"weight_decay": 0.1}),
+    ],
+)
+def test_any_elementwise_optimizer_steps_outside_and_replicas_stay_equal(optimizer, options):
+    config = tiny_config(outer__optimizer=optimizer, outer__lr=0.05, outer__options=options)
+
+    def work(transport):
+        run = make_run(config, transport)
+        before = anchors_of(run)
+        for round_idx in range(2):
+            one_round(run, round_idx)  # raises if replicas differ
+        assert all(not torch.equal(a, before[n]) for n, a in run.outer.anchors.items())
+        return parameters_of(run)
+
+    results = all_good(over_gloo(4, work))
+    everything = {key: value for own in results for key, value in own.items()}
+    assert_same_bits(everything, work(InMemoryTransport(range(4))))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"), [("LBFGS", {}), ("Sgd", {}), ("Muon", {}), ("Adam", {"beta": 1})]
+)
+def test_an_optimizer_that_is_none_or_not_elementwise_is_refused(optimizer, options):
+    with pytest.raises(ConfigError, match=r"outer\."):
+        make_run(tiny_config(outer__optimizer=optimizer, outer__options=options))
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "NAdam"])
+def test_outer_state_and_anchor_come_back_to_the_bit(optimizer):
+    """Losing the anchor or the momentum would change the second round."""
+    config = tiny_config(outer__optimizer=optimizer, outer__lr=0.05)
+
+    def second_round(run: Run) -> dict:
+        with torch.no_grad():
+            for own in run.sites.values():
+                for name, parameter in own.parameters.items():
+                    parameter += 0.01 * len(name)
+        synchronize(run_with_counts(run))
+        return parameters_of(run) | anchors_of(run)
+
+    run = make_run(config)
+    move_randomly(run)
+    synchronize(run_with_counts(run))
+    saved = {
+        site: {k: v.clone() for k, v in run.outer.state_of(site).items()} for site in run.sites
+    }
+    parameters = {
+        site: {n: p.detach().clone() for n, p in own.parameters.items()}
+        for site, own in run.sites.items()
+    }
+    expected = second_round(run)
+    again = make_run(config)
+    with torch.no_grad():
+        for site, own in again.sites.items():
+            for name, parameter in own.parameters.items():
+                parameter.copy_(parameters[site][name])
+            again.outer.load_state_of(site, saved[site])
+    assert_same_bits(second_round(again), expected)
+
+
+def test_single_holder_experts_step_alone_or_stay_local():
+    for rule in ("outer", "local"):
+        config = tiny_config(placement__replication_factor=1, sync__single_holder=rule)
+        run = make_run(config)
+        name = "layers.0.moe.experts.0.down"
+        (site,) = run.plan.placement.holders[0][0]
+        start = run.sites[site].parameters[name].detach().clone()
+        move_randomly(run)
+        local = run.sites[site].parameters[name].detach().clone()
+        synchronize(run_with_counts(run))
+        after = run.sites[site].parameters[name].detach()
+        if rule == "local":
+            assert torch.equal(after, local)
+        else:
+            expected = start - 0.7 * (1 + 0.9) * (start - local)  # Nesterov's first step
+            torch.testing.assert_close(after, expected)
+        assert sum(c.payload["expert"] for c in run.transport.counts.values()) == 0
+
+
+# --------------------------------------------------------------------------------------- transports
+
+
+def random_bucket(rng: random.Random, index: int, num_sites: int) -> Bucket:
+    """From one element on, so also fewer than there are holders."""
+    holders = tuple(sorted(rng.sample(range(num_sites), rng.randint(1, num_sites))))
+    segments = tuple(
+        Segment(f"p{i}", f"p{i}", shape, 0, shape[0], True, 0, i, holders, holders)
+        for i, shape in enumerate(
+            rng.choice([(1,), (2,), (3, 1), (5, 7), (4, 4, 4)]) for _ in range(rng.randint(1, 3))
+        )
+    )
+    return Bucket(
+        index=index,
+        holders=holders,
+        trainers=holders,
+        expert_class=rng.random() < 0.5,
+        segments=segments,
+    )
+
+
+def random_contribution(bucket: Bucket, site: int, exponent: int = 20) -> Contribution:
+    """Values of very different size, so that the order of addition shows in the last bits."""
+    generator = torch.Generator().manual_seed(97 * bucket.index + site)
+    values = torch.randn(bucket.numel, generator=generator)
+    scale = torch.randint(-exponent, exponent, (bucket.numel,), generator=generator)
+    weights = torch.rand(len(bucket.segments), generator=generator, dtype=torch.float64)
+    return Contribution(values * 2.0**scale, weights)
+
+
+@pytest.mark.parametrize("num_sites", [1, 2, 3, 5])
+def test_gloo_and_memory_give_the_same_bits_and_count_the_same_bytes(num_sites):
+    rng = random.Random(num_sites)
+    buckets = tuple(random_bucket(rng, index, num_sites) for index in range(25))
+    if num_sites > 2:
+        assert any(bucket.numel < len(bucket.holders) for bucket in buckets)
+        assert any(len(bucket.holders) == 1 for bucket in buckets)
+    items = [Item(f"item {i}", (2, i + 1), bucket.holders) for i, bucket in enumerate(buckets[:9])]
+
+    def work(transport):
+        totals = {}
+        for bucket in buckets:
+            if set(bucket.holders) & set(transport.sites):
+                contributions = {
+                    site: random_contribution(bucket, site)
+                    for site in set(bucket.holders) & set(transport.sites)
+                }
+                total = transport.sum_over_holders(bucket, lambda s, c=contributions: c[s])
+                totals[f"{bucket.index} values"] = total.values.clone()
+                totals[f"{bucket.index} weights"] = total.weights.clone()
+        messages = transport.gather(lambda site: b"\x00\xff" * site)
+        shared = transport.share(lambda: b"made once")
+        fetched = transport.fetch(
+            items, lambda site, name: torch.full((2, int(name.split()[1]) + 1), float(len(name)))
+        )
+        counts = {site: counts.state() for site, counts in transport.counts.items()}
+        return totals, (messages, shared), fetched, counts
+
+    memory = work(InMemoryTransport(range(num_sites)))
+    results = all_good(over_gloo(num_sites, work))
+    for site, (totals, control, fetched, counts) in enumerate(results):
+        held = {str(b.index) for b in buckets if site in b.holders}
+        assert {name.split()[0] for name in totals} == held
+        assert_same_bits(totals, {name: memory[0][name] for name in totals})
+        assert control == memory[1]
+        assert_same_bits(fetched, memory[2])
+        own, proxy = counts[site], memory[3][site]
+        for kind in ("shared", "expert", "evaluation", "control"):
+            for name in ("payload", "wire"):
+                if kind == "control":
+                    continue  # `share` is a message of the distributed run only
+                assert own[name].get(kind, 0) == proxy[name].get(kind, 0), (kind, name)
+
+
+def test_sums_are_those_of_a_loop_over_the_holders_in_order():
+    rng = random.Random(3)
+    transport = InMemoryTransport(range(4))
+    for index in range(20):
+        bucket = random_bucket(rng, index, 4)
+        total = transport.sum_over_holders(bucket, partial(random_contribution, bucket))
+        values = torch.zeros(bucket.numel)
+        for site in bucket.holders:
+            values += random_contribution(bucket, site).values
+        torch.testing.assert_close(total.values, values, rtol=0, atol=0)
+
+
+def test_counted_wire_bytes_are_the_planned_ones_for_each_holder():
+    bucket = random_bucket(random.Random(7), 0, 4)
+    assert len(bucket.holders) == 3
+
+    def work(transport):
+        site = transport.sites[0]
+        if site in bucket.holders:
+            transport.sum_over_holders(bucket, partial(random_contribution, bucket))
+        return transport.counts[site]
+
+    kind = "expert" if bucket.expert_class else "shared"
+    for site, counts in enumerate(all_good(over_gloo(4, work))):
+        if site in bucket.holders:
+            position = bucket.holders.index(site)
+            sent = 4 * wire_elements(bucket.numel, len(bucket.holders), position)
+            assert (counts.payload[kind], counts.wire[kind]) == (4 * bucket.numel, sent)
+        else:
+            assert not counts.payload
+
+
+def test_sites_may_have_any_numbers_and_groups_do_not_mix():
+    """A membership is a store and a list of members, so a later one can leave a site out."""
+    bucket = Bucket(
+        index=0,
+        holders=(2, 7),
+        trainers=(2, 7),
+        expert_class=True,
+        segments=(Segment("p", "p", (5,), 0, 5, True, 0, 0, (2, 7), (2, 7)),),
+    )
+
+    def work(transport):
+        own = Contribution(torch.full((5,), float(transport.sites[0])), torch.ones(1).double())
+        if transport.sites[0] in bucket.holders:
+            return transport.sum_over_holders(bucket, lambda _: own).values.tolist()
+        return None
+
+    assert all_good(over_gloo([2, 5, 7], work)) == [[9.0] * 5, None, [9.0] * 5]
+
+
+def test_nothing_is_unpickled_from_the_wire(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("pickle on the wire")
+
+    monkeypatch.setattr(pickle, "loads", refuse)
+    monkeypatch.setattr(pickle, "Unpickler", refuse)
+
+    def work(transport):
+        run = make_run(tiny_config(router__balance="both"), transport)
+        one_round(run)
+
+    all_good(over_gloo(4, work))
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("layout", ["cyclic", "one holder, local", "spes, router rows"])
+def test_uninitialised_memory_does_not_reach_a_sync(layout):
+    config = tiny_config(LAYOUTS[layout])
+
+    def work(transport):
+        run = make_run(config, transport)
+        for round_idx in range(2):
+            one_round(run, round_idx)
+        return parameters_of(run) | anchors_of(run)
+
+    for own in [*all_good(over_gloo(4, work)), work(InMemoryTransport(range(4)))]:
+        assert all(tensor.isfinite().all() for tensor in own.values())
+
+
+# ----------------------------------------------------------------------------------------- failures
+
+
+class Snapshot:
+    """A run's parameters, anchors and outer state; `unchanged` compares them to the bit."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.before = self._read()
+
+    def _read(self) -> dict:
+        state = {
+            (site, name): tensor.clone()
+            for site in self.run.sites
+            for name, tensor in self.run.outer.state_of(site).items()
+        }
+        return parameters_of(self.run) | state
+
+    def assert_unchanged(self) -> None:
+        assert_same_bits(self.before, self._read())
+
+
+def failing_sync(
+    config, spoil: Callable[[Run, int], None], expected: type[Exception], transport
+) -> tuple[str, float]:
+    """A good round, local steps, something spoiled, then a sync that fails and changes nothing."""
+    run = make_run(config, transport)
+    one_round(run)
+    run_local_steps(run, 1)
+    for site in run.sites:
+        spoil(run, site)
+    snapshot = Snapshot(run)
+    started = time.monotonic()
+    with pytest.raises(expected) as caught:
+        synchronize(run)
+    snapshot.assert_unchanged()
+    return str(caught.value), time.monotonic() - started
+
+
+@torch.no_grad()
+def diverge(run: Run, site: int) -> None:
+    if site == 2:
+        next(iter(run.sites[2].parameters.values()))[0, 0] = torch.nan
+
+
+@torch.no_grad()
+def diverge_in_an_expert(run: Run, site: int) -> None:
+    """Infinite in one element of an expert that not all sites hold."""
+    if site == 2:
+        name = next(n for n in run.sites[2].parameters if ".experts." in n)
+        run.sites[2].parameters[name][0, 0] = torch.inf
+        run_with_counts(run)
+
+
+@pytest.mark.parametrize("layout", ["cyclic", "one holder, local"])
+@pytest.mark.parametrize("spoil", [diverge, diverge_in_an_expert])
+def test_a_site_that_is_not_finite_stops_the_sync_at_all_sites(spoil, layout):
+    """Also where no peer holds what is spoiled, and nothing is committed anywhere."""
+    work = partial(failing_sync, tiny_config(LAYOUTS[layout]), spoil, SyncError)
+    for message, _ in [*all_good(over_gloo(4, work)), work(InMemoryTransport(range(4)))]:
+        assert "site 2" in message
+        assert "not finite" in message
+        assert "site 1" not in message
+
+
+def test_a_sync_goes_on_after_a_refused_one():
+    """The agreement leaves no message behind that a later sync would take for its own."""
+    config = tiny_config()
+
+    def work(transport):
+        run = make_run(config, transport)
+        run_local_steps(run, 0)
+        held = {s: x.parameters["embedding.weight"] for s, x in run.sites.items()}
+        good = {site: value.detach().clone() for site, value in held.items()}
+        spoil = 2 in held
+        if spoil:
+            held[2].data.fill_(torch.nan)
+        with pytest.raises(SyncError):
+            synchronize(run)
+        if spoil:
+            held[2].data.copy_(good[2])
+        synchronize(run_with_counts(run))
+        verify_replicas(run)
+        return parameters_of(run)
+
+    results = all_good(over_gloo(4, work))
+    everything = {key: value for own in results for key, value in own.items()}
+    assert_same_bits(everything, work(InMemoryTransport(range(4))))
+
+
+@pytest.mark.parametrize("at_bucket", [0, 2])
+def test_an_error_at_one_site_in_the_middle_changes_nothing_anywhere(at_bucket):
+    """That site raises its own error; the others notice at once and name what they were doing."""
+    config = tiny_config()
+
+    def work(transport):
+        run = make_run(config, transport)
+        one_round(run)
+        run_local_steps(run, 1)
+        snapshot = Snapshot(run)
+        real, calls = transport.sum_over_holders, iter(range(100))
+
+        def broken(bucket, contribute):
+            def fail(site):
+                if site == 1 and next(calls) == at_bucket:
+                    raise MemoryError("out of memory")
+                return contribute(site)
+
+            return real(bucket, fail)
+
+        transport.sum_over_holders = broken
+        started = time.monotonic()
+        with pytest.raises((SyncError, MemoryError)) as caught:
+            synchronize(run)
+        snapshot.assert_unchanged()
+        return caught.type, time.monotonic() - started
+
+    kinds = all_good(over_gloo(4, work))
+    assert [kind for kind, _ in kinds] == [SyncError, MemoryError, SyncError, SyncError]
+    assert max(seconds for _, seconds in kinds) < 10
+    assert work(InMemoryTransport(range(4)))[0] is MemoryError
+
+
+def test_a_peer_that_is_gone_raises_quickly_and_the_group_stays_dead():
+    config = tiny_config()
+
+    def work(transport):
+        run = make_run(config, transport)
+        one_round(run)
+        run_local_steps(run, 1)
+        if transport.sites[0] == 3:
+            return None
+        snapshot = Snapshot(run)
+        started = time.monotonic()
+        for _ in range(2):  # a dead group is not used again as if nothing had happened
+            with pytest.raises(SyncError, match="failed"):
+                synchronize(run)
+        snapshot.assert_unchanged()
+        return time.monotonic() - started
+
+    results = all_good(over_gloo(4, work))
+    assert results.pop() is None
+    assert max(results) < 10
+
+
+def test_a_silent_peer_raises_at_the_timeout():
+    noticed = threading.Event()
+
+    def work(transport):
+        if transport.sites[0] == 1:
+            return noticed.wait(20)
+        started = time.monotonic()
+        with pytest.raises(SyncError, match="exchanging messages failed"):
+            transport.gather(lambda _: b"hello")
+        noticed.set()
+        return 0.5 < time.monotonic() - started < 15
+
+    assert all_good(over_gloo(2, work, timeout_s=1.0)) == [True, True]
+
+
+def test_a_member_that_never_comes_raises_at_the_timeout():
+    from fomoe.sync.transport import GlooTransport
+
+    with pytest.raises(SyncError, match="joining the other sites failed"):
+        GlooTransport(dist.HashStore(), [0, 1], 0, timeout_s=1.0)
+
+
+KILLED = """
+    import os, signal, sys, time
+    import torch.distributed as dist
+    from fomoe.errors import SyncError
+    from fomoe.sync.transport import GlooTransport
+
+    site = int(sys.argv[2])
+    transport = GlooTransport(dist.FileStore(sys.argv[1], 2), range(2), site, timeout_s=60)
+    transport.gather(lambda _: b"ready")
+    if site == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    started = time.monotonic()
+    try:
+        transport.gather(lambda _: b"again")
+    except SyncError as error:
+        print("SyncError", time.monotonic() - started < 10)
+"""
+
+
+def test_a_killed_process_raises_at_the_survivor(tmp_path):
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path / "store")]
+    sites = [
+        subprocess.Popen([*command, str(site)], stdout=subprocess.PIPE, text=True)
+        for site in range(2)
+    ]
+    output = [site.communicate(timeout=60)[0].strip() for site in sites]
+    assert output == ["SyncError True", ""]
+
+
+def test_all_members_raise_if_one_has_a_problem():
+    def work(transport):
+        check_agreement(transport, lambda _: "")
+        with pytest.raises(SyncError, match="site 1: the disk is full"):
+            check_agreement(transport, lambda site: "the disk is full" if site == 1 else "")
+        with pytest.raises(SyncError, match="no tokenizer"):
+            transport.share(fail)
+
+    def fail() -> bytes:
+        raise SyncError("no tokenizer")
+
+    all_good(over_gloo(3, work))
+    work(InMemoryTransport(range(3)))
+
+
+# ----------------------------------------------------------------------------------------- replicas
+
+
+@pytest.mark.parametrize("name", ["final_norm.weight", "expert"])
+def test_one_bit_in_one_replica_is_found_by_all_sites(name):
+    """Also by sites that do not hold the segment: no site may go on alone."""
+    config = tiny_config()
+
+    def work(transport):
+        run = make_run(config, transport)
+        one_round(run)
+        verify_replicas(run)
+        if 2 in run.sites:
+            wanted = next(n for n in run.sites[2].parameters if name in n)
+            bits = run.sites[2].parameters[wanted].data.view(torch.int32)
+            bits.view(-1)[-1] ^= 1
+        with pytest.raises(SyncError, match="replicas differ"):
+            verify_replicas(run)
+
+    all_good(over_gloo(4, work))
+    work(InMemoryTransport(range(4)))
+
+
+def test_a_site_with_other_initial_weights_is_found_at_the_first_sync():
+    config = tiny_config()
+
+    def work(transport):
+        run = make_run(config, transport)
+        if transport.sites[0] == 1:
+            run.sites[1].parameters["final_norm.weight"].data[0] += 1e-6
+            parameters = {1: run.sites[1].parameters}
+            run.outer = OuterOptimizer(config, run.plan.plan, parameters)
+        with pytest.raises(SyncError, match="replicas differ"):
+            one_round(run)
+
+    all_good(over_gloo(4, work))
+
+
+def test_hashes_are_of_the_parameters_themselves():
+    """Not of the anchors: a publish that did not reach the model must show."""
+    run = make_run(tiny_config())
+    one_round(run)
+    sites = {site: own.parameters for site, own in run.sites.items()}
+    before = check_replicas(run.plan.plan, sites, run.transport)
+    for own in run.sites.values():
+        own.parameters["final_norm.weight"].data[3] += 1
+    after = check_replicas(run.plan.plan, sites, run.transport)
+    changed = [index for index in before if before[index] != after[index]]
+    (bucket,) = (b for b in run.plan.plan.buckets if b.index in changed)
+    assert "final_norm.weight" in {s.parameter for s in bucket.segments}
+
+
+def test_means_are_given_only_for_buckets_held_here():
+    config = tiny_config(placement__replication_factor=1)
+    plan = plan_run(config).plan
+
+    def work(transport):
+        def contribute(bucket, site):
+            return build_contribution(
+                bucket, [1.0] * len(bucket.segments), lambda s: torch.full(s.shape, float(site))
+            )
+
+        return set(mean_over_holders(plan, transport, contribute))
+
+    for site, found in enumerate(all_good(over_gloo(4, work))):
+        assert found == {b.index for b in plan.buckets if site in b.holders}
+
+
+@pytest.mark.parametrize("layout", ["spes", "cyclic"])
+def test_balance_bias_stays_equal_at_all_sites_over_gloo(layout):
+    """Its counts are of all sites, so every site moves it the same way."""
+    config = tiny_config(LAYOUTS[layout], router__balance="both")
+
+    def work(transport):
+        run = make_run(config, transport)
+        for round_idx in range(3):
+            one_round(run, round_idx)
+        (own,) = run.sites.values()
+        return {layer: own.model.moe(layer).router.balance_bias_E for layer in (0, 1)}
+
+    results = all_good(over_gloo(4, work))
+    assert results[0][0].abs().sum() > 0
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
