@@ -148,9 +148,9 @@ def build_run(
     outer = OuterOptimizer(config, plan.plan, parameters, pin=device.type == "cuda")
     progress = Progress(config, num_local_sites=len(sites), show=show and transport.sites[0] == 0)
     if config.model.moe_layers:
-        progress.say(f"experts run on backend {sites[transport.sites[0]].expert_backend}")
+        progress.notes.append(f"experts: {sites[transport.sites[0]].expert_backend}")
     if parkings:
-        progress.say("waiting sites are parked in host memory")
+        progress.notes.append("waiting sites parked")
     totals = {site: Totals() for site in sites}
     run = Run(config, run_dir, plan, transport, data, sites, outer, progress, totals)
     run.parkings = parkings
