@@ -1,11 +1,12 @@
 # make quickstart   set up .venv, install, and train four sites on real text
 # make test         the tests           make check   format, lint, types
+# make bench        speed of experts and steps, beside transformers (docs/performance.md)
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 TOOLS := .venv/.installed-dev
 
-.PHONY: install quickstart test check format clean
+.PHONY: install quickstart test check format bench clean
 
 install: $(INSTALLED)
 
@@ -35,6 +36,10 @@ check: $(TOOLS)
 format: $(TOOLS)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[transformers]'
+	$(BIN)/python -m bench $(BENCH)
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -42,6 +42,13 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+class ExpertsConfig(Options):
+    """How the resident experts are computed; every choice gives the same numbers to rounding."""
+
+    # auto: grouped_mm in bf16 on compute capability 9 and newer, else split.
+    backend: Literal["auto", "split", "grouped_mm", "megablocks"] = "auto"
+
+
 class ModelConfig(Options):
     """Shapes of the network; every name is the field's usual one."""
 
@@ -64,6 +71,12 @@ class ModelConfig(Options):
     shared_expert_ffn_dim: NonNegative = 0  # always-on FFN beside the routed experts; 0: none
     num_dense_layers: NonNegative = 0  # the first layers that have a dense FFN
     dense_ffn_dim: Positive | None = None  # null: the active width of an MoE layer
+    experts: ExpertsConfig = ExpertsConfig()
+    # Activations computed again in the backward pass, for memory: the experts' hidden ones, or all
+    # of every layer.
+    recompute: Literal["none", "experts", "layers"] = "none"
+    # Products in fp32 on CPU. auto: oneDNN where torch's own keep to half of the vector width.
+    matmul: Literal["auto", "torch", "onednn"] = "auto"
 
     @property
     def kv_heads(self) -> int:
@@ -205,6 +218,9 @@ class RunConfig(Options):
     eval_every: NonNegative = 1  # rounds between evaluations of each site's own model; 0: at end
     eval_merged_every: NonNegative = 0  # rounds between evaluations of the merged model; 0: at end
     log_every: Positive = 10  # steps between plain progress lines
+    # Waiting sites of a proxy run in pinned host memory. auto: where the state of all sites would
+    # take more than half of the accelerator's free memory.
+    park: Literal["auto", "never", "always"] = "auto"
     wandb: Literal["off", "offline", "online"] = "off"
     wandb_project: str = "fomoe"
 

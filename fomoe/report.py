@@ -29,6 +29,9 @@ class Progress:
         self.live = show and self.console.is_terminal and not self.console.is_dumb_terminal
         self.started = self._last_line = time.monotonic()
         self._steps_done = self._tokens = 0
+        # What was decided for this machine, once, on the first round's line: a start that fails
+        # prints its mistake and nothing else.
+        self.notes: list[str] = []
         self._steps_total = config.rounds * config.local_steps * num_local_sites
         self._steps_to_do = self._steps_total
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -99,8 +102,9 @@ class Progress:
             + f"  skipped {_mean([r['skipped_fraction'] for r in rounds]):.3f}"
             f"  executed {_mean([r['executed_fraction'] for r in rounds]):.3f}"
             f"  sync {rounds[0]['sync_s']:.2f} s, {bytes_text(rounds[0]['payload_bytes'])}"
-            f"  {self._speed()}"
+            f"  {self._speed()}" + "".join(f"  {note}" for note in self.notes)
         )
+        self.notes.clear()
         self._last_line = time.monotonic()
 
     def _speed(self) -> str:

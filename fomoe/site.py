@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fomoe.config import Config, InnerConfig
 from fomoe.data.stream import Stream
 from fomoe.errors import DataError
+from fomoe.model.backends.choice import choose_backend
 from fomoe.model.router import RouterStats
 from fomoe.model.transformer import Residents, Transformer
 from fomoe.sync.aggregate import RoundCounts
@@ -66,6 +67,11 @@ class Site:
         device: torch.device,
     ) -> None:
         self.config, self.site, self.stream, self.device = config, site, stream, device
+        bf16 = uses_bf16(config.inner.precision, device)
+        # Before anything is built: a backend that cannot run here is the user's mistake.
+        self.expert_backend = choose_backend(
+            config.model, device, torch.bfloat16 if bf16 else torch.float32
+        )
         self.model = Transformer(config, residents).to(device)
         for layer, experts in residents.items():
             for expert in set(experts) - set(trained[layer]):
@@ -73,9 +79,7 @@ class Site:
         self.parameters = dict(self.model.named_parameters())
         self.trainable = {n: p for n, p in self.parameters.items() if p.requires_grad}
         self.optimizer = build_inner_optimizer(config.inner, self.trainable)
-        self.autocast = torch.autocast(
-            device.type, torch.bfloat16, enabled=uses_bf16(config.inner.precision, device)
-        )
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
         self.step_idx = 0
         self._reset_round()
 

@@ -7,6 +7,7 @@ one site): only the transport differs.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from fomoe.config import Config
 from fomoe.data.dataset import Data, build_data
 from fomoe.errors import ConfigError, SyncError
 from fomoe.evaluate import MergedEvaluation, evaluate_local, evaluate_merged, topk_agreement
+from fomoe.hostmemory import keep_freed_memory
 from fomoe.metrics import Metrics
+from fomoe.parking import Parking, parks, unparked
 from fomoe.planning import RunPlan, plan_run
 from fomoe.report import Progress
 from fomoe.rundir import (
@@ -65,6 +68,10 @@ class Run:
     local_losses: dict[int, float] = field(default_factory=dict)
     merged: MergedEvaluation | None = None
     first_round: int = 0
+    parkings: dict[int, Parking] = field(default_factory=dict)  # of sites that park while waiting
+
+    def parkings_of(self, site: int) -> list[Parking]:
+        return [self.parkings[site]] if site in self.parkings else []
 
 
 def train(
@@ -127,6 +134,8 @@ def build_run(
     compare_configs(config, transport, mode)
     config, run_dir = claim_run_dir(config, transport, mode)
     plan = plan_run(config)
+    if device.type == "cpu":
+        keep_freed_memory()
 
     def read() -> Data:
         kept_in = run_dir if mode == "resume" else None
@@ -134,8 +143,35 @@ def build_run(
 
     data = agreed(transport, read)
     compare_fingerprints(data.fingerprints, transport)
-    sites = {
-        site: Site(
+    sites, parkings = build_sites(config, plan, data, transport.sites, device)
+    parameters = {site: s.parameters for site, s in sites.items()}
+    outer = OuterOptimizer(config, plan.plan, parameters, pin=device.type == "cuda")
+    progress = Progress(config, num_local_sites=len(sites), show=show and transport.sites[0] == 0)
+    if config.model.moe_layers:
+        progress.notes.append(f"experts: {sites[transport.sites[0]].expert_backend}")
+    if parkings:
+        progress.notes.append("waiting sites parked")
+    totals = {site: Totals() for site in sites}
+    run = Run(config, run_dir, plan, transport, data, sites, outer, progress, totals)
+    run.parkings = parkings
+    if mode == "resume":
+        agreed(transport, lambda: resume(run))
+        for parking in parkings.values():
+            parking.park()
+    elif mode == "overwrite":
+        remove_run(run_dir, transport.sites)
+    write_run_files(config, run_dir, data, transport)
+    return run
+
+
+def build_sites(
+    config: Config, plan: RunPlan, data: Data, own: Sequence[int], device: torch.device
+) -> tuple[dict[int, Site], dict[int, Parking]]:
+    """This process's sites; each is parked before the next is built, if they are to be parked."""
+    sites, parkings = {}, {}
+    parking = parks(config, [plan.memory[site] for site in own], device)
+    for site in own:
+        sites[site] = Site(
             config,
             site,
             residents=plan.placement.residents(site),
@@ -143,19 +179,10 @@ def build_run(
             stream=data.streams[site],
             device=device,
         )
-        for site in transport.sites
-    }
-    parameters = {site: s.parameters for site, s in sites.items()}
-    outer = OuterOptimizer(config, plan.plan, parameters, pin=device.type == "cuda")
-    progress = Progress(config, num_local_sites=len(sites), show=show and transport.sites[0] == 0)
-    totals = {site: Totals() for site in sites}
-    run = Run(config, run_dir, plan, transport, data, sites, outer, progress, totals)
-    if mode == "resume":
-        agreed(transport, lambda: resume(run))
-    elif mode == "overwrite":
-        remove_run(run_dir, transport.sites)
-    write_run_files(config, run_dir, data, transport)
-    return run
+        if parking:
+            parkings[site] = Parking(sites[site], pin=device.type == "cuda")
+            parkings[site].park()
+    return sites, parkings
 
 
 def run_rounds(run: Run) -> dict[str, Any]:
@@ -227,7 +254,8 @@ def run_local_steps(
                 losses[site_idx] = site.backward()
             else:
                 on_step = run.progress.step_callback(site_idx, round_idx)
-                vectors[site_idx] += site.run_local_steps(length, on_step)
+                with unparked(run.parkings_of(site_idx), optimizer=True):
+                    vectors[site_idx] += site.run_local_steps(length, on_step)
             finish_device_work(site.device)
             seconds[site_idx] += time.perf_counter() - started
         if together:
@@ -299,7 +327,8 @@ def evaluate_sites(run: Run, round_idx: int) -> dict[int, float]:
     agreement = {}
     if is_due(run.config.run.eval_every, round_idx, run.config.rounds):
         for site_idx, site in run.sites.items():
-            result = evaluate_local(site, run.data.held_out)
+            with unparked(run.parkings_of(site_idx), optimizer=False):
+                result = evaluate_local(site, run.data.held_out)
             run.local_losses[site_idx] = result.loss
             if site_idx in run.probes:
                 agreement[site_idx] = topk_agreement(run.probes[site_idx], result.probe_LTK)
@@ -308,7 +337,10 @@ def evaluate_sites(run: Run, round_idx: int) -> dict[int, float]:
 
 
 def merged_loss(run: Run) -> MergedEvaluation:
-    return evaluate_merged(run.config, run.sites, run.plan.plan, run.transport, run.data.held_out)
+    with unparked(run.parkings.values(), optimizer=False):
+        return evaluate_merged(
+            run.config, run.sites, run.plan.plan, run.transport, run.data.held_out
+        )
 
 
 def is_due(every: int, round_idx: int, rounds: int) -> bool:

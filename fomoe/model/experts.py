@@ -1,5 +1,8 @@
 """Expert FFNs and their compute: only executed assignments cost anything.
 
+Resident experts run on a backend (`fomoe.model.backends`). Experts that are passed in as functions
+run one by one, plainly; that is also what the backends are tested against.
+
 Shapes: T tokens, K top-k, D model, F hidden, E all experts, R resident experts, A executed
 assignments.
 """
@@ -9,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fomoe.model.activation import SwiGLUActivation
+from fomoe.model.matmul import linear
 from fomoe.model.router import Routing
 
 # One expert as a function of its rows: a module, or weights that were fetched for the moment.
@@ -21,19 +25,20 @@ Expert = Callable[[Tensor], Tensor]
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)), with gate and up rows in one matrix (2002.05202)."""
 
-    def __init__(self, d_model: int, width: int) -> None:
+    def __init__(self, d_model: int, width: int, matmul: str) -> None:
         super().__init__()
         self.gate_up = nn.Parameter(torch.empty(2 * width, d_model))
         self.down = nn.Parameter(torch.empty(d_model, width))
+        self.matmul = matmul
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return swiglu(x_TD, gate_up=self.gate_up, down=self.down)
+        return swiglu(x_TD, gate_up=self.gate_up, down=self.down, matmul=self.matmul)
 
 
-def swiglu(x_TD: Tensor, *, gate_up: Tensor, down: Tensor) -> Tensor:
+def swiglu(x_TD: Tensor, *, gate_up: Tensor, down: Tensor, matmul: str = "auto") -> Tensor:
     """Apply one SwiGLU FFN; gate_up is [2F, D], down is [D, F]."""
-    gate_TF, up_TF = F.linear(x_TD, gate_up).chunk(2, dim=-1)
-    return F.linear(F.silu(gate_TF) * up_TF, down)
+    h = linear(x_TD, gate_up, matmul)
+    return linear(SwiGLUActivation.apply(h), down, matmul)
 
 
 def run_experts(

@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fomoe.config import RouterConfig
+from fomoe.model.matmul import linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,17 +64,23 @@ class Router(nn.Module):
         num_experts: all experts E, resident or not.
         top_k: experts chosen per token.
         options: the router section of the config.
+        matmul: model.matmul.
     """
 
     balance_bias_E: Tensor
     execute_bias: Tensor
 
     def __init__(
-        self, *, d_model: int, num_experts: int, top_k: int, options: RouterConfig
+        self,
+        *,
+        d_model: int,
+        num_experts: int,
+        top_k: int,
+        options: RouterConfig,
+        matmul: str = "auto",
     ) -> None:
         super().__init__()
-        self.top_k = top_k
-        self.options = options
+        self.top_k, self.options, self.matmul = top_k, options, matmul
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
         # For the choice only, never for the gate. The balance bias is equal at all sites.
         self.register_buffer("balance_bias_E", torch.zeros(num_experts), persistent=False)
@@ -87,7 +93,7 @@ class Router(nn.Module):
         options = self.options
         num_experts = resident_E.numel()
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
-            logits_TE = F.linear(x_TD.float(), self.weight.float())
+            logits_TE = linear(x_TD.float(), self.weight.float(), self.matmul)
             if options.route_scope == "resident" and num_resident < num_experts:
                 logits_TE = logits_TE.masked_fill(~resident_E, -torch.inf)
             scores_TE = score_experts(logits_TE=logits_TE, score=options.score)

@@ -17,9 +17,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fomoe.config import Config, ModelConfig
+from fomoe.model.backends.base import ExpertWeights, compute_dtype, plan_dispatch
+from fomoe.model.backends.choice import BACKENDS, choose_backend
+from fomoe.model.elementwise import rms_norm, rotate
 from fomoe.model.experts import Expert, SwiGLU, run_experts
+from fomoe.model.matmul import Linear, check_matmul, linear
 from fomoe.model.router import Router, RouterStats, Routing
 
 Residents = Mapping[int, tuple[int, ...]]
@@ -34,7 +39,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -44,10 +49,10 @@ class Attention(nn.Module):
         super().__init__()
         self.head_size, self.qk_norm = model.head_size, model.qk_norm
         q_size, kv_size = model.num_heads * model.head_size, model.kv_heads * model.head_size
-        self.q_proj = _linear(model.d_model, q_size)
-        self.k_proj = _linear(model.d_model, kv_size)
-        self.v_proj = _linear(model.d_model, kv_size)
-        self.o_proj = _linear(q_size, model.d_model)
+        self.q_proj = Linear(model.d_model, q_size, model.matmul)
+        self.k_proj = Linear(model.d_model, kv_size, model.matmul)
+        self.v_proj = Linear(model.d_model, kv_size, model.matmul)
+        self.o_proj = Linear(q_size, model.d_model, model.matmul)
         if model.qk_norm != "none":
             full = model.qk_norm == "full"
             self.q_norm = RMSNorm(q_size if full else model.head_size, model.norm_eps)
@@ -79,37 +84,56 @@ class MoE(nn.Module):
     def __init__(self, config: Config, residents: tuple[int, ...]) -> None:
         super().__init__()
         model = config.model
-        self.num_experts = model.num_experts
+        self.options, self.num_experts = model, model.num_experts
         self.router = Router(
             d_model=model.d_model,
             num_experts=model.num_experts,
             top_k=model.top_k,
             options=config.router,
+            matmul=model.matmul,
         )
         self.shared_expert = (
-            SwiGLU(model.d_model, model.shared_expert_ffn_dim)
+            SwiGLU(model.d_model, model.shared_expert_ffn_dim, model.matmul)
             if model.shared_expert_ffn_dim
             else None
         )
         self.experts = nn.ModuleDict(
-            {str(e): SwiGLU(model.d_model, model.expert_width) for e in residents}
+            {str(e): SwiGLU(model.d_model, model.expert_width, model.matmul) for e in residents}
         )
-        self._resident = {int(e): module for e, module in self.experts.items()}
-        self.register_buffer("_slot_E", _slots(residents, model.num_experts), persistent=False)
+        slot_E = _slots(residents, model.num_experts)
+        self.register_buffer("_slot_E", slot_E, persistent=False)
+        self.register_buffer("_resident_E", slot_E < len(residents), persistent=False)
 
     def forward(
         self, x_TD: Tensor, experts: Mapping[int, Expert] | None = None
     ) -> tuple[Tensor, Routing, RouterStats]:
         """Route and run T tokens; `experts` stand in for the residents where they are given."""
         if experts is None:
-            experts, slot_E = self._resident, self._slot_E
+            routing, stats = self.router(x_TD, self._resident_E, len(self.experts))
+            y_TD = self.run_residents(x_TD, routing)
         else:
             slot_E = _slots(tuple(experts), self.num_experts).to(x_TD.device)
-        routing, stats = self.router(x_TD, slot_E < len(experts), len(experts))
-        y_TD = run_experts(x_TD, routing, experts, slot_E)
+            routing, stats = self.router(x_TD, slot_E < len(experts), len(experts))
+            y_TD = run_experts(x_TD, routing, experts, slot_E)
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)
         return y_TD, routing, stats
+
+    def run_residents(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """Sum of gate x expert(x) over each token's executed assignments, [T, D]."""
+        if not len(self.experts):
+            return torch.zeros_like(x_TD)
+        dispatch = plan_dispatch(routing, self._slot_E, len(self.experts))
+        gate_A = routing.gate_TK.flatten().index_select(0, dispatch.order_A)
+        experts = list(self.experts.values())
+        weights = ExpertWeights(
+            gate_ups=[e.gate_up for e in experts],
+            downs=[e.down for e in experts],
+            matmul=self.options.matmul,
+            recompute=self.options.recompute == "experts",
+        )
+        backend = choose_backend(self.options, x_TD.device, compute_dtype(x_TD))
+        return BACKENDS[backend](x_TD, gate_A, dispatch, weights)
 
 
 class Layer(nn.Module):
@@ -122,7 +146,9 @@ class Layer(nn.Module):
         self.attention = Attention(model)
         self.ffn_norm = RMSNorm(model.d_model, model.norm_eps)
         self.ffn = (
-            None if residents is not None else SwiGLU(model.d_model, model.dense_width(index))
+            None
+            if residents is not None
+            else SwiGLU(model.d_model, model.dense_width(index), model.matmul)
         )
         self.moe = None if residents is None else MoE(config, residents)
 
@@ -170,13 +196,17 @@ class Transformer(nn.Module):
     def __init__(self, config: Config, residents: Residents) -> None:
         super().__init__()
         model = config.model
+        check_matmul(model.matmul)
+        self.matmul, self.recompute = model.matmul, model.recompute
         self.embedding = nn.Embedding(config.vocab_size, model.d_model, _weight=_empty(config))
         self.layers = nn.ModuleList(
             Layer(config, i, residents[i] if i in model.moe_layers else None)
             for i in range(model.num_layers)
         )
         self.final_norm = RMSNorm(model.d_model, model.norm_eps)
-        self.head = None if model.tie_embeddings else _linear(model.d_model, config.vocab_size)
+        self.head = (
+            None if model.tie_embeddings else Linear(model.d_model, config.vocab_size, model.matmul)
+        )
         cos_SH, sin_SH = rotary_table(
             seq_len=config.data.seq_len, head_size=model.head_size, theta=model.rope_theta
         )
@@ -201,12 +231,15 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, Routing | None, RouterStats | None]:
         """Run one layer, with its residents or with the experts given."""
         seq = x_BSD.shape[1]
-        return self.layers[index](x_BSD, self.cos_SH[:seq], self.sin_SH[:seq], experts)
+        inputs = (x_BSD, self.cos_SH[:seq], self.sin_SH[:seq], experts)
+        if self.recompute == "layers" and torch.is_grad_enabled():
+            return checkpoint(self.layers[index], *inputs, use_reentrant=False)
+        return self.layers[index](*inputs)
 
     def logits(self, x_BSD: Tensor) -> Tensor:
         """Vocabulary logits [B, S, V] of the last layer's output."""
         weight_VD = self.embedding.weight if self.head is None else self.head.weight
-        return F.linear(self.final_norm(x_BSD), weight_VD)
+        return linear(self.final_norm(x_BSD), weight_VD, self.matmul)
 
     def loss(self, x_BSD: Tensor, targets_BS: Tensor) -> Tensor:
         """Mean cross-entropy in nats, in fp32."""
@@ -218,12 +251,6 @@ class Transformer(nn.Module):
         module = self.layers[layer].moe
         assert isinstance(module, MoE)
         return module
-
-
-def rotate(x: Tensor, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
-    """Rotary positions on the last two dimensions [S, H], halves paired (2104.09864)."""
-    left, right = x.chunk(2, dim=-1)
-    return (x * cos_SH + torch.cat([-right, left], dim=-1) * sin_SH).to(x.dtype)
 
 
 def rotary_table(*, seq_len: int, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -256,10 +283,6 @@ def stable_seed(*parts: object) -> int:
     """A 63-bit seed from any printable parts; equal in every process and Python version."""
     digest = hashlib.sha256(":".join(str(part) for part in parts).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
-
-
-def _linear(in_size: int, out_size: int) -> nn.Linear:
-    return nn.utils.skip_init(nn.Linear, in_size, out_size, bias=False)
 
 
 def _empty(config: Config) -> Tensor:

@@ -1,0 +1,103 @@
+"""Run the measurements, print their table, write bench/latest.json, compare with the baseline."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import baseline
+from bench.growth import growth_rows
+from bench.layers import Row, layer_rows, peak_rate
+from bench.machine import Machine, find_machine, load_average
+from bench.plot import growth_svg
+from bench.steps import memory_rows, step_rows
+from fomoe.hostmemory import keep_freed_memory
+
+LATEST = Path(__file__).parent / "latest.json"
+PARTS = ("layers", "steps", "memory", "growth")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the parts that are asked for; exit status 0, whatever the comparison says."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: this process's CPU time"
+    )
+    parser.add_argument("--only", choices=PARTS, action="append", help="one part; repeatable")
+    parser.add_argument("--store", action="store_true", help="keep the ratios as the baseline")
+    parser.add_argument("--plot", type=Path, help="write the growth of cost as SVG")
+    args = parser.parse_args(argv)
+    if args.clock == "cpu" and (args.threads or torch.get_num_threads()) != 1:
+        parser.error("--clock cpu counts the waiting of threads for each other; add --threads 1")
+    machine = find_machine(args.device, args.threads, args.clock)
+    result = measure(machine, args.only or PARTS)
+    print_tables(result)
+    LATEST.write_text(json.dumps(result, indent=1) + "\n")
+    if args.plot and result["growth"]:
+        args.plot.write_text(growth_svg(result["growth"]))
+    if args.store:
+        baseline.store(result)
+    if not args.only:
+        print("\n".join(["", "against the baseline", *baseline.compare(result, baseline.load())]))
+    return 0
+
+
+def measure(machine: Machine, parts: tuple[str, ...] | list[str]) -> dict[str, Any]:
+    """All rows of the parts; the allocator is set as in training, for every candidate."""
+    if machine.device.type == "cpu":
+        keep_freed_memory()
+    result: dict[str, Any] = {
+        "kind": f"{machine.kind}, {machine.clock} clock",
+        "torch": torch.__version__,
+        "load_before": load_average(),
+        "peak_gflops": peak_rate(machine),
+    }
+    result["layers"] = []
+    for shape in machine.layers if "layers" in parts else ():
+        print(f"layer {shape.name} ...", file=sys.stderr)
+        result["layers"] += layer_rows(machine, shape)
+    for name, work in (("steps", step_rows), ("memory", memory_rows), ("growth", growth_rows)):
+        print(f"{name} ...", file=sys.stderr)
+        result[name] = work(machine) if name in parts else []
+    result["load_after"] = load_average()
+    return result
+
+
+def print_tables(result: dict[str, Any]) -> None:
+    """The rows of every part as aligned text."""
+    peak = ", ".join(f"{name} {rate:.0f}" for name, rate in result["peak_gflops"].items())
+    print(f"{result['kind']}, torch {result['torch']}; matrix peak {peak} GFLOP/s")
+    print(f"load average {result['load_before']:.1f} before, {result['load_after']:.1f} after")
+    for part in PARTS:
+        if result[part]:
+            print(f"\n{part}")
+            print_table(result[part])
+
+
+def print_table(rows: list[Row]) -> None:
+    names = list(rows[0])
+    cells = [names, *([_cell(row[name]) for name in names] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
+    for row in cells:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return (
+        f"{value:.3g}"
+        if isinstance(value, float) and value < 100
+        else (f"{value:.0f}" if isinstance(value, float) else str(value))
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

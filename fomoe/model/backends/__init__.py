@@ -1,0 +1,1 @@
+"""Ways to compute the resident experts; `fomoe.model.backends.base` has the interface."""

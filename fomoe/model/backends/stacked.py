@@ -1,0 +1,153 @@
+"""Stacked: all resident experts in a few grouped products. The default on accelerators.
+
+The per-expert parameters are views of one buffer per layer and matrix, so that a kernel reads them
+in place while names, segments, optimizer state and checkpoints stay per expert.
+
+Rows are compacted to executed assignments before the first product: rows past the last group end
+are left uninitialised by grouped kernels, forward and backward, and here there are none.
+
+Shapes: T tokens, D model, F hidden, R resident experts, A executed assignments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fomoe.model.activation import swiglu_activation, swiglu_backward
+from fomoe.model.backends.base import Dispatch, ExpertWeights, compute_dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupedProducts:
+    """Products of one library, over the groups of rows that belong to each expert.
+
+    Attributes:
+        forward: x [A, I], w [R, O, I] -> [A, O].
+        input_grad: y [A, O], w [R, O, I] -> [A, I].
+        weight_grad: y [A, O], x [A, I] -> [R, O, I]; exactly 0 for experts without rows.
+    """
+
+    forward: Callable[[Tensor, Tensor, Dispatch], Tensor]
+    input_grad: Callable[[Tensor, Tensor, Dispatch], Tensor]
+    weight_grad: Callable[[Tensor, Tensor, Dispatch], Tensor]
+
+
+def run_stacked(
+    x_TD: Tensor,
+    gate_A: Tensor,
+    dispatch: Dispatch,
+    weights: ExpertWeights,
+    products: GroupedProducts,
+) -> Tensor:
+    """See `Backend`."""
+    if not len(dispatch.token_A):
+        return torch.zeros_like(x_TD, dtype=compute_dtype(x_TD))
+    dtype = compute_dtype(x_TD)
+    stacks = [stack(parameters).to(dtype) for parameters in (weights.gate_ups, weights.downs)]
+    with torch.autocast(x_TD.device.type, enabled=False):
+        return _Stacked.apply(
+            x_TD.to(dtype),
+            gate_A,
+            dispatch,
+            products,
+            weights.recompute,
+            *stacks,
+            *weights.gate_ups,
+            *weights.downs,
+        )
+
+
+@torch.no_grad()
+def stack(parameters: list[nn.Parameter]) -> Tensor:
+    """One [R, ...] buffer whose rows are the parameters; moves them into one if they are not.
+
+    `Module.to`, and whatever else gives a parameter new memory, ends the arrangement; the next call
+    restores it. Values are copied then, in-place updates are never lost.
+    """
+    first = parameters[0]
+    step = first.numel() * first.element_size()
+    in_place = first.is_contiguous() and all(
+        p.data_ptr() == first.data_ptr() + index * step
+        and p.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        for index, p in enumerate(parameters)
+    )
+    if not in_place:
+        whole = torch.stack([p.detach() for p in parameters])
+        for own, parameter in zip(whole, parameters, strict=True):
+            parameter.data = own
+    return first.detach().as_strided(
+        (len(parameters), *first.shape), (first.numel(), *first.stride())
+    )
+
+
+class _Stacked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        gate_A: Tensor,
+        dispatch: Dispatch,
+        products: GroupedProducts,
+        recompute: bool,
+        gate_up: Tensor,
+        down: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        x_AD, h_AG, a_AF, y_AD = _forward(x_TD, gate_up, down, dispatch, products)
+        hidden = [] if recompute else [x_AD, h_AG, a_AF, y_AD]
+        ctx.save_for_backward(x_TD, gate_A, gate_up, down, *hidden)
+        ctx.dispatch, ctx.products, ctx.num = dispatch, products, len(parameters) // 2
+        return _combine(y_AD, dispatch, gate_A)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        dispatch, products = ctx.dispatch, ctx.products
+        x_TD, gate_A, gate_up, down, *hidden = ctx.saved_tensors
+        x_AD, h_AG, a_AF, y_AD = hidden or _forward(x_TD, gate_up, down, dispatch, products)
+        dy_AD = grad_TD.contiguous().index_select(0, dispatch.token_A)
+        gate_grad_A = (dy_AD * y_AD).sum(-1, dtype=gate_A.dtype)
+        dy_AD *= gate_A.unsqueeze(-1).to(dy_AD.dtype)
+        dh_AG = swiglu_backward(products.input_grad(dy_AD, down, dispatch), h_AG)
+        needs = ctx.needs_input_grad[7:]
+        gate_up_grads = _weight_grads(dh_AG, x_AD, dispatch, products, needs[: ctx.num])
+        down_grads = _weight_grads(dy_AD, a_AF, dispatch, products, needs[ctx.num :])
+        dx_AD = products.input_grad(dh_AG, gate_up, dispatch)
+        x_grad_TD = _combine(dx_AD, dispatch, None)
+        return x_grad_TD, gate_grad_A, *[None] * 5, *gate_up_grads, *down_grads
+
+
+def _forward(
+    x_TD: Tensor, gate_up: Tensor, down: Tensor, dispatch: Dispatch, products: GroupedProducts
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x_AD = x_TD.index_select(0, dispatch.token_A)
+    h_AG = products.forward(x_AD, gate_up, dispatch)
+    a_AF = swiglu_activation(h_AG)
+    return x_AD, h_AG, a_AF, products.forward(a_AF, down, dispatch)
+
+
+def _combine(y_AD: Tensor, dispatch: Dispatch, gate_A: Tensor | None) -> Tensor:
+    """Sum of each token's rows, weighted by gates if given; no atomics, so the order is fixed."""
+    row_A, start_T = dispatch.bags
+    weight = None if gate_A is None else gate_A[row_A].to(y_AD.dtype)
+    return F.embedding_bag(row_A, y_AD, start_T, mode="sum", per_sample_weights=weight)
+
+
+def _weight_grads(
+    y_AO: Tensor,
+    x_AI: Tensor,
+    dispatch: Dispatch,
+    products: GroupedProducts,
+    needed: tuple[bool, ...],
+) -> list[Tensor | None]:
+    if not any(needed):
+        return [None] * len(needed)
+    # Cast as a whole: the parameters are fp32 where the products are bf16.
+    grads = products.weight_grad(y_AO, x_AI, dispatch).float()
+    return [grad if need else None for grad, need in zip(grads, needed, strict=True)]

@@ -1,0 +1,117 @@
+"""The benchmark's arithmetic and comparison; no test asserts a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_config
+
+pytest.importorskip("bench", reason="the bench folder is not beside the package")
+
+from bench import baseline
+from bench.growth import even_routing, growth_rows
+from bench.layers import layer_rows, product_candidates
+from bench.machine import LayerShape, Machine, StepShape
+from bench.plot import growth_svg
+from bench.steps import memory_rows, step_rows
+from bench.timing import Timing
+from fomoe.shapes import parameter_specs
+
+SHAPE = LayerShape(tokens=32, width=16, hidden=12, num_experts=4, top_k=2)
+STEP = StepShape(
+    layers=2, width=16, heads=2, hidden=12, num_experts=4, top_k=2, vocab=32, seq_len=8, batch=2
+)
+MACHINE = Machine(
+    device=torch.device("cpu"), dtype=torch.float32, layers=(SHAPE,), step=STEP, budget_s=0.0
+)
+
+
+def test_ratios_are_of_the_same_turn() -> None:
+    slow, fast = Timing(seconds=[2.0, 20.0, 2.0]), Timing(seconds=[1.0, 10.0, 1.0])
+    assert slow.over(fast) == 2.0
+    assert slow.median == 2.0
+    assert Timing(seconds=[1.0, 1.0, 1.0]).spread == 0.0
+
+
+def test_layer_rows_cover_backends_shares_and_products() -> None:
+    rows = {row["what"]: row for row in layer_rows(MACHINE, SHAPE)}
+    assert {"split 1", "split 1/2", "split 1/4", "grouped_mm 1", "products torch"} <= set(rows)
+    assert rows["split 1"]["executed"] == 1.0
+    assert 0 < rows["split 1/4"]["executed"] < rows["split 1/2"]["executed"] < 1
+    assert rows["products torch"]["share_of_products"] == pytest.approx(1.0) or (
+        "products onednn" in rows
+    )
+
+
+def test_products_do_the_flops_that_a_layer_is_counted_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from bench import layers
+    from fomoe.model.matmul import Products
+
+    counted: list[int] = []
+
+    def count(rows: int, inner: int, outer: int) -> None:
+        counted.append(2 * rows * inner * outer)
+
+    counting = Products(
+        forward=lambda x, w: count(*x.shape, w.shape[0]),  # type: ignore[arg-type, return-value]
+        input_grad=lambda y, w: count(*y.shape, w.shape[1]),  # type: ignore[arg-type, return-value]
+        weight_grad=lambda y, x: count(*y.shape, x.shape[1]),  # type: ignore[arg-type, return-value]
+    )
+    monkeypatch.setattr(layers, "TORCH", counting)
+    monkeypatch.setattr(layers, "has_onednn", lambda: False)
+    product_candidates(MACHINE, SHAPE)["products torch"]()
+    assert sum(counted) == SHAPE.flops
+
+
+def test_step_and_memory_rows() -> None:
+    rows = {row["what"]: row for row in step_rows(MACHINE)}
+    assert rows["ours R/E 1"]["executed"] == 1.0
+    assert rows["ours R/E 0"]["executed"] == 0.0
+    assert rows["ours R/E 1"]["gain"] == pytest.approx(1.0)
+    memory = {row["what"]: row for row in memory_rows(MACHINE)}
+    config = tiny_config(
+        model__d_model=16, model__num_experts=4, model__qk_norm="full", data__seq_len=8
+    )
+    whole = sum(spec.numel for spec in parameter_specs(config))
+    assert memory["R/E 1, recompute none"]["state_mb"] == pytest.approx(16 * whole / 1e6)
+    kept = [memory[f"R/E 1, recompute {r}"]["activations_mb"] for r in ("none", "experts")]
+    assert kept[0] > kept[1]
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_even_routing_executes_the_share(share: float) -> None:
+    routing = even_routing(SHAPE, 8, 4, share, torch.device("cpu"))
+    assert routing.executed_TK.float().mean() == share
+    assert torch.equal(routing.expert_TK < 4, routing.executed_TK)
+    counts = torch.bincount(routing.expert_TK[routing.executed_TK])
+    assert counts.max() == counts.min()
+
+
+def test_plot_is_made_of_the_rows() -> None:
+    svg = growth_svg(growth_rows(MACHINE))
+    assert svg.count("<polyline") == 4
+    assert "nan" not in svg
+
+
+def result(share: float) -> dict[str, Any]:
+    layer = {"shape": "s", "what": "split 1/2", "share_of_products": share, "over_full": 0.5}
+    step = {"what": "ours R/E 1", "over_transformers": 1.2, "share_of_bound": 1.0}
+    return {"kind": "k", "layers": [layer], "steps": [step]}
+
+
+def test_comparison_names_the_line_that_moved(tmp_path: Path) -> None:
+    path = tmp_path / "baseline.json"
+    assert "no baseline for k" in baseline.compare(result(0.7), baseline.load(path))[0]
+    baseline.store(result(0.7), path)
+    assert baseline.compare(result(0.71), baseline.load(path)) == [
+        "all 4 ratios within 15% of the baseline"
+    ]
+    (line,) = baseline.compare(result(0.5), baseline.load(path))
+    assert line == "WORSE -29%: s | split 1/2 | share of product rate (0.70 -> 0.50)"
+    fewer = {**result(0.7), "steps": []}
+    assert baseline.compare(fewer, baseline.load(path))[0].startswith("gone: step")
