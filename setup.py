@@ -28,6 +28,7 @@ setup(
         "megablocks": ["megablocks>=0.10,<0.11"],
         "dev": [
             "datasets>=3,<6",
+            "transformers>=4.57,<6",
             "pytest>=8,<10",
             "ruff>=0.8,<1",
             "mypy>=1.13,<3",
