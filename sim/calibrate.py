@@ -1,10 +1,11 @@
 """`fomoe calibrate`: fit step time, link and fixed cost per sync from real runs.
 
 A round of a real run takes `H x step time + fixed cost x syncs + wire bits / effective bandwidth`.
-Step time comes from the local steps alone. The fixed cost and the effective bandwidth can be told
-apart only if the runs differ in wire bytes; where they do not, all sync time counts as bandwidth
-and the calibration says so. What was not fitted (other runs, or the last rounds of each) is
-predicted and the error is written beside the fit.
+Step time comes from the local steps alone, the bits are those of the sync's longest chain of
+buckets. The fixed cost and the effective bandwidth can be told apart only if the runs differ in
+bytes per sync; where they do not, all sync time counts as bandwidth and the calibration says so.
+What was not fitted (other runs, or the last rounds of each) is predicted and the error is written
+beside the fit.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class Calibration:
     Attributes:
         runs: folders that were fitted.
         step_time_s: one local step at the slowest site, median over rounds.
-        effective_bps: wire bits per second of a site during a sync; None if the sync time does not
-            grow with the bytes (a link too fast to be seen).
+        effective_bps: wire bits per second on the longest chain of a sync; None if the sync time
+            does not grow with the bytes (a link too fast to be seen).
         sync_fixed_s: time of one sync beside its bits.
         bandwidth_bps: the link's stated bandwidth, None if it was not given.
         link_efficiency: effective over stated bandwidth, None without either.
@@ -60,14 +61,14 @@ class Calibration:
     sync_error: float | None = None
     payload_error_bytes: int | None = None
 
-    def sync_s(self, wire_bytes: float, *, num_syncs: int = 1) -> float:
-        """Predicted time of the syncs of one round, for the wire bytes of all of them together."""
-        moving = 8 * wire_bytes / self.effective_bps if self.effective_bps else 0.0
+    def sync_s(self, chain_bytes: float, *, num_syncs: int = 1) -> float:
+        """Predicted time of the syncs of one round, for the bytes of all of them together."""
+        moving = 8 * chain_bytes / self.effective_bps if self.effective_bps else 0.0
         return num_syncs * self.sync_fixed_s + moving
 
-    def round_time_s(self, *, local_steps: int, wire_bytes: float, num_syncs: int = 1) -> float:
+    def round_time_s(self, *, local_steps: int, chain_bytes: float, num_syncs: int = 1) -> float:
         """Predicted time of one round that overlaps nothing."""
-        return local_steps * self.step_time_s + self.sync_s(wire_bytes, num_syncs=num_syncs)
+        return local_steps * self.step_time_s + self.sync_s(chain_bytes, num_syncs=num_syncs)
 
 
 # --------------------------------------------------------------------------------------------- fit
@@ -102,6 +103,11 @@ def fit(
         ConfigError: if the runs moved more bits than the stated bandwidth allows.
     """
     fixed, effective, separated, note = fit_link(rounds)
+    missing = sorted({site for r in rounds + held_out for site in r.missing_sites})
+    if missing:
+        files = ", ".join(f"metrics.site{site}.jsonl" for site in missing)
+        lacking = f"without {files} in the folder, waiting for those sites counts as sync time"
+        note = "; ".join(filter(None, [note, lacking]))
     efficiency = None
     if bandwidth_bps is not None and effective is not None:
         efficiency = effective / bandwidth_bps
@@ -130,7 +136,7 @@ def fit_link(rounds: list[Round]) -> tuple[float, float | None, bool, str]:
     """
     groups: dict[tuple[int, int], list[float]] = {}
     for r in rounds:
-        groups.setdefault((r.num_syncs, r.wire_bytes), []).append(r.sync_s)
+        groups.setdefault((r.num_syncs, r.chain_bytes), []).append(r.sync_s)
     syncs = np.array([key[0] for key in groups], dtype=float)
     bits = np.array([8 * key[1] for key in groups], dtype=float)
     times = np.array([median(values) for values in groups.values()])
@@ -157,7 +163,7 @@ def check(calibration: Calibration, held_out: list[Round]) -> Calibration:
     """The same calibration with its errors on rounds that were not fitted."""
     whole, syncs = [], []
     for r in held_out:
-        sync = calibration.sync_s(r.wire_bytes, num_syncs=r.num_syncs)
+        sync = calibration.sync_s(r.chain_bytes, num_syncs=r.num_syncs)
         predicted = r.local_steps * calibration.step_time_s + sync
         whole.append(abs(predicted / r.round_s - 1))
         syncs.append(abs(sync / r.sync_s - 1))

@@ -1,7 +1,8 @@
-"""Rounds of a real run, read from its `metrics.jsonl`.
+"""Rounds of a real run, read from its `metrics.jsonl` and the `metrics.site<k>.jsonl` beside it.
 
 The trainer writes one JSON object per line. Used here are those of kind `round`, one per site:
-`round, site, train_s, sync_s, wire_bytes, payload_bytes, local_steps`.
+`round, site, train_s, sync_s, wire_bytes, payload_bytes, local_steps`. A site's `sync_s` includes
+its wait for slower sites, so a link shows only where the records of all sites stand side by side.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from fomoe.config import Config, load_config
 from fomoe.errors import ConfigError
 from fomoe.placement import build_placement
-from fomoe.segments import build_plan, sync_traffic
+from fomoe.segments import Plan, build_plan, sync_traffic, wire_elements
 from fomoe.shapes import parameter_specs
 
 NUMBERS = ("round", "site", "train_s", "sync_s", "wire_bytes", "payload_bytes", "local_steps")
@@ -34,6 +35,9 @@ class Round:
         train_s: time of the local steps at the slowest site.
         sync_s: time from there to the end of the sync; the wait for slower sites is not in it.
         wire_bytes, payload_bytes: of the site that sent most.
+        chain_bytes: wire bytes that the link carries one after the other: `wire_bytes`, or more
+            where sites wait for a peer that is still in another bucket (`sync_chain_bytes`).
+        missing_sites: sites of the config that left no record of the round here.
         planned_payload_bytes: what the run's config says that site reduces; None without a config.
     """
 
@@ -45,6 +49,8 @@ class Round:
     sync_s: float
     wire_bytes: int
     payload_bytes: int
+    chain_bytes: int
+    missing_sites: tuple[int, ...] = ()
     planned_payload_bytes: int | None = None
 
     @property
@@ -63,32 +69,80 @@ def read_runs(folders: Iterable[str | Path]) -> list[Round]:
 
 def read_run(folder: str | Path) -> list[Round]:
     """Rounds of one run; a round that was repeated after a resume counts once, as it ran last."""
-    path = Path(folder) / "metrics.jsonl"
+    folder = Path(folder)
+    config_path = folder / "config.yaml"
+    config = load_config(config_path) if config_path.exists() else None
+    path = folder / "metrics.jsonl"
     table: dict[int, dict[int, dict[str, Any]]] = {}
-    for number, record in _records(path):
-        if record.get("kind") == "round":
-            _check_record(record, f"{path}:{number}")
-            table.setdefault(int(record["round"]), {})[int(record["site"])] = record
+    for record in _round_records(path):
+        table.setdefault(int(record["round"]), {})[int(record["site"])] = record
     if not table:
         raise ConfigError(str(path), "", "has no round records")
-    if not any(record["wire_bytes"] for sites in table.values() for record in sites.values()):
-        rule = "sent no bytes between sites (a single-process run?): it shows no link to calibrate"
+    if len({site for sites in table.values() for site in sites}) > 1:
+        rule = "is a proxy run, whose sites exchange in memory: it shows no link to calibrate"
         raise ConfigError("run", str(folder), rule)
-    path = Path(folder) / "config.yaml"
-    config = load_config(path) if path.exists() else None
-    planned = planned_payload(config) if config else {}
-    every_step = config is not None and config.sync.average == "gradients"
-    return [
-        _merge(str(folder), index, table[index], planned, every_step) for index in sorted(table)
-    ]
+    for path in folder.glob("metrics.site*.jsonl"):
+        for record in _round_records(path):
+            index, site = int(record["round"]), int(record["site"])
+            # A longer or larger run that was replaced here may have left its other sites' files.
+            if index in table and (config is None or site < config.num_sites):
+                table[index][site] = record
+    if not any(record["wire_bytes"] for sites in table.values() for record in sites.values()):
+        rule = "sent no bytes between sites: it shows no link to calibrate"
+        raise ConfigError("run", str(folder), rule)
+    known = _known(config) if config else None
+    return [_merge(str(folder), index, table[index], known) for index in sorted(table)]
 
 
-def planned_payload(config: Config) -> dict[int, int]:
-    """Payload bytes of one sync at every site, from the config alone."""
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What a run's config alone says of one sync: see `Round`.
+
+    Attributes:
+        payload: bytes at every site.
+        chain_ratio: bytes of the longest chain over those of the site that sends most, at least 1.
+        every_step: whether the sites sync after every step.
+    """
+
+    payload: dict[int, int]
+    chain_ratio: float
+    every_step: bool
+
+
+def _known(config: Config) -> Known:
     plan = build_plan(
         parameter_specs(config), build_placement(config), router_rows=config.sync.router_rows
     )
-    return {site: sync_traffic(plan, site).payload for site in range(config.num_sites)}
+    traffic = {site: sync_traffic(plan, site) for site in range(config.num_sites)}
+    most = max(own.wire for own in traffic.values())
+    return Known(
+        payload={site: own.payload for site, own in traffic.items()},
+        chain_ratio=sync_chain_bytes(plan) / most if most else 1.0,
+        every_step=config.sync.average == "gradients",
+    )
+
+
+def sync_chain_bytes(plan: Plan, *, element_bytes: int = 4) -> int:
+    """Wire bytes on the longest chain of a sync over equal links; at least any site's own.
+
+    The trainer sums the buckets in the plan's order, and a site does one at a time: a bucket
+    starts when its last holder is free, and no other site can use that wait.
+    """
+    free = [0] * plan.num_sites
+    for bucket in plan.buckets:
+        num_holders = len(bucket.holders)
+        sent = [wire_elements(bucket.numel, num_holders, i) for i in range(num_holders)]
+        end = max(free[site] for site in bucket.holders) + element_bytes * max(sent)
+        for site in bucket.holders:
+            free[site] = end
+    return max(free)
+
+
+def _round_records(path: Path) -> Iterable[dict[str, Any]]:
+    for number, record in _records(path):
+        if record.get("kind") == "round":
+            _check_record(record, f"{path}:{number}")
+            yield record
 
 
 def _records(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
@@ -124,18 +178,13 @@ def _check_record(record: dict[str, Any], where: str) -> None:
             raise ConfigError(f"{where} {name}", 0, "must be above 0")
 
 
-def _merge(
-    run: str,
-    index: int,
-    sites: dict[int, dict[str, Any]],
-    planned: dict[int, int],
-    every_step: bool,
-) -> Round:
+def _merge(run: str, index: int, sites: dict[int, dict[str, Any]], known: Known | None) -> Round:
     records = list(sites.values())
     local_steps = int(max(record["local_steps"] for record in records))
-    num_syncs = local_steps if every_step else 1
     train_s = max(record["train_s"] for record in records)
     end_s = max(record["train_s"] + record["sync_s"] for record in records)
+    wire_bytes = int(max(record["wire_bytes"] for record in records))
+    num_syncs = local_steps if known and known.every_step else 1
     return Round(
         run=run,
         index=index,
@@ -143,9 +192,11 @@ def _merge(
         num_syncs=num_syncs,
         train_s=train_s,
         sync_s=end_s - train_s,
-        wire_bytes=int(max(record["wire_bytes"] for record in records)),
+        wire_bytes=wire_bytes,
         payload_bytes=int(max(record["payload_bytes"] for record in records)),
+        chain_bytes=round(wire_bytes * known.chain_ratio) if known else wire_bytes,
+        missing_sites=tuple(s for s in known.payload if s not in sites) if known else (),
         planned_payload_bytes=(
-            num_syncs * max(planned.get(site, 0) for site in sites) if planned else None
+            num_syncs * max(known.payload.get(site, 0) for site in sites) if known else None
         ),
     )

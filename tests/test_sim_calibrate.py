@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fomoe.cli import main as simulate
 from fomoe.config import build_config
 from fomoe.errors import ConfigError
 from fomoe.placement import build_placement
@@ -15,7 +20,7 @@ from fomoe.segments import build_plan, sync_traffic
 from fomoe.shapes import parameter_specs
 from fomoe_sim import calibrate
 from fomoe_sim.calibrate import Calibration, fit, load_calibration, split_rounds
-from fomoe_sim.runs import read_run, read_runs
+from fomoe_sim.runs import read_run, read_runs, sync_chain_bytes
 
 STEP_S, FIXED_S, LINK_BPS = 0.1, 0.07, 80e6
 
@@ -24,7 +29,7 @@ def write_run(folder, *, local_steps, wire_bytes, rounds=9, noise=0.0, syncs=1, 
     """A run over a known link: two sites, of which site 1 is slower and so waits less."""
     folder.mkdir()
     random = np.random.default_rng(local_steps)
-    lines = [{"kind": "step", "round": 0, "step": 0, "site": 0, "loss": 5.5}]
+    lines = {0: [{"kind": "step", "round": 0, "step": 0, "site": 0, "loss": 5.5}], 1: []}
     for index in range(rounds):
         slow = STEP_S * local_steps * (1 + noise * random.standard_normal())
         moving = 8 * wire_bytes / LINK_BPS * (1 + noise * random.standard_normal())
@@ -32,7 +37,7 @@ def write_run(folder, *, local_steps, wire_bytes, rounds=9, noise=0.0, syncs=1, 
         if index == 0:
             sync *= 3  # a cold first round
         for site, train in ((0, 0.8 * slow), (1, slow)):
-            lines.append(
+            lines[site].append(
                 {
                     "kind": "round",
                     "round": index,
@@ -44,7 +49,8 @@ def write_run(folder, *, local_steps, wire_bytes, rounds=9, noise=0.0, syncs=1, 
                     "local_steps": local_steps,
                 }
             )
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for site, name in enumerate(("metrics.jsonl", "metrics.site1.jsonl")):
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines[site]))
     if config is not None:
         (folder / "config.yaml").write_text(config.to_yaml())
     return str(folder)
@@ -88,7 +94,7 @@ def test_a_held_out_run_of_another_h_and_payload_is_predicted(tmp_path, capsys):
     assert found.round_error < 0.10
     assert found.sync_error < 0.15
     assert "wrote" in capsys.readouterr().out
-    predicted = found.round_time_s(local_steps=16, wire_bytes=9_000_000)
+    predicted = found.round_time_s(local_steps=16, chain_bytes=9_000_000)
     assert predicted == pytest.approx(1.6 + 0.07 + 0.9, rel=0.1)
 
 
@@ -125,7 +131,7 @@ def test_a_link_too_fast_to_be_seen_has_no_bandwidth(tmp_path):
     ]
     rounds = read_runs(runs)
     backwards = [
-        type(r)(**{**vars(r), "wire_bytes": 2_000_000 if r.wire_bytes == 10 else 10})
+        type(r)(**{**vars(r), "chain_bytes": 2_000_000 if r.wire_bytes == 10 else 10})
         for r in rounds
     ]
     found = fit(backwards, [], bandwidth_bps=1e9)
@@ -171,17 +177,130 @@ def test_a_repeated_round_counts_as_it_ran_last_and_a_torn_line_is_left_out(tmp_
     assert rounds[-1].train_s == 2.0
 
 
+def test_a_site_whose_records_are_missing_is_named(tmp_path):
+    config = build_config({"method": "ddp", "num_sites": 2, "placement": {}})
+    run = write_run(tmp_path / "a", local_steps=8, wire_bytes=1_000_000, config=config)
+    assert "metrics.site" not in fit(read_run(run), []).note
+    (tmp_path / "a" / "metrics.site1.jsonl").unlink()
+    assert "without metrics.site1.jsonl in the folder, waiting" in fit(read_run(run), []).note
+
+
+def test_files_of_a_larger_run_that_was_replaced_are_left_out(tmp_path):
+    config = build_config({"method": "ddp", "num_sites": 2, "placement": {}})
+    run = write_run(tmp_path / "a", local_steps=8, wire_bytes=1_000_000, config=config)
+    expected = read_run(run)
+    record = json.loads((tmp_path / "a" / "metrics.site1.jsonl").read_text().splitlines()[0])
+    for site, index in ((2, 0), (1, 9)):
+        old = record | {"site": site, "round": index, "train_s": 99.0}
+        with (tmp_path / "a" / f"metrics.site{site}.jsonl").open("a") as file:
+            file.write(json.dumps(old) + "\n")
+    assert read_run(run) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_sites", "replication_factor", "buckets"), [(2, 2, 1), (4, 4, 1), (4, 1, 0), (4, 2, 3)]
+)
+def test_the_chain_of_a_sync_follows_the_plans_order(num_sites, replication_factor, buckets):
+    """Of four sites in pairs each has two pairs, but 01 is followed by 12, and that by 23."""
+    config = build_config(
+        {
+            "num_sites": num_sites,
+            "model": {"num_layers": 2, "num_experts": 8, "d_model": 32, "expert_ffn_dim": 16},
+            "placement": {"replication_factor": replication_factor},
+        }
+    )
+    plan = build_plan(parameter_specs(config), build_placement(config))
+    sizes = [sync_traffic(plan, site) for site in range(num_sites)]
+    pairs = buckets if buckets < 2 else buckets / 2
+    assert sync_chain_bytes(plan) == pytest.approx(
+        max(own.wire_shared for own in sizes) + pairs * max(own.wire_expert for own in sizes),
+        abs=4 * num_sites,
+    )
+
+
+# --------------------------------------------------------------------------------------- real runs
+
+REAL = """
+num_sites: 2
+local_steps: 2
+rounds: 6
+model: {num_layers: 2, d_model: 32, num_heads: 2, num_experts: 4, expert_ffn_dim: 32}
+placement: {capacity: [4, 1]}
+inner: {batch_size: 1}
+data: {source: text.txt, seq_len: 32, held_out_sequences: 2}
+run: {checkpoint_every: 0, eval_every: 0}
+"""
+
+
+@pytest.fixture(scope="module")
+def real_run(tmp_path_factory):
+    """One process per site, on the loopback."""
+    pytest.importorskip("fomoe.train", reason="the trainer is not part of this checkout")
+    folder = tmp_path_factory.mktemp("real")
+    (folder / "run.yaml").write_text(REAL)
+    words = (" ".join(f"word{(i * j) % 97}" for j in range(200)) for i in range(60))
+    (folder / "text.txt").write_text("\n\n".join(words))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {k: v for k, v in os.environ.items() if k not in launched}
+    root = str(Path(__file__).parent.parent)
+    path = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *torchrun, "-m", "fomoe", "train", "run.yaml", "run.dir=run"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=folder,
+        env=environment | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "run"
+
+
+def test_rounds_of_a_real_run_have_all_sites_and_the_planned_payload(real_run):
+    rounds = read_run(real_run)
+    assert [r.index for r in rounds] == list(range(6))
+    for r in rounds:
+        assert r.missing_sites == ()
+        assert r.payload_bytes == r.planned_payload_bytes > 0
+        assert r.chain_bytes == r.wire_bytes > 0, "two sites never wait for a third"
+    slowest = [0.0] * 6
+    for path in real_run.glob("metrics*.jsonl"):
+        for record in map(json.loads, path.read_text().splitlines()):
+            if record["kind"] == "round":
+                slowest[record["round"]] = max(slowest[record["round"]], record["train_s"])
+    assert [r.train_s for r in rounds] == slowest
+
+
+def test_a_real_run_is_calibrated_and_its_last_rounds_predicted(real_run, tmp_path, capsys):
+    out = tmp_path / "calibration.json"
+    assert run_command(str(real_run), "--out", str(out)) == 0
+    found = load_calibration(out)
+    assert (found.num_rounds, found.held_out_rounds) == (4, 2)
+    assert found.payload_error_bytes == 0
+    assert found.step_time_s > 0
+    assert found.effective_bps > 0
+    assert found.round_error < 10, "a busy machine is noisy; ten times off is a defect"
+    capsys.readouterr()
+    config = str(real_run / "config.yaml")
+    assert simulate(["project", "--config", config, "--calibration", str(out), "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    counted = json.loads((real_run / "summary.json").read_text())
+    by_site = "payload_bytes_per_site_per_round_by_site"
+    assert row[by_site] == counted[by_site]
+    assert row["step_time_s"] == pytest.approx(found.step_time_s), "that of the slowest site"
+    assert row["round_time_s"] > 2 * found.step_time_s
+
+
 # ---------------------------------------------------------------------------------------- refusals
 
 
 def edit_records(run, change):
-    """Rewrite the round records of a run."""
-    path = f"{run}/metrics.jsonl"
-    with open(path, encoding="utf-8") as file:
-        records = [json.loads(line) for line in file]
-    records = [change(r) if r["kind"] == "round" else r for r in records]
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(r) + "\n" for r in records)
+    """Rewrite the round records of a run, of all sites."""
+    for path in sorted(Path(run).glob("metrics*.jsonl")):
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        records = [change(r) if r["kind"] == "round" else r for r in records]
+        path.write_text("".join(json.dumps(r) + "\n" for r in records))
 
 
 @pytest.mark.parametrize(
@@ -201,6 +320,14 @@ def test_records_that_cannot_be_fitted_are_refused(tmp_path, change, words):
     with pytest.raises(ConfigError, match=words):
         run_command(run)
     assert not (tmp_path / "a" / "calibration.json").exists()
+
+
+def test_a_proxy_run_is_refused(tmp_path):
+    run = write_run(tmp_path / "a", local_steps=8, wire_bytes=1_000_000)
+    own, other = (tmp_path / "a" / name for name in ("metrics.jsonl", "metrics.site1.jsonl"))
+    own.write_text(own.read_text() + other.read_text())
+    with pytest.raises(ConfigError, match="is a proxy run, whose sites exchange in memory"):
+        run_command(run)
 
 
 def test_a_broken_line_is_named(tmp_path):
