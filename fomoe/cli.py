@@ -26,11 +26,14 @@ class _Parser(argparse.ArgumentParser):
     """Mistakes become one line."""
 
     def error(self, message: str) -> NoReturn:
+        message = message.replace(", section.option=value", "")  # argparse lists optional ones too
         self.exit(_EXIT_USAGE, f"fomoe: error: {message} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, 1 (failed), 2 (wrong input) or 130 (interrupted)."""
+    # torch's C++ side prints stack traces of refused connections; our own line says it better.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     words = sys.argv[1:] if argv is None else list(argv)
     parser = build_parser(next((word for word in words if not word.startswith("-")), None))
     args, rest = parser.parse_known_args(words)
@@ -107,7 +110,7 @@ def _add_train(commands: Any) -> None:
         dest="mode",
         action="store_const",
         const="resume",
-        help="continue run.dir from its newest complete checkpoint",
+        help="continue run.dir from its newest complete checkpoint; start at round 0 without one",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print who holds what and what it costs, and stop"
@@ -176,7 +179,7 @@ def _compare(args: argparse.Namespace) -> int:
             raise ConfigError("--methods", method, "stands twice")
     configs = []
     for method in methods:  # all are checked before the first one trains
-        config = load(args.config, args.overrides, method=method)
+        config = load(args.config, args.overrides, method=method, suffix="-compare")
         assert config.run.dir is not None
         settings = config.run.model_copy(update={"dir": str(Path(config.run.dir) / method)})
         configs.append(config.model_copy(update={"run": settings}))
@@ -198,20 +201,31 @@ def _compare(args: argparse.Namespace) -> int:
 def _merge(args: argparse.Namespace) -> int:
     from fomoe.merge import merge
 
-    print(merge(Path(args.run_dir), round_idx=args.round, out=Path(args.out) if args.out else None))
+    out = Path(args.out) if args.out else None
+    path = merge(
+        Path(args.run_dir),
+        round_idx=args.round,
+        out=out,
+        say=lambda line: print(line, file=sys.stderr),
+    )
+    print(path)
     return 0
 
 
 # ---------------------------------------------------------------------------------------- helpers
 
 
-def load(path: str, overrides: Sequence[str], *, method: str | None = None) -> Any:
-    """Load a config; without `run.dir` the run goes to `runs/<name of the file>`."""
+def load(
+    path: str, overrides: Sequence[str], *, method: str | None = None, suffix: str = ""
+) -> Any:
+    """Load a config; without `run.dir` the run goes to `runs/<name of the file><suffix>`."""
     from fomoe.config import load_config
 
     config = load_config(path, list(overrides), method=method)
     if config.run.dir is None:
-        settings = config.run.model_copy(update={"dir": str(Path("runs") / Path(path).stem)})
+        settings = config.run.model_copy(
+            update={"dir": str(Path("runs") / f"{Path(path).stem}{suffix}")}
+        )
         config = config.model_copy(update={"run": settings})
     return config
 

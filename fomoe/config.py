@@ -347,7 +347,8 @@ def _refuse_unknown(tree: Any, section: type[Options], prefix: str) -> None:
         kind = section.model_fields[key].annotation
         if isinstance(kind, type) and issubclass(kind, Options):
             if not isinstance(value, dict):
-                raise ConfigError(field, value, "must be a section of options")
+                shown = "null" if value is None else value
+                raise ConfigError(field, shown, "must be a section of options")
             _refuse_unknown(value, kind, f"{field}.")
 
 

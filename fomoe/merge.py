@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -14,13 +14,20 @@ from fomoe.errors import CheckpointError
 from fomoe.planning import plan_run
 
 
-def merge(run_dir: Path, *, round_idx: int | None = None, out: Path | None = None) -> Path:
+def merge(
+    run_dir: Path,
+    *,
+    round_idx: int | None = None,
+    out: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Path:
     """Write every parameter of the merged model, each taken from one of its holders.
 
     Args:
         run_dir: a run's folder, with the parts of all sites.
         round_idx: rounds done; by default the newest that is complete.
         out: folder to write; by default `<run_dir>/merged`.
+        say: told which round is merged, and which newer ones are refused and why.
 
     Returns:
         The `model.safetensors` that was written, with `config.yaml` beside it.
@@ -30,7 +37,7 @@ def merge(run_dir: Path, *, round_idx: int | None = None, out: Path | None = Non
     """
     if not run_dir.is_dir():
         raise CheckpointError(f"{run_dir} is not a run's folder")
-    round_idx = _choose_round(run_dir, round_idx)
+    round_idx = _choose_round(run_dir, round_idx, say)
     _, values = load_part(run_dir, round_idx, _any_site(run_dir, round_idx))
     config = build_config(values["config"])
     plan = plan_run(config).plan
@@ -49,30 +56,35 @@ def merge(run_dir: Path, *, round_idx: int | None = None, out: Path | None = Non
     try:
         target.mkdir(parents=True, exist_ok=True)
         path = target / "model.safetensors"
-        metadata = {"rounds": str(round_idx), "config": json.dumps(values["config"])}
+        # One key only: the file of equal models is equal to the byte. config.yaml lies beside it.
+        metadata = {"rounds": str(round_idx)}
         checkpoint.write_atomically(path, lambda p: save_file(tensors, p, metadata=metadata))
         checkpoint.write_text_atomically(target / "config.yaml", config.to_yaml())
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error.strerror}") from None
+    say(f"merged the checkpoint of round {round_idx}")
     return path
 
 
-def _choose_round(run_dir: Path, round_idx: int | None) -> int:
+def _choose_round(run_dir: Path, round_idx: int | None, say: Callable[[str], None]) -> int:
     rounds = saved_rounds(run_dir)
+    asked = "" if round_idx is None else f" of round {round_idx}"
     if round_idx is not None:
         if round_idx not in rounds:
             raise CheckpointError(
                 f"{run_dir} has no checkpoint of round {round_idx}, only {rounds}"
             )
         rounds = [round_idx]
-    problems = []
+    problems: list[str] = []
     for candidate in rounds:
         problem = _why_incomplete(run_dir, candidate)
         if not problem:
+            for refused in problems:
+                say(f"refused: {refused}")
             return candidate
         problems.append(problem)
     reason = f": {problems[0]}" if problems else ""
-    raise CheckpointError(f"{run_dir} holds no complete checkpoint{reason}")
+    raise CheckpointError(f"{run_dir} holds no complete checkpoint{asked}{reason}")
 
 
 def _why_incomplete(run_dir: Path, round_idx: int) -> str:

@@ -29,6 +29,8 @@ class Progress:
         self.live = show and self.console.is_terminal and not self.console.is_dumb_terminal
         self.started = self._last_line = time.monotonic()
         self._steps_done = self._tokens = 0
+        # A process sees its own sites only.
+        self._whose = "  site 0" if num_local_sites < config.num_sites else ""
         # What was decided for this machine, once, on the first round's line: a start that fails
         # prints its mistake and nothing else.
         self.notes: list[str] = []
@@ -95,7 +97,7 @@ class Progress:
         merged = [r["val_loss_merged"] for r in records if r["kind"] == "merged"]
         local = [r["val_loss_local"] for r in rounds if r["val_loss_local"] is not None]
         self.say(
-            f"round {round_idx + 1}/{self.config.rounds}"
+            f"round {round_idx + 1}/{self.config.rounds}{self._whose}"
             f"  train loss {_mean([r['loss'] for r in steps]):.3f}"
             + (f"  local val {_mean(local):.3f}" if local else "")
             + (f"  merged val {merged[0]:.3f}" if merged else "")

@@ -142,7 +142,10 @@ def _next_free(run_dir: Path) -> Path:
 def _refuse_existing(run_dir: Path, sites: tuple[int, ...]) -> None:
     """Each process looks at its own sites' files only: sites may share a file system."""
     parts = [p for s in sites for p in run_dir.glob(f"checkpoints/*/site-{s}.*")]
-    if parts or metrics_path(run_dir, sites[0]).exists():
+    own = [metrics_path(run_dir, sites[0])]
+    if 0 in sites:
+        own += [run_dir / "config.yaml", run_dir / "summary.json"]
+    if parts or any(path.exists() for path in own):
         raise CheckpointError(
             f"run.dir {run_dir} already holds a run: --resume continues it, --overwrite replaces "
             f"it, --next-free takes a new folder"

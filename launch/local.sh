@@ -28,7 +28,7 @@ for ((left = sites; left > 0; left--)); do
   wait -n || {
     status=$?
     sleep 3 # the others notice by themselves and say what they were doing
-    echo "launch/local.sh: a site ended with status $status; --resume continues the run" >&2
+    echo "launch/local.sh: a site ended with status $status; the others were stopped" >&2
     exit $status
   }
 done

@@ -456,7 +456,7 @@ def test_a_disk_that_is_full_from_the_start(tmp_path: Path, small_disk: Path) ->
 @pytest.mark.parametrize(
     ("rank", "message"),
     [
-        ("0", "torchrun started 2 ranks, but num_sites is 3"),
+        ("0", "2 processes were started, but num_sites is 3"),
         ("first", "RANK, WORLD_SIZE and LOCAL_RANK must be integers"),
     ],
 )

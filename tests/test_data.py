@@ -78,7 +78,9 @@ def test_a_file_is_cut_at_line_ends_and_nothing_is_lost(tmp_path: Path) -> None:
     pieces = [document.text for document in read_documents(str(path))]
     assert "".join(pieces) == text
     assert max(map(len, pieces)) <= 16_384
-    assert sum(piece.endswith("\n") for piece in pieces) >= len(pieces) - 3
+    within_the_long_line = [piece for piece in pieces if set(piece) == {"x"}]
+    at_line_ends = [piece for piece in pieces if piece.endswith("\n")]
+    assert len(at_line_ends) >= len(pieces) - len(within_the_long_line) - 2
     assert len(pieces) > 5
 
 

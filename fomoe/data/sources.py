@@ -25,7 +25,7 @@ HUB = "hf:"
 _STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
 # A source of few files is cut, so that a held-out part and one part per site can be made of it.
 _FEW_FILES = 32
-_PIECE_CHARACTERS = 16_384
+_FEW_PIECES, _PIECE_CHARACTERS = 64, (256, 16_384)
 # llm.c writes 256 int32: a magic number that fixes the token's width, a version, the token count.
 _BIN_HEADER = 256
 _BIN_DTYPES = {20240520: np.uint16, 20240801: np.uint32}
@@ -54,7 +54,9 @@ def read_documents(source: str) -> list[Document]:
     if not texts:
         raise DataError(f"data source {source} holds no text")
     if len(texts) < _FEW_FILES:
-        texts = [piece for text in texts for piece in _cut(text)]
+        smallest, largest = _PIECE_CHARACTERS
+        size = max(smallest, min(largest, sum(map(len, texts)) // _FEW_PIECES))
+        texts = [piece for text in texts for piece in _cut(text, size)]
     return [Document(text) for text in texts]
 
 
@@ -86,11 +88,11 @@ def _read_text(path: Path) -> str:
         raise DataError(f"data source {path} cannot be read: {error.strerror}") from None
 
 
-def _cut(text: str) -> Iterator[str]:
+def _cut(text: str, size: int) -> Iterator[str]:
     """Cut at the line end nearest below each multiple of the piece size; long lines are cut too."""
     start = 0
     while start < len(text):
-        stop = start + _PIECE_CHARACTERS
+        stop = start + size
         if stop < len(text):
             newline = text.rfind("\n", start, stop)
             stop = newline + 1 if newline > start else stop

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -371,6 +373,19 @@ def launch_from_environment() -> Launch:
     return Launch(rank, world_size, local_rank)
 
 
+@contextmanager
+def _patience(where: str, timeout_s: float) -> Iterator[None]:
+    """Say what a long silence is waiting for."""
+    text = f"waiting for the other sites at {where}, up to {timeout_s:g} s"
+    timer = threading.Timer(5.0, lambda: print(text, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def open_transport(
     launch: Launch, num_sites: int, *, timeout_s: float, interface: str | None = None
 ) -> Transport:
@@ -383,11 +398,13 @@ def open_transport(
         return InMemoryTransport(range(num_sites))
     if launch.world_size != num_sites:
         raise SyncError(
-            f"torchrun started {launch.world_size} ranks, but num_sites is {num_sites}; "
-            f"start one rank per site"
+            f"{launch.world_size} processes were started, but num_sites is {num_sites}; "
+            f"start one per site"
         )
     _open_interface(interface)  # a wrong name is told before the wait for the other sites
-    with _named("reaching the other sites", hint=""):
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    question = "; are all sites started, and is this address open to them?"
+    with _named(f"meeting the other sites at {where}", hint=question), _patience(where, timeout_s):
         store, rank, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return GlooTransport(
