@@ -101,9 +101,9 @@ def test_rule_1_one_reduction_per_bucket_and_no_holder_set_twice(layout):
     reduced: list[Bucket] = []
 
     class Watching(InMemoryTransport):
-        def sum_over_holders(self, bucket, contribute):
-            reduced.append(bucket)
-            return super().sum_over_holders(bucket, contribute)
+        def sum_over_holders(self, buckets, contribute):
+            reduced.extend(buckets)
+            return super().sum_over_holders(buckets, contribute)
 
     run.transport = Watching(range(config.num_sites))
     average_gradients_or_parameters(run)
@@ -646,15 +646,10 @@ def test_gloo_and_memory_give_the_same_bits_and_count_the_same_bytes(num_sites):
 
     def work(transport):
         totals = {}
-        for bucket in buckets:
-            if set(bucket.holders) & set(transport.sites):
-                contributions = {
-                    site: random_contribution(bucket, site)
-                    for site in set(bucket.holders) & set(transport.sites)
-                }
-                total = transport.sum_over_holders(bucket, lambda s, c=contributions: c[s])
-                totals[f"{bucket.index} values"] = total.values.clone()
-                totals[f"{bucket.index} weights"] = total.weights.clone()
+        held = [b for b in buckets if set(b.holders) & set(transport.sites)]
+        for index, total in transport.sum_over_holders(held, random_contribution).items():
+            totals[f"{index} values"] = total.values
+            totals[f"{index} weights"] = total.weights
         messages = transport.gather(lambda site: b"\x00\xff" * site)
         shared = transport.share(lambda: b"made once")
         fetched = transport.fetch(
@@ -684,7 +679,7 @@ def test_sums_are_those_of_a_loop_over_the_holders_in_order():
     transport = InMemoryTransport(range(4))
     for index in range(20):
         bucket = random_bucket(rng, index, 4)
-        total = transport.sum_over_holders(bucket, partial(random_contribution, bucket))
+        (total,) = transport.sum_over_holders([bucket], random_contribution).values()
         values = torch.zeros(bucket.numel)
         for site in bucket.holders:
             values += random_contribution(bucket, site).values
@@ -698,7 +693,7 @@ def test_counted_wire_bytes_are_the_planned_ones_for_each_holder():
     def work(transport):
         site = transport.sites[0]
         if site in bucket.holders:
-            transport.sum_over_holders(bucket, partial(random_contribution, bucket))
+            transport.sum_over_holders([bucket], random_contribution)
         return transport.counts[site]
 
     kind = "expert" if bucket.expert_class else "shared"
@@ -724,7 +719,7 @@ def test_sites_may_have_any_numbers_and_groups_do_not_mix():
     def work(transport):
         own = Contribution(torch.full((5,), float(transport.sites[0])), torch.ones(1).double())
         if transport.sites[0] in bucket.holders:
-            return transport.sum_over_holders(bucket, lambda _: own).values.tolist()
+            return transport.sum_over_holders([bucket], lambda *_: own)[0].values.tolist()
         return None
 
     assert all_good(over_gloo([2, 5, 7], work)) == [[9.0] * 5, None, [9.0] * 5]
@@ -861,13 +856,13 @@ def test_an_error_at_one_site_in_the_middle_changes_nothing_anywhere(at_bucket):
         snapshot = Snapshot(run)
         real, calls = transport.sum_over_holders, iter(range(100))
 
-        def broken(bucket, contribute):
-            def fail(site):
+        def broken(buckets, contribute):
+            def fail(bucket, site):
                 if site == 1 and next(calls) == at_bucket:
                     raise MemoryError("out of memory")
-                return contribute(site)
+                return contribute(bucket, site)
 
-            return real(bucket, fail)
+            return real(buckets, fail)
 
         transport.sum_over_holders = broken
         started = time.monotonic()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -116,18 +115,12 @@ def mean_over_holders(
 ) -> dict[int, Tensor]:
     """Mean of every bucket that a site of this process holds, by bucket index.
 
-    Buckets come in the plan's order at every site, so that peers meet.
-
     Args:
         contribute: builds the contribution of one of this process's sites to a bucket.
     """
-    means = {}
-    for bucket in plan.buckets:
-        if not set(bucket.holders) & set(transport.sites):
-            continue
-        total = transport.sum_over_holders(bucket, partial(contribute, bucket))
-        means[bucket.index] = divide_by_weights(bucket, total)
-    return means
+    held = [bucket for bucket in plan.buckets if set(bucket.holders) & set(transport.sites)]
+    sums = transport.sum_over_holders(held, contribute)
+    return {bucket.index: divide_by_weights(bucket, sums[bucket.index]) for bucket in held}
 
 
 def split_bucket(bucket: Bucket, flat: Tensor) -> dict[str, Tensor]:

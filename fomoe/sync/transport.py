@@ -13,10 +13,11 @@ import sys
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -67,6 +68,11 @@ class Item:
     holders: tuple[int, ...]
 
 
+# One site's contribution to a bucket; sums by bucket index.
+Contribute = Callable[[Bucket, int], Contribution]
+Sums = dict[int, Contribution]
+
+
 class Transport(Protocol):
     """What the rest of the system asks of a transport.
 
@@ -80,10 +86,12 @@ class Transport(Protocol):
     sites: tuple[int, ...]
     counts: dict[int, ByteCounts]
 
-    def sum_over_holders(
-        self, bucket: Bucket, contribute: Callable[[int], Contribution]
-    ) -> Contribution:
-        """Sum of all holders' contributions, in site order; nothing passed in is modified."""
+    def sum_over_holders(self, buckets: Sequence[Bucket], contribute: Contribute) -> Sums:
+        """Sums of all holders' contributions, in site order, of the buckets held here.
+
+        The buckets cross together, so that no site waits for a peer that is still in another one.
+        Contributions are fresh copies and belong to the transport.
+        """
         ...
 
     def gather(self, message: Callable[[int], bytes]) -> list[bytes]:
@@ -124,12 +132,13 @@ class InMemoryTransport:
         self.members = self.sites = tuple(sorted(members))
         self.counts = {site: ByteCounts() for site in self.sites}
 
-    def sum_over_holders(
-        self, bucket: Bucket, contribute: Callable[[int], Contribution]
-    ) -> Contribution:
+    def sum_over_holders(self, buckets: Sequence[Bucket], contribute: Contribute) -> Sums:
+        return {bucket.index: self._sum(bucket, contribute) for bucket in buckets}
+
+    def _sum(self, bucket: Bucket, contribute: Contribute) -> Contribution:
         values, weights = None, []
         for position, site in enumerate(bucket.holders):
-            own = contribute(site)
+            own = contribute(bucket, site)
             values = own.values if values is None else values.add_(own.values)
             weights.append(own.weights)
             sent = wire_elements(bucket.numel, len(bucket.holders), position)
@@ -154,6 +163,61 @@ class InMemoryTransport:
 
     def close(self) -> None:
         pass
+
+
+# A peer, what it is sent, and where what it sends goes.
+Message = tuple[int, Tensor, Tensor]
+
+
+class _BucketSum:
+    """One bucket on its way: contributions come in by chunks, sums go out by chunks.
+
+    Every holder sums one chunk, in site order, and sends the sum to the others. The own
+    contribution's memory takes the sums; until all have come nothing else is touched.
+    """
+
+    def __init__(self, bucket: Bucket, site: int, own: Contribution) -> None:
+        self.bucket, self.contribution, self._site = bucket, own, site
+        bounds = chunk_bounds(bucket.numel, len(bucket.holders))
+        parts = zip(bucket.holders, own.values.split(_sizes(bounds)), strict=True)
+        self._chunks = dict(parts)
+        self._peers = [holder for holder in bucket.holders if holder != site]
+        mine = self._chunks[site]
+        self._values = {peer: torch.empty_like(mine) for peer in self._peers}
+        self._weights = {peer: torch.empty_like(own.weights) for peer in self._peers}
+
+    @property
+    def wire_bytes(self) -> int:
+        """Of values: each peer's chunk to that peer, and the own sum to every peer."""
+        sent = sum(self._chunks[peer].nbytes for peer in self._peers)
+        return sent + len(self._peers) * self._chunks[self._site].nbytes
+
+    def parts(self) -> Iterator[Message]:
+        """Values that each peer sums, and the weights."""
+        for peer in self._peers:
+            yield peer, self._chunks[peer], self._values[peer]
+            yield peer, self.contribution.weights, self._weights[peer]
+
+    def add(self) -> None:
+        """Sum the own chunk."""
+        mine = self._chunks[self._site]
+        self._values[self._site] = mine
+        mine.copy_(sum_in_order([self._values[holder] for holder in self.bucket.holders]))
+        self._values.clear()
+
+    def totals(self) -> Iterator[Message]:
+        """The own chunk's sum, for those of the others."""
+        for peer in self._peers:
+            yield peer, self._chunks[self._site], self._chunks[peer]
+
+    def total(self) -> Contribution:
+        weights = {**self._weights, self._site: self.contribution.weights}
+        ordered = [weights[holder] for holder in self.bucket.holders]
+        return Contribution(self.contribution.values, sum_in_order(ordered))
+
+
+def _sizes(bounds: list[int]) -> list[int]:
+    return [stop - start for start, stop in pairwise(bounds)]
 
 
 class GlooTransport:
@@ -197,32 +261,19 @@ class GlooTransport:
                 prefixed, self._rank[site], len(self.members), options
             )
 
-    def sum_over_holders(
-        self, bucket: Bucket, contribute: Callable[[int], Contribution]
-    ) -> Contribution:
-        own, holders = contribute(self._site), bucket.holders
-        if len(holders) == 1:
-            _count_sum(self.counts[self._site], bucket, own, wire=0)
-            return own
-        bounds = chunk_bounds(bucket.numel, len(holders))
-        chunks = {h: slice(bounds[i], bounds[i + 1]) for i, h in enumerate(holders)}
-        mine = chunks[self._site]
-        size = mine.stop - mine.start
-        values = {h: own.values.new_empty(size) for h in holders if h != self._site}
-        weights = {h: torch.empty_like(own.weights) for h in holders if h != self._site}
-        tag = 4 * bucket.index
+    def sum_over_holders(self, buckets: Sequence[Bucket], contribute: Contribute) -> Sums:
+        held = [bucket for bucket in buckets if self._site in bucket.holders]
+        sums = [_BucketSum(b, self._site, contribute(b, self._site)) for b in held]
         with _named("summing over the holders"):
-            wire = self._exchange({p: own.values[chunks[p]] for p in values}, values, tag)
-            self._exchange(dict.fromkeys(weights, own.weights), weights, tag + 1)
-            total = torch.empty_like(own.values)
-            values[self._site], weights[self._site] = own.values[mine], own.weights
-            total[mine] = sum_in_order([values[h] for h in holders])
-            peers = [h for h in holders if h != self._site]
-            wire += self._exchange(
-                {p: total[mine] for p in peers}, {p: total[chunks[p]] for p in peers}, tag + 2
-            )
-        _count_sum(self.counts[self._site], bucket, own, wire=wire)
-        return Contribution(total, sum_in_order([weights[h] for h in holders]))
+            # Every site sends its buckets in the plan's order, two messages a peer and bucket; a
+            # tag names the bucket and the message.
+            self._wait([w for s in sums for w in self._post(s.parts(), 4 * s.bucket.index)])
+            for own in sums:
+                own.add()
+            self._wait([w for s in sums for w in self._post(s.totals(), 4 * s.bucket.index + 2)])
+        for own in sums:
+            _count_sum(self.counts[self._site], own.bucket, own.contribution, wire=own.wire_bytes)
+        return {own.bucket.index: own.total() for own in sums}
 
     def gather(self, message: Callable[[int], bytes]) -> list[bytes]:
         own = message(self._site)
@@ -274,14 +325,26 @@ class GlooTransport:
         self.counts[self._site].add("evaluation", payload=sent, wire=sent)
         return found
 
-    def _exchange(self, out: dict[int, Tensor], into: dict[int, Tensor], tag: int) -> int:
-        """Send and receive with every peer at once; returns the bytes sent."""
-        works = [self._group.recv([t], self._rank[p], tag) for p, t in into.items() if t.numel()]
-        sends = [(p, t.contiguous()) for p, t in out.items() if t.numel()]
-        works += [self._group.send([t], self._rank[p], tag) for p, t in sends]
+    def _exchange(self, out: dict[int, Tensor], into: dict[int, Tensor], tag: int) -> None:
+        """Send and receive one message with every peer at once."""
+        self._wait(self._post([(peer, out[peer], into[peer]) for peer in into], tag))
+
+    def _post(self, messages: Iterable[Message], tag: int) -> list[dist.Work]:
+        """Start messages; several with one peer take successive tags. Empty ones are not sent."""
+        works, used = [], Counter[int]()
+        for peer, out, into in messages:
+            own_tag = tag + used[peer]
+            used[peer] += 1
+            if into.numel():
+                works.append(self._group.recv([into], self._rank[peer], own_tag))
+            if out.numel():
+                works.append(self._group.send([out.contiguous()], self._rank[peer], own_tag))
+        return works
+
+    @staticmethod
+    def _wait(works: list[dist.Work]) -> None:
         for work in works:
             work.wait()
-        return sum(t.nbytes for _, t in sends)
 
     def close(self) -> None:
         """Leave the group: peers that still wait for this site fail now, not at their timeout."""
