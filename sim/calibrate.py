@@ -1,11 +1,10 @@
 """`fomoe calibrate`: fit step time, link and fixed cost per sync from real runs.
 
-A round of a real run takes `H x step time + fixed cost x syncs + wire bits / effective bandwidth`.
-Step time comes from the local steps alone, the bits are those of the sync's longest chain of
-buckets. The fixed cost and the effective bandwidth can be told apart only if the runs differ in
-bytes per sync; where they do not, all sync time counts as bandwidth and the calibration says so.
-What was not fitted (other runs, or the last rounds of each) is predicted and the error is written
-beside the fit.
+A round of a real run takes `H x step time + fixed cost x syncs + wire bits / effective bandwidth`,
+and a step takes `fixed part + FLOPs / speed`. Both lines are fitted alike: their fixed part and
+their slope can be told apart only if the runs differ in bytes per sync, or in FLOPs per step; where
+they do not, all the time counts as slope and the calibration says so. What was not fitted (other
+runs, or the last rounds of each) is predicted and the error is written beside the fit.
 """
 
 from __future__ import annotations
@@ -31,9 +30,11 @@ class Calibration:
 
     Attributes:
         runs: folders that were fitted.
-        step_time_s: one local step at the slowest site, median over rounds.
-        effective_bps: wire bits per second on the longest chain of a sync; None if the sync time
-            does not grow with the bytes (a link too fast to be seen).
+        step_time_s: one local step at the slowest site, of `step_flops` FLOPs.
+        step_flops: the most that a fitted step executes; None without a config beside the runs.
+        step_fixed_s: the part of it that does not depend on the FLOPs.
+        effective_bps: wire bits per second of the site that sends most; None if the sync time does
+            not grow with the bytes (a link too fast to be seen).
         sync_fixed_s: time of one sync beside its bits.
         bandwidth_bps: the link's stated bandwidth, None if it was not given.
         link_efficiency: effective over stated bandwidth, None without either.
@@ -48,6 +49,8 @@ class Calibration:
 
     runs: tuple[str, ...]
     step_time_s: float
+    step_flops: float | None = None
+    step_fixed_s: float = 0.0
     effective_bps: float | None
     sync_fixed_s: float
     bandwidth_bps: float | None = None
@@ -61,14 +64,29 @@ class Calibration:
     sync_error: float | None = None
     payload_error_bytes: int | None = None
 
-    def sync_s(self, chain_bytes: float, *, num_syncs: int = 1) -> float:
+    def step_s(self, step_flops: float | None) -> float:
+        """Predicted time of one step, for its FLOPs at the site that executes most."""
+        if step_flops is None or self.step_flops is None:
+            return self.step_time_s
+        moving = self.step_time_s - self.step_fixed_s
+        return self.step_fixed_s + moving * step_flops / self.step_flops
+
+    def sync_s(self, wire_bytes: float, *, num_syncs: int = 1) -> float:
         """Predicted time of the syncs of one round, for the bytes of all of them together."""
-        moving = 8 * chain_bytes / self.effective_bps if self.effective_bps else 0.0
+        moving = 8 * wire_bytes / self.effective_bps if self.effective_bps else 0.0
         return num_syncs * self.sync_fixed_s + moving
 
-    def round_time_s(self, *, local_steps: int, chain_bytes: float, num_syncs: int = 1) -> float:
+    def round_time_s(
+        self,
+        *,
+        local_steps: int,
+        wire_bytes: float,
+        num_syncs: int = 1,
+        step_flops: float | None = None,
+    ) -> float:
         """Predicted time of one round that overlaps nothing."""
-        return local_steps * self.step_time_s + self.sync_s(chain_bytes, num_syncs=num_syncs)
+        sync_s = self.sync_s(wire_bytes, num_syncs=num_syncs)
+        return local_steps * self.step_s(step_flops) + sync_s
 
 
 # --------------------------------------------------------------------------------------------- fit
@@ -103,6 +121,7 @@ def fit(
         ConfigError: if the runs moved more bits than the stated bandwidth allows.
     """
     fixed, effective, separated, note = fit_link(rounds)
+    step_time_s, step_flops, step_fixed_s = fit_step(rounds)
     missing = sorted({site for r in rounds + held_out for site in r.missing_sites})
     if missing:
         files = ", ".join(f"metrics.site{site}.jsonl" for site in missing)
@@ -116,7 +135,9 @@ def fit(
             raise ConfigError("--bandwidth", f"{bandwidth_bps:.4g} bit/s", rule)
     calibration = Calibration(
         runs=tuple(dict.fromkeys(r.run for r in rounds)),
-        step_time_s=median(r.train_s / r.local_steps for r in rounds),
+        step_time_s=step_time_s,
+        step_flops=step_flops,
+        step_fixed_s=step_fixed_s,
         effective_bps=effective,
         sync_fixed_s=fixed,
         bandwidth_bps=bandwidth_bps,
@@ -129,42 +150,69 @@ def fit(
 
 
 def fit_link(rounds: list[Round]) -> tuple[float, float | None, bool, str]:
-    """Fixed cost per sync, effective bandwidth, whether they were told apart, and a note.
+    """Fixed cost per sync, effective bandwidth, whether they were told apart, and a note."""
+    line = fit_line([(r.num_syncs, 8 * r.wire_bytes, r.sync_s) for r in rounds])
+    notes = {
+        "one": "all rounds send the same bytes per sync: the fixed cost cannot be told from the "
+        "bandwidth and counts as bandwidth; fit runs of different payloads together",
+        "flat": "sync time does not grow with the bytes sent: all of it counts as fixed cost",
+        "origin": "the best line has a negative fixed cost: it is taken as 0",
+        "both": "",
+    }
+    rate = 1 / line.slope if line.slope else None
+    return line.fixed, rate, line.kind != "one", notes[line.kind]
 
-    Rounds of equal traffic are first reduced to their median, so that a slow first round does not
-    count. The line through the medians minimises the relative error.
+
+def fit_step(rounds: list[Round]) -> tuple[float, float | None, float]:
+    """Time of the heaviest step, its FLOPs (None if they are unknown), and its fixed part."""
+    flops = [r.step_flops for r in rounds if r.step_flops is not None]
+    if len(flops) < len(rounds):
+        return median(r.train_s / r.local_steps for r in rounds), None, 0.0
+    line = fit_line([(1, f, r.train_s / r.local_steps) for f, r in zip(flops, rounds, strict=True)])
+    return line.fixed + line.slope * max(flops), max(flops), line.fixed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """`fixed x count + slope x amount`; `kind` says what the points could decide: both, one (equal
+    amounts: slope only), origin (a fixed part below 0 is taken as 0) or flat (fixed part only)."""
+
+    fixed: float
+    slope: float
+    kind: str
+
+
+def fit_line(points: list[tuple[float, float, float]]) -> Line:
+    """The line through (count, amount, time) that minimises the relative error.
+
+    Points of equal count and amount are first reduced to their median, so that a slow first round
+    does not count.
     """
-    groups: dict[tuple[int, int], list[float]] = {}
-    for r in rounds:
-        groups.setdefault((r.num_syncs, r.chain_bytes), []).append(r.sync_s)
-    syncs = np.array([key[0] for key in groups], dtype=float)
-    bits = np.array([8 * key[1] for key in groups], dtype=float)
+    groups: dict[tuple[float, float], list[float]] = {}
+    for count, amount, time_s in points:
+        groups.setdefault((count, amount), []).append(time_s)
+    counts = np.array([key[0] for key in groups], dtype=float)
+    amounts = np.array([key[1] for key in groups], dtype=float)
     times = np.array([median(values) for values in groups.values()])
-    through_origin = float(np.sum((bits / times) ** 2) / np.sum(bits / times))
-    per_sync = bits / syncs
-    if per_sync.max() < 1.05 * per_sync.min():
-        note = (
-            "all rounds send the same bytes per sync: the fixed cost cannot be told from the "
-            "bandwidth and counts as bandwidth; fit runs of different payloads together"
-        )
-        return 0.0, through_origin, False, note
-    lines = np.stack([syncs / times, bits / times], axis=1)
-    (fixed, slope), *_ = np.linalg.lstsq(lines, np.ones_like(times), rcond=None)
+    through_origin = float(np.sum(amounts / times) / np.sum((amounts / times) ** 2))
+    each = amounts / counts
+    if each.max() < 1.05 * each.min():
+        return Line(fixed=0.0, slope=through_origin, kind="one")
+    columns = np.stack([counts / times, amounts / times], axis=1)
+    (fixed, slope), *_ = np.linalg.lstsq(columns, np.ones_like(times), rcond=None)
     if slope <= 0:
-        note = "sync time does not grow with the bytes sent: all of it counts as fixed cost"
-        return float(np.median(times / syncs)), None, True, note
+        return Line(fixed=float(np.median(times / counts)), slope=0.0, kind="flat")
     if fixed < 0:
-        note = "the best line has a negative fixed cost: it is taken as 0"
-        return 0.0, through_origin, True, note
-    return float(fixed), float(1 / slope), True, ""
+        return Line(fixed=0.0, slope=through_origin, kind="origin")
+    return Line(fixed=float(fixed), slope=float(slope), kind="both")
 
 
 def check(calibration: Calibration, held_out: list[Round]) -> Calibration:
     """The same calibration with its errors on rounds that were not fitted."""
     whole, syncs = [], []
     for r in held_out:
-        sync = calibration.sync_s(r.chain_bytes, num_syncs=r.num_syncs)
-        predicted = r.local_steps * calibration.step_time_s + sync
+        sync = calibration.sync_s(r.wire_bytes, num_syncs=r.num_syncs)
+        predicted = r.local_steps * calibration.step_s(r.step_flops) + sync
         whole.append(abs(predicted / r.round_s - 1))
         syncs.append(abs(sync / r.sync_s - 1))
     planned = [
@@ -210,14 +258,17 @@ def load_calibration(path: str | Path) -> Calibration:
     if not isinstance(tree, dict) or sorted(tree) != sorted(names):
         rule = "is not a calibration file: write one with fomoe calibrate"
         raise ConfigError("--calibration", str(path), rule)
-    for name in ("step_time_s", "effective_bps", "sync_fixed_s"):
+    for name in ("step_time_s", "step_flops", "step_fixed_s", "effective_bps", "sync_fixed_s"):
         value, least = tree[name], 0.0
-        optional = name == "effective_bps" and value is None
+        optional = name in ("effective_bps", "step_flops") and value is None
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not optional and not (number and isfinite(value) and value >= least):
             raise ConfigError(f"--calibration {name}", value, "must be a number of at least 0")
     if tree["step_time_s"] <= 0 or tree["effective_bps"] == 0:
         raise ConfigError("--calibration", str(path), "has a step time or bandwidth of 0")
+    if tree["step_flops"] == 0 or tree["step_fixed_s"] > tree["step_time_s"]:
+        rule = "has a step of 0 FLOPs, or one that is shorter than its fixed part"
+        raise ConfigError("--calibration", str(path), rule)
     return Calibration(**(tree | {"runs": tuple(tree["runs"])}))
 
 
@@ -269,7 +320,7 @@ def text(calibration: Calibration, out: Path) -> str:
     share = "" if c.link_efficiency is None else f" ({c.link_efficiency:.3f} of the stated)"
     lines = [
         f"fitted {c.num_rounds} rounds of {', '.join(c.runs)}",
-        f"step time        {c.step_time_s:.5g} s (slowest site)",
+        f"step time        {c.step_time_s:.5g} s (slowest site{_work(c)})",
         f"link             {link}{share}",
         f"fixed per sync   {c.sync_fixed_s:.4g} s",
     ]
@@ -283,3 +334,9 @@ def text(calibration: Calibration, out: Path) -> str:
     if c.payload_error_bytes is not None:
         lines.append(f"held out: planned payload is off by {c.payload_error_bytes} bytes")
     return "\n".join([*lines, f"wrote {out}"])
+
+
+def _work(c: Calibration) -> str:
+    if c.step_flops is None:
+        return ""
+    return f", {c.step_flops / 1e9:.4g} GFLOP, of which {c.step_fixed_s:.3g} s are fixed"

@@ -33,7 +33,7 @@ from fomoe_sim.scenario import (
     check_method,
 )
 from fomoe_sim.shape import ModelShape
-from fomoe_sim.traffic import Holdings, cyclic_holdings, executed_share, table_holdings
+from fomoe_sim.traffic import Holdings, cyclic_holdings, table_holdings
 
 DEFAULT_SITES = 4
 DEFAULT_REPLICATION = 2
@@ -311,19 +311,9 @@ def _calibrated(args: argparse.Namespace, scenario: Scenario) -> Scenario:
         scenario,
         cluster=cluster,
         step_time_s=found.step_time_s,
-        step_time_executed=_own_executed(args),
+        step_time_flops=found.step_flops,
+        step_fixed_s=found.step_fixed_s,
     )
-
-
-def _own_executed(args: argparse.Namespace) -> float:
-    """Executed share at the slowest site of the calibrated run: the config as it stands."""
-    config = _load(args.config, ())
-    method = CONFIG_METHODS.get(config.method, config.method)
-    if method != "fomoe" or not config.model.moe_layers or config.router.route_scope != "all":
-        return 1.0
-    shape = shape_from_config(config, Path(args.config).stem)
-    residents = table_holdings(shape, build_placement(config)).residents
-    return float(executed_share(shape, residents, config.router.at_least_one).max())
 
 
 def methods_asked(args: argparse.Namespace) -> list[str]:

@@ -14,11 +14,16 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fomoe.config import Config, load_config
 from fomoe.errors import ConfigError
-from fomoe.placement import build_placement
-from fomoe.segments import Plan, build_plan, sync_traffic, wire_elements
+from fomoe.placement import Placement, build_placement
+from fomoe.segments import build_plan, sync_traffic
 from fomoe.shapes import parameter_specs
+from fomoe_sim.flops import token_flops
+from fomoe_sim.presets import shape_from_config
+from fomoe_sim.traffic import executed_share, table_holdings
 
 NUMBERS = ("round", "site", "train_s", "sync_s", "wire_bytes", "payload_bytes", "local_steps")
 
@@ -35,8 +40,8 @@ class Round:
         train_s: time of the local steps at the slowest site.
         sync_s: time from there to the end of the sync; the wait for slower sites is not in it.
         wire_bytes, payload_bytes: of the site that sent most.
-        chain_bytes: wire bytes that the link carries one after the other: `wire_bytes`, or more
-            where sites wait for a peer that is still in another bucket (`sync_chain_bytes`).
+        step_flops: FLOPs of one step at the site that executes most, from the run's config under
+            balanced routing; None without a config.
         missing_sites: sites of the config that left no record of the round here.
         planned_payload_bytes: what the run's config says that site reduces; None without a config.
     """
@@ -49,7 +54,7 @@ class Round:
     sync_s: float
     wire_bytes: int
     payload_bytes: int
-    chain_bytes: int
+    step_flops: float | None = None
     missing_sites: tuple[int, ...] = ()
     planned_payload_bytes: int | None = None
 
@@ -100,42 +105,33 @@ class Known:
 
     Attributes:
         payload: bytes at every site.
-        chain_ratio: bytes of the longest chain over those of the site that sends most, at least 1.
+        step_flops: of one step at the site that executes most.
         every_step: whether the sites sync after every step.
     """
 
     payload: dict[int, int]
-    chain_ratio: float
+    step_flops: float
     every_step: bool
 
 
 def _known(config: Config) -> Known:
-    plan = build_plan(
-        parameter_specs(config), build_placement(config), router_rows=config.sync.router_rows
-    )
-    traffic = {site: sync_traffic(plan, site) for site in range(config.num_sites)}
-    most = max(own.wire for own in traffic.values())
+    placement = build_placement(config)
+    plan = build_plan(parameter_specs(config), placement, router_rows=config.sync.router_rows)
     return Known(
-        payload={site: own.payload for site, own in traffic.items()},
-        chain_ratio=sync_chain_bytes(plan) / most if most else 1.0,
+        payload={site: sync_traffic(plan, site).payload for site in range(config.num_sites)},
+        step_flops=_step_flops(config, placement),
         every_step=config.sync.average == "gradients",
     )
 
 
-def sync_chain_bytes(plan: Plan, *, element_bytes: int = 4) -> int:
-    """Wire bytes on the longest chain of a sync over equal links; at least any site's own.
-
-    The trainer sums the buckets in the plan's order, and a site does one at a time: a bucket
-    starts when its last holder is free, and no other site can use that wait.
-    """
-    free = [0] * plan.num_sites
-    for bucket in plan.buckets:
-        num_holders = len(bucket.holders)
-        sent = [wire_elements(bucket.numel, num_holders, i) for i in range(num_holders)]
-        end = max(free[site] for site in bucket.holders) + element_bytes * max(sent)
-        for site in bucket.holders:
-            free[site] = end
-    return max(free)
+def _step_flops(config: Config, placement: Placement) -> float:
+    shape = shape_from_config(config, "run")
+    executed = np.ones(1)
+    if config.model.moe_layers and config.router.route_scope == "all":
+        residents = table_holdings(shape, placement).residents
+        executed = executed_share(shape, residents, config.router.at_least_one)
+    per_token = token_flops(shape, config.data.seq_len).executed(executed)
+    return float(config.tokens_per_step * per_token.max())
 
 
 def _round_records(path: Path) -> Iterable[dict[str, Any]]:
@@ -194,7 +190,7 @@ def _merge(run: str, index: int, sites: dict[int, dict[str, Any]], known: Known 
         sync_s=end_s - train_s,
         wire_bytes=wire_bytes,
         payload_bytes=int(max(record["payload_bytes"] for record in records)),
-        chain_bytes=round(wire_bytes * known.chain_ratio) if known else wire_bytes,
+        step_flops=known.step_flops if known else None,
         missing_sites=tuple(s for s in known.payload if s not in sites) if known else (),
         planned_payload_bytes=(
             num_syncs * max(known.payload.get(site, 0) for site in sites) if known else None

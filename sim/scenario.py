@@ -66,7 +66,8 @@ class Scenario:
         outer_vectors: fp32 vectors of outer optimizer state.
         step_time_s: of the slowest site, measured instead of computed; None: from FLOPs.
         trainer_states: per site, what `fomoe.memory` counts for a config; None for presets.
-        step_time_executed: share of the assignments that the measured step executed.
+        step_time_flops: FLOPs of that step; None: of a full step of this scenario.
+        step_fixed_s: the part of it that does not depend on the FLOPs.
     """
 
     shape: ModelShape
@@ -93,7 +94,8 @@ class Scenario:
     outer_vectors: int = 1
     slack: float = ALLOCATOR_SLACK
     step_time_s: float | None = None
-    step_time_executed: float = 1.0
+    step_time_flops: float | None = None
+    step_fixed_s: float = 0.0
     trainer_states: tuple[SiteMemory, ...] | None = None
 
     @cached_property

@@ -63,14 +63,13 @@ def step_times(scenario: Scenario, mfu: float) -> Floats:
     """Compute time of one step at every site, [K], from the FLOPs that it executes."""
     work = scenario.tokens_per_step * scenario.flops.executed(scenario.traffic.executed)
     peak = np.array([site.peak_flops for site in scenario.cluster.sites])
-    # Full recomputation runs the forward pass twice: 4 passes' worth instead of 3.
-    times = work / (peak * mfu) * (4 / 3 if scenario.recompute == "full" else 1)
     if scenario.step_time_s is None:
-        return times
+        # Full recomputation runs the forward pass twice: 4 passes' worth instead of 3.
+        return work / (peak * mfu) * (4 / 3 if scenario.recompute == "full" else 1)
     # A measured step fixes the speed of the slowest site; the FLOPs still say what others save.
-    measured = scenario.flops.executed(np.array(scenario.step_time_executed))
-    reference = scenario.tokens_per_step * measured / (peak.min() * mfu)
-    return times * (scenario.step_time_s / reference)
+    full = scenario.tokens_per_step * scenario.flops.full
+    share = work / peak * peak.min() / (scenario.step_time_flops or full)
+    return scenario.step_fixed_s + (scenario.step_time_s - scenario.step_fixed_s) * share
 
 
 def link_load(

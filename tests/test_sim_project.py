@@ -169,7 +169,7 @@ def test_a_calibration_replaces_our_defaults(capsys, config, tmp_path):
     row = project(capsys, "--config", config, "--calibration", path)
     wire = row["wire_bytes_per_site_per_round"]
     assert row["step_time_s"] == pytest.approx(0.02)
-    expected = fitted.round_time_s(local_steps=32, chain_bytes=wire)
+    expected = fitted.round_time_s(local_steps=32, wire_bytes=wire)
     assert row["round_time_s"] == pytest.approx(expected)
     # Another link: its nominal rate times the fitted efficiency.
     slow = project(capsys, "--config", config, "--calibration", path, "--bandwidth", "20Mbit")
