@@ -119,12 +119,13 @@ def _known(config: Config) -> Known:
     plan = build_plan(parameter_specs(config), placement, router_rows=config.sync.router_rows)
     return Known(
         payload={site: sync_traffic(plan, site).payload for site in range(config.num_sites)},
-        step_flops=_step_flops(config, placement),
+        step_flops=most_step_flops(config, placement),
         every_step=config.sync.average == "gradients",
     )
 
 
-def _step_flops(config: Config, placement: Placement) -> float:
+def most_step_flops(config: Config, placement: Placement) -> float:
+    """FLOPs of one step at the site that executes most, under balanced routing."""
     shape = shape_from_config(config, "run")
     executed = np.ones(1)
     if config.model.moe_layers and config.router.route_scope == "all":

@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 
 from fomoe.cli import main
+from fomoe.config import load_config
+from fomoe.placement import build_placement
 from fomoe_sim.calibrate import Calibration, save_calibration
+from fomoe_sim.runs import most_step_flops
 
 PROMISED = {
     "model",
@@ -154,9 +157,12 @@ def test_analytic_and_event_agree_without_contention(capsys, method):
 
 def test_a_calibration_replaces_our_defaults(capsys, config, tmp_path):
     """Round time as the fit itself predicts it; payload as planned."""
+    own = load_config(config)
     fitted = Calibration(
         runs=("run",),
         step_time_s=0.02,
+        step_flops=most_step_flops(own, build_placement(own)),
+        step_fixed_s=0.005,
         effective_bps=1e8,
         sync_fixed_s=0.01,
         separated=True,
