@@ -13,7 +13,7 @@ import functools
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,12 @@ from fomoe.errors import ConfigError
 _MANY_ROWS = 512
 
 
+class Product(Protocol):
+    """One matrix product; it fills and returns `out` where that is given."""
+
+    def __call__(self, left: Tensor, right: Tensor, out: Tensor | None = None, /) -> Tensor: ...
+
+
 class Products(NamedTuple):
     """The three products that a linear map needs: forward, input gradient, weight gradient.
 
@@ -34,27 +40,32 @@ class Products(NamedTuple):
         weight_grad: y_NO, x_NI -> y.T @ x, [O, I].
     """
 
-    forward: Callable[[Tensor, Tensor], Tensor]
-    input_grad: Callable[[Tensor, Tensor], Tensor]
+    forward: Product
+    input_grad: Product
     weight_grad: Callable[[Tensor, Tensor], Tensor]
 
 
-def _torch_forward(x_NI: Tensor, w_OI: Tensor) -> Tensor:
-    return x_NI @ w_OI.t()
+def _torch_forward(x_NI: Tensor, w_OI: Tensor, out: Tensor | None = None) -> Tensor:
+    return torch.mm(x_NI, w_OI.t(), out=out)
+
+
+def _torch_input_grad(y_NO: Tensor, w_OI: Tensor, out: Tensor | None = None) -> Tensor:
+    return torch.mm(y_NO, w_OI, out=out)
 
 
 def _torch_weight_grad(y_NO: Tensor, x_NI: Tensor) -> Tensor:
     return y_NO.t() @ x_NI
 
 
-def _onednn_forward(x_NI: Tensor, w_OI: Tensor) -> Tensor:
+def _onednn_forward(x_NI: Tensor, w_OI: Tensor, out: Tensor | None = None) -> Tensor:
     if not x_NI.shape[0]:
-        return x_NI.new_zeros(0, w_OI.shape[0])
-    return torch.ops.mkldnn._linear_pointwise(x_NI, w_OI, None, "none", [], "")
+        return x_NI.new_zeros(0, w_OI.shape[0]) if out is None else out
+    y_NO = torch.ops.mkldnn._linear_pointwise(x_NI, w_OI, None, "none", [], "")
+    return y_NO if out is None else out.copy_(y_NO)
 
 
-def _onednn_input_grad(y_NO: Tensor, w_OI: Tensor) -> Tensor:
-    return _onednn_forward(y_NO, w_OI.t())
+def _onednn_input_grad(y_NO: Tensor, w_OI: Tensor, out: Tensor | None = None) -> Tensor:
+    return _onednn_forward(y_NO, w_OI.t(), out)
 
 
 def _onednn_weight_grad(y_NO: Tensor, x_NI: Tensor) -> Tensor:
@@ -66,7 +77,7 @@ def _onednn_weight_grad(y_NO: Tensor, x_NI: Tensor) -> Tensor:
     return _onednn_forward(y_NO.t(), x_NI.t())
 
 
-TORCH = Products(_torch_forward, torch.mm, _torch_weight_grad)
+TORCH = Products(_torch_forward, _torch_input_grad, _torch_weight_grad)
 ONEDNN = Products(_onednn_forward, _onednn_input_grad, _onednn_weight_grad)
 
 

@@ -95,7 +95,9 @@ class Router(nn.Module):
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
             logits_TE = linear(x_TD.float(), self.weight.float(), self.matmul)
             if options.route_scope == "resident" and num_resident < num_experts:
-                logits_TE = logits_TE.masked_fill(~resident_E, -torch.inf)
+                # Finite, so that probability 0 times it is 0.
+                lowest = torch.finfo(logits_TE.dtype).min
+                logits_TE = logits_TE.masked_fill(~resident_E, lowest)
             scores_TE = score_experts(logits_TE=logits_TE, score=options.score)
             preference_TE = scores_TE.detach()
             if options.balance != "loss":
@@ -115,7 +117,11 @@ class Router(nn.Module):
                 skip_scale=options.skip_scale,
             )
             stats = router_stats(
-                routing=routing, logits_TE=logits_TE, scores_TE=scores_TE, resident_E=resident_E
+                routing=routing,
+                logits_TE=logits_TE,
+                scores_TE=scores_TE,
+                score=options.score,
+                resident_E=resident_E,
             )
         return routing, stats
 
@@ -169,7 +175,7 @@ def choose_experts(
 
 
 def router_stats(
-    *, routing: Routing, logits_TE: Tensor, scores_TE: Tensor, resident_E: Tensor
+    *, routing: Routing, logits_TE: Tensor, scores_TE: Tensor, score: str, resident_E: Tensor
 ) -> RouterStats:
     """Counts and losses of one layer; balance counts are of the original choice over all E."""
     num_experts = scores_TE.shape[-1]
@@ -179,15 +185,22 @@ def router_stats(
         weights=routing.executed_TK.flatten().float(),
         minlength=num_experts,
     ).long()
-    probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
+    log_sum_T = logits_TE.logsumexp(-1)
+    if score == "softmax":
+        probs_TE = scores_TE
+        # -sum p log p with log p = logit - log_sum: no logarithm of every score.
+        entropy = log_sum_T.detach().mean() - (probs_TE.detach() * logits_TE.detach()).sum(-1).mean()
+    else:
+        probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
+        entropy = torch.special.entr(probs_TE.detach()).sum(-1).mean()
     return RouterStats(
         selected_E=selected_E,
         executed_E=executed_E,
         skipped=(selected_E * ~resident_E).sum(),
         unserved=(~routing.executed_TK.any(-1)).sum(),
-        entropy=torch.special.entr(probs_TE.detach()).sum(-1).mean(),
+        entropy=entropy,
         lb_loss=load_balancing_loss(selected_E=selected_E, probs_TE=probs_TE),
-        z_loss=router_z_loss(logits_TE=logits_TE),
+        z_loss=router_z_loss(log_sum_T=log_sum_T),
     )
 
 
@@ -202,6 +215,6 @@ def load_balancing_loss(*, selected_E: Tensor, probs_TE: Tensor) -> Tensor:
     return num_choosable * (share_E * mean_E).sum()
 
 
-def router_z_loss(*, logits_TE: Tensor) -> Tensor:
+def router_z_loss(*, log_sum_T: Tensor) -> Tensor:
     """Mean squared log-sum-exp of the logits (2202.08906, eq. 5)."""
-    return logits_TE.logsumexp(-1).square().mean()
+    return log_sum_T.square().mean()

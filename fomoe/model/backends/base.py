@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fomoe.model.router import Routing
@@ -99,6 +100,13 @@ class Backend(Protocol):
     def __call__(
         self, x_TD: Tensor, gate_A: Tensor, dispatch: Dispatch, weights: ExpertWeights
     ) -> Tensor: ...
+
+
+def combine(y_AD: Tensor, bags: tuple[Tensor, Tensor], gate_A: Tensor | None) -> Tensor:
+    """Sum of each token's rows, weighted by gates if given; no atomics, so the order is fixed."""
+    row_A, start_T = bags
+    weight = None if gate_A is None else gate_A[row_A].to(y_AD.dtype)
+    return F.embedding_bag(row_A, y_AD, start_T, mode="sum", per_sample_weights=weight)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fomoe.model.activation import swiglu_activation, swiglu_backward
-from fomoe.model.backends.base import Dispatch, ExpertWeights, compute_dtype
+from fomoe.model.backends.base import Dispatch, ExpertWeights, combine, compute_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +102,7 @@ class _Stacked(torch.autograd.Function):
         hidden = [] if recompute else [x_AD, h_AG, a_AF, y_AD]
         ctx.save_for_backward(x_TD, gate_A, gate_up, down, *hidden)
         ctx.dispatch, ctx.products, ctx.num = dispatch, products, len(parameters) // 2
-        return _combine(y_AD, dispatch, gate_A)
+        return combine(y_AD, dispatch.bags, gate_A)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -119,7 +118,7 @@ class _Stacked(torch.autograd.Function):
         gate_up_grads = _weight_grads(dh_AG, x_AD, dispatch, products, needs[: ctx.num])
         down_grads = _weight_grads(dy_AD, a_AF, dispatch, products, needs[ctx.num :])
         dx_AD = products.input_grad(dh_AG, gate_up, dispatch)
-        x_grad_TD = _combine(dx_AD, dispatch, None)
+        x_grad_TD = combine(dx_AD, dispatch.bags, None)
         return x_grad_TD, gate_grad_A, *[None] * 5, *gate_up_grads, *down_grads
 
 
@@ -130,13 +129,6 @@ def _forward(
     h_AG = products.forward(x_AD, gate_up, dispatch)
     a_AF = swiglu_activation(h_AG)
     return x_AD, h_AG, a_AF, products.forward(a_AF, down, dispatch)
-
-
-def _combine(y_AD: Tensor, dispatch: Dispatch, gate_A: Tensor | None) -> Tensor:
-    """Sum of each token's rows, weighted by gates if given; no atomics, so the order is fixed."""
-    row_A, start_T = dispatch.bags
-    weight = None if gate_A is None else gate_A[row_A].to(y_AD.dtype)
-    return F.embedding_bag(row_A, y_AD, start_T, mode="sum", per_sample_weights=weight)
 
 
 def _weight_grads(
