@@ -12,8 +12,11 @@ from conftest import assert_same_bits, make_site, tiny_config
 from torch import Tensor
 
 from fomoe.config import Config
+from fomoe.model import attention
+from fomoe.model.attention import Attention
+from fomoe.model.elementwise import rotate
 from fomoe.model.router import choose_experts
-from fomoe.model.transformer import Attention, MoE, Transformer, rotary_table, rotate
+from fomoe.model.transformer import MoE, Transformer, rotary_table
 from fomoe.planning import plan_run
 
 PLAIN = {"router.at_least_one": False}
@@ -716,3 +719,35 @@ def test_a_dense_model_has_one_ffn_of_the_active_width_and_no_router():
     batch = torch.zeros(1, 16, dtype=torch.int64)
     output = model(batch, batch)
     assert output.stats == output.routings == {}
+
+
+BLOCKS = [(1, 1, 4), (63, 3, 8), (130, 5, 16), (64, 2, 2)]
+
+
+@pytest.mark.parametrize(("seq", "heads", "size"), BLOCKS)
+    ("seq", "heads", "size"), [(1, 1, 4), (63, 3, 8), (130, 5, 16), (64, 2, 2)]
+)
+def test_attention_by_blocks_equals_torchs_own(seq, heads, size, monkeypatch):
+    """Values and gradients, also where rows and heads do not fill the blocks."""
+    monkeypatch.setattr(attention, "_BLOCK_BYTES", 4 * 64 * seq * 2)
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, heads, seq, size, requires_grad=True) for _ in range(3)]
+    twins = [t.detach().double().requires_grad_() for t in inputs]
+    own = attention.attend(*inputs)
+    assert "Blocks" in str(own.grad_fn.next_functions)
+    expected = F.scaled_dot_product_attention(*twins, is_causal=True)
+    upstream = torch.randn_like(own)
+    own.backward(upstream)
+    expected.backward(upstream.double())
+    torch.testing.assert_close(own, expected.float(), rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(inputs, twins, strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_long_grouped_and_untrained_attention_is_torchs_own():
+    q, k = torch.randn(1, 4, 9, 8, requires_grad=True), torch.randn(1, 2, 9, 8)
+    long = torch.randn(1, 1, attention._LONGEST + 1, 2, requires_grad=True)
+    for inputs in ((q, k, k), (long, long, long)):
+        assert "ScaledDotProduct" in str(attention.attend(*inputs).grad_fn)
+    with torch.no_grad():
+        assert attention.attend(q, q, q).grad_fn is None

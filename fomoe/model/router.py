@@ -189,7 +189,9 @@ def router_stats(
     if score == "softmax":
         probs_TE = scores_TE
         # -sum p log p with log p = logit - log_sum: no logarithm of every score.
-        entropy = log_sum_T.detach().mean() - (probs_TE.detach() * logits_TE.detach()).sum(-1).mean()
+        entropy = (
+            log_sum_T.detach().mean() - (probs_TE.detach() * logits_TE.detach()).sum(-1).mean()
+        )
     else:
         probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
         entropy = torch.special.entr(probs_TE.detach()).sum(-1).mean()

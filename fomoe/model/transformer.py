@@ -3,8 +3,7 @@
 A model holds the experts of its resident set and no others. It can be run layer by layer with
 experts that are passed in, which is how the merged model is evaluated without existing anywhere.
 
-Shapes: B batch, S sequence, T = B x S tokens, D model, N heads, G key-value heads, H head size,
-E all experts, V vocabulary.
+Shapes: B batch, S sequence, T = B x S tokens, D model, H head size, E all experts, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,63 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fomoe.config import Config, ModelConfig
+from fomoe.config import Config
+from fomoe.model.attention import Attention
 from fomoe.model.backends.base import ExpertWeights, compute_dtype, plan_dispatch
 from fomoe.model.backends.choice import BACKENDS, choose_backend
-from fomoe.model.elementwise import rms_norm, rotate
+from fomoe.model.elementwise import RMSNorm
 from fomoe.model.experts import Expert, SwiGLU, run_experts
 from fomoe.model.matmul import Linear, check_matmul, linear
 from fomoe.model.router import Router, RouterStats, Routing
 
 Residents = Mapping[int, tuple[int, ...]]
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm with a learned scale (1910.07467)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
-class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions and optional qk-norm."""
-
-    def __init__(self, model: ModelConfig) -> None:
-        super().__init__()
-        self.head_size, self.qk_norm = model.head_size, model.qk_norm
-        q_size, kv_size = model.num_heads * model.head_size, model.kv_heads * model.head_size
-        self.q_proj = Linear(model.d_model, q_size, model.matmul)
-        self.k_proj = Linear(model.d_model, kv_size, model.matmul)
-        self.v_proj = Linear(model.d_model, kv_size, model.matmul)
-        self.o_proj = Linear(q_size, model.d_model, model.matmul)
-        if model.qk_norm != "none":
-            full = model.qk_norm == "full"
-            self.q_norm = RMSNorm(q_size if full else model.head_size, model.norm_eps)
-            self.k_norm = RMSNorm(kv_size if full else model.head_size, model.norm_eps)
-
-    def forward(self, x_BSD: Tensor, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
-        batch, seq, _ = x_BSD.shape
-        q, k, v = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
-        if self.qk_norm == "full":
-            q, k = self.q_norm(q), self.k_norm(k)
-        q_BSNH, k_BSGH, v_BSGH = (t.view(batch, seq, -1, self.head_size) for t in (q, k, v))
-        if self.qk_norm == "head":
-            q_BSNH, k_BSGH = self.q_norm(q_BSNH), self.k_norm(k_BSGH)
-        q_BNSH = rotate(q_BSNH.transpose(1, 2), cos_SH, sin_SH)
-        k_BGSH = rotate(k_BSGH.transpose(1, 2), cos_SH, sin_SH)
-        out_BNSH = F.scaled_dot_product_attention(
-            q_BNSH,
-            k_BGSH,
-            v_BSGH.transpose(1, 2),
-            is_causal=True,
-            enable_gqa=q_BNSH.shape[1] != k_BGSH.shape[1],
-        )
-        return self.o_proj(out_BNSH.transpose(1, 2).reshape(batch, seq, -1))
 
 
 class MoE(nn.Module):

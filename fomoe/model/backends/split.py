@@ -150,14 +150,16 @@ class _Split(torch.autograd.Function):
             token_N = rows.token_P[tile]
             x_ND = x_TD.index_select(0, token_N)
             if kept:
-                y_ND, (h_NG, a_NF) = kept[0][tile], kept[1 + 2 * index : 3 + 2 * index]
+                y_ND, (h_NG, silu_NF) = kept[0][tile], kept[1 + 2 * index : 3 + 2 * index]
             else:
                 y_ND = torch.empty_like(x_ND)
-                h_NG, a_NF = _forward(x_ND, members, pairs, products, y_ND)
+                h_NG, silu_NF = _forward(x_ND, members, pairs, products, y_ND)
             dy_ND = grad_TD.index_select(0, token_N)
             torch.sum(dy_ND * y_ND, -1, dtype=gate_P.dtype, out=dgate_P[tile])
             dy_ND *= gate_P[tile, None].to(dy_ND.dtype)
-            dh_NG = swiglu_backward(_each(products.input_grad, dy_ND, members, pairs[1::2]), h_NG)
+            da_NF = _each(products.input_grad, dy_ND, members, pairs[1::2])
+            dh_NG = swiglu_backward(da_NF, h_NG, silu_NF)
+            a_NF = silu_NF * h_NG.chunk(2, dim=-1)[1]
             _each(products.input_grad, dh_NG, members, pairs[::2], dx_PD[tile])
             for expert, own in members:
                 for number, out, into in ((2 * expert, dh_NG, x_ND), (2 * expert + 1, dy_ND, a_NF)):
@@ -175,11 +177,11 @@ def _forward(
     products: Products,
     y_ND: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Fill the outputs of one tile; returns the hidden values before and after the activation."""
+    """Fill the outputs of one tile; returns gate and up, and silu of the gate."""
     h_NG = _each(products.forward, x_ND, members, pairs[::2])
-    a_NF = swiglu_activation(h_NG)
+    silu_NF, a_NF = swiglu_activation(h_NG)
     _each(products.forward, a_NF, members, pairs[1::2], y_ND)
-    return h_NG, a_NF
+    return h_NG, silu_NF
 
 
 def _each(

@@ -98,8 +98,8 @@ class _Stacked(torch.autograd.Function):
         down: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        x_AD, h_AG, a_AF, y_AD = _forward(x_TD, gate_up, down, dispatch, products)
-        hidden = [] if recompute else [x_AD, h_AG, a_AF, y_AD]
+        x_AD, h_AG, silu_AF, y_AD = _forward(x_TD, gate_up, down, dispatch, products)
+        hidden = [] if recompute else [x_AD, h_AG, silu_AF, y_AD]
         ctx.save_for_backward(x_TD, gate_A, gate_up, down, *hidden)
         ctx.dispatch, ctx.products, ctx.num = dispatch, products, len(parameters) // 2
         return combine(y_AD, dispatch.bags, gate_A)
@@ -109,11 +109,12 @@ class _Stacked(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         dispatch, products = ctx.dispatch, ctx.products
         x_TD, gate_A, gate_up, down, *hidden = ctx.saved_tensors
-        x_AD, h_AG, a_AF, y_AD = hidden or _forward(x_TD, gate_up, down, dispatch, products)
+        x_AD, h_AG, silu_AF, y_AD = hidden or _forward(x_TD, gate_up, down, dispatch, products)
         dy_AD = grad_TD.contiguous().index_select(0, dispatch.token_A)
         gate_grad_A = (dy_AD * y_AD).sum(-1, dtype=gate_A.dtype)
         dy_AD *= gate_A.unsqueeze(-1).to(dy_AD.dtype)
-        dh_AG = swiglu_backward(products.input_grad(dy_AD, down, dispatch), h_AG)
+        dh_AG = swiglu_backward(products.input_grad(dy_AD, down, dispatch), h_AG, silu_AF)
+        a_AF = silu_AF * h_AG.chunk(2, dim=-1)[1]
         needs = ctx.needs_input_grad[7:]
         gate_up_grads = _weight_grads(dh_AG, x_AD, dispatch, products, needs[: ctx.num])
         down_grads = _weight_grads(dy_AD, a_AF, dispatch, products, needs[ctx.num :])
@@ -127,8 +128,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x_AD = x_TD.index_select(0, dispatch.token_A)
     h_AG = products.forward(x_AD, gate_up, dispatch)
-    a_AF = swiglu_activation(h_AG)
-    return x_AD, h_AG, a_AF, products.forward(a_AF, down, dispatch)
+    silu_AF, a_AF = swiglu_activation(h_AG)
+    return x_AD, h_AG, silu_AF, products.forward(a_AF, down, dispatch)
 
 
 def _weight_grads(
