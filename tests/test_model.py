@@ -721,10 +721,7 @@ def test_a_dense_model_has_one_ffn_of_the_active_width_and_no_router():
     assert output.stats == output.routings == {}
 
 
-BLOCKS = [(1, 1, 4), (63, 3, 8), (130, 5, 16), (64, 2, 2)]
-
-
-@pytest.mark.parametrize(("seq", "heads", "size"), BLOCKS)
+@pytest.mark.parametrize(
     ("seq", "heads", "size"), [(1, 1, 4), (63, 3, 8), (130, 5, 16), (64, 2, 2)]
 )
 def test_attention_by_blocks_equals_torchs_own(seq, heads, size, monkeypatch):
