@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from bench.growth import growth_rows
 from bench.layers import Row, layer_rows, peak_rate
 from bench.machine import Machine, find_machine, load_average
 from bench.plot import growth_svg
+from bench.proxy import proxy_rows
 from bench.steps import memory_rows, step_rows
 from fomoe.hostmemory import keep_freed_memory
 
 LATEST = Path(__file__).parent / "latest.json"
-PARTS = ("layers", "steps", "memory", "growth")
+PARTS = ("layers", "steps", "memory", "growth", "proxy")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,9 +65,17 @@ def measure(machine: Machine, parts: tuple[str, ...] | list[str]) -> dict[str, A
     for shape in machine.layers if "layers" in parts else ():
         print(f"layer {shape.name} ...", file=sys.stderr)
         result["layers"] += layer_rows(machine, shape)
-    for name, work in (("steps", step_rows), ("memory", memory_rows), ("growth", growth_rows)):
-        print(f"{name} ...", file=sys.stderr)
-        result[name] = work(machine) if name in parts else []
+    peak = max(result["peak_gflops"].values())
+    rest: dict[str, Callable[[], list[Row]]] = {
+        "steps": lambda: step_rows(machine, peak),
+        "memory": lambda: memory_rows(machine),
+        "growth": lambda: growth_rows(machine),
+        "proxy": lambda: proxy_rows(machine),
+    }
+    for name, work in rest.items():
+        if name in parts:
+            print(f"{name} ...", file=sys.stderr)
+        result[name] = work() if name in parts else []
     result["load_after"] = load_average()
     return result
 

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bench.layers import PLAIN_SKIP, Row
+from bench.layers import PLAIN_SKIP, Row, router_step
 from bench.machine import LayerShape, Machine
 from bench.timing import side_by_side
 from fomoe.config import build_config
@@ -36,7 +35,7 @@ def growth_rows(machine: Machine) -> list[Row]:
         work[series, value] = step
         state[series, value] = sum(p.numel() for p in layer.experts.parameters()) * 16 / 1e6
         if series == "experts":
-            work["router", value] = router_step(machine, shape, layer)
+            work["router", value] = router_step(layer, shape, machine)
             state["router", value] = 0.0
     names = {f"{series} {value:g}": (series, value) for series, value in work}
     times = side_by_side(
@@ -101,16 +100,3 @@ def even_routing(
         executed_TK=executed_TK,
         selected_TK=expert_TK,
     )
-
-
-def router_step(machine: Machine, shape: LayerShape, layer: MoE) -> Callable[[], object]:
-    """The router alone, forward and backward through its gates and losses."""
-    x_TD: Tensor = torch.randn(shape.tokens, shape.width, device=machine.device, requires_grad=True)
-
-    def step() -> None:
-        layer.zero_grad(set_to_none=True)
-        x_TD.grad = None
-        routing, stats = layer.router(x_TD, layer._resident_E, len(layer.experts))
-        (routing.gate_TK.sum() + stats.lb_loss + stats.z_loss).backward()
-
-    return step

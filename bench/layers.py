@@ -47,6 +47,9 @@ def layer_rows(machine: Machine, shape: LayerShape) -> list[Row]:
             layers[backend, share] = layer
             candidates[f"{backend} {share}"] = lambda m=layer: run(m, x_TD, machine)
             candidates[f"{backend} {share} forward"] = lambda m=layer: forward(m, x_TD, machine)
+    router = build_layer(machine, shape, "auto", shape.num_experts)
+    if router is not None:
+        candidates["router"] = router_step(router, shape, machine)
     for name, block in library_blocks(machine, shape).items():
         candidates[name] = lambda m=block: run(m, x_TD.unsqueeze(0), machine)
     for name, products in product_candidates(machine, shape).items():
@@ -77,6 +80,8 @@ def _row(
     backend: str,
 ) -> Row:
     flops = shape.flops * executed / (3 if name.endswith("forward") else 1)
+    if name == "router":
+        flops = 6 * shape.tokens * shape.width * shape.num_experts
     full = times.get(f"{backend} 1" + (" forward" if name.endswith("forward") else ""))
     return {
         "shape": shape.name,
@@ -86,8 +91,18 @@ def _row(
         "executed": executed,
         "gflops": flops / timing.median / 1e9,
         "share_of_products": gemm.over(timing) * flops / shape.flops,
-        "over_full": timing.over(full) if full is not None else None,
+        "over_full": _over_full(name, timing, times, full),
     }
+
+
+def _over_full(
+    name: str, timing: Timing, times: dict[str, Timing], full: Timing | None
+) -> float | None:
+    """Time over that of the same backend with all experts; the router's over the best of those."""
+    if name == "router":
+        whole = [t for n, t in times.items() if n.endswith(" 1")]
+        full = min(whole, key=lambda t: t.median)
+    return None if full is None else timing.over(full)
 
 
 def build_layer(machine: Machine, shape: LayerShape, backend: str, num_resident: int) -> MoE | None:
@@ -174,6 +189,19 @@ def product_candidates(machine: Machine, shape: LayerShape) -> dict[str, Callabl
             products.weight_grad(x, a)
 
     return {f"products {name}": lambda p=kind: work(p) for name, kind in kinds.items()}
+
+
+def router_step(layer: MoE, shape: LayerShape, machine: Machine) -> Callable[[], object]:
+    """The router alone, forward and backward through its gates and losses."""
+    x_TD: Tensor = torch.randn(shape.tokens, shape.width, device=machine.device, requires_grad=True)
+
+    def step() -> None:
+        layer.zero_grad(set_to_none=True)
+        x_TD.grad = None
+        routing, stats = layer.router(x_TD, layer._resident_E, len(layer.experts))
+        (routing.gate_TK.sum() + stats.lb_loss + stats.z_loss).backward()
+
+    return step
 
 
 def run(layer: torch.nn.Module, x: Tensor, machine: Machine) -> None:

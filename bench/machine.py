@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fomoe.model.matmul import onednn_is_faster
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerShape:
@@ -58,7 +60,11 @@ class Machine:
     def kind(self) -> str:
         if self.device.type == "cuda":
             return f"{torch.cuda.get_device_name(self.device)}, {self.dtype}"
-        return f"{torch.get_num_threads()} CPU cores, {self.dtype}"
+        vectors = torch.backends.cpu.get_cpu_capability()
+        products = "onednn" if onednn_is_faster() else "torch"
+        return (
+            f"{torch.get_num_threads()} CPU threads, {vectors}, products {products}, {self.dtype}"
+        )
 
 
 def find_machine(device: str, threads: int | None, clock: str) -> Machine:

@@ -14,6 +14,8 @@ from bench.machine import Machine, StepShape
 from bench.timing import side_by_side
 from fomoe.config import Config, build_config
 from fomoe.site import Site
+from fomoe_sim.flops import token_flops
+from fomoe_sim.presets import shape_from_config
 
 RESIDENTS = {"1": 1.0, "1/2": 0.5, "1/4": 0.25, "0": 0.0}
 
@@ -108,7 +110,7 @@ def transformers_step(machine: Machine, setting: str) -> Callable[[], object] | 
     return step
 
 
-def step_rows(machine: Machine) -> list[Row]:
+def step_rows(machine: Machine, peak_gflops: float) -> list[Row]:
     """(d) and (e): ours with all, half, a quarter and none of the experts, beside transformers'."""
     sites = {f"ours R/E {name}": build_site(machine, share) for name, share in RESIDENTS.items()}
     sites["ours R/E 1/2, at_least_one"] = build_site(machine, 0.5, at_least_one=True)
@@ -129,6 +131,7 @@ def step_rows(machine: Machine) -> list[Row]:
     for name, timing in times.items():
         executed = executed_fraction(sites[name]) if name in sites else 1.0
         bound = 1 / (1 - expert_share * (1 - executed))
+        gflop = step_flops(machine.step, executed) / 1e9
         rows.append(
             {
                 "what": name,
@@ -136,6 +139,7 @@ def step_rows(machine: Machine) -> list[Row]:
                 "spread": timing.spread,
                 "tokens_per_s": tokens / timing.median,
                 "over_transformers": None if best is None else best.over(timing),
+                "flop_utilisation": gflop / timing.median / peak_gflops,
                 "executed": executed,
                 "expert_share": expert_share,
                 "gain": full.over(timing) if name in sites else None,
@@ -143,6 +147,13 @@ def step_rows(machine: Machine) -> list[Row]:
             }
         )
     return rows
+
+
+def step_flops(shape: StepShape, executed: float) -> float:
+    """Matrix products and causal attention of one step, as the cost model counts them."""
+    config = step_config(shape)
+    per_token = token_flops(shape_from_config(config, "step"), shape.seq_len)
+    return float(shape.batch * shape.seq_len * per_token.executed(np.array(executed)))
 
 
 def executed_fraction(site: Site) -> float:

@@ -16,7 +16,8 @@ from bench.growth import even_routing, growth_rows
 from bench.layers import layer_rows, product_candidates
 from bench.machine import LayerShape, Machine, StepShape
 from bench.plot import growth_svg
-from bench.steps import memory_rows, step_rows
+from bench.proxy import proxy_row, proxy_rows
+from bench.steps import memory_rows, step_flops, step_rows
 from bench.timing import Timing
 from fomoe.shapes import parameter_specs
 
@@ -46,6 +47,30 @@ def test_layer_rows_cover_backends_shares_and_products() -> None:
     )
 
 
+def test_the_router_is_timed_beside_its_layer() -> None:
+    rows = {row["what"]: row for row in layer_rows(MACHINE, SHAPE)}
+    assert 0 < rows["router"]["over_full"] < 10
+    assert rows["router"]["executed"] == 1.0
+
+
+def test_a_proxy_run_is_read_from_its_records(tmp_path: Path) -> None:
+    assert proxy_rows(MACHINE) == [], "nothing to park on a CPU"
+    (tmp_path / "text.txt").write_text(
+        "\n\n".join(f"some words to train on, text {i}" * 3 for i in range(400))
+    )
+    config = tiny_config(
+        rounds=3,
+        local_steps=1,
+        data__source=str(tmp_path / "text.txt"),
+        run__park="never",
+        data__tokenizer="byte",
+        model__vocab_size=257,
+    )
+    row = proxy_row(MACHINE, config)
+    assert row["round_s"] > 0
+    assert row["peak_gb"] is None
+
+
 def test_products_do_the_flops_that_a_layer_is_counted_with(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -69,10 +94,14 @@ def test_products_do_the_flops_that_a_layer_is_counted_with(
 
 
 def test_step_and_memory_rows() -> None:
-    rows = {row["what"]: row for row in step_rows(MACHINE)}
+    rows = {row["what"]: row for row in step_rows(MACHINE, peak_gflops=100.0)}
     assert rows["ours R/E 1"]["executed"] == 1.0
     assert rows["ours R/E 0"]["executed"] == 0.0
     assert rows["ours R/E 1"]["gain"] == pytest.approx(1.0)
+    whole, none = (step_flops(STEP, executed) for executed in (1.0, 0.0))
+    assert whole - none == STEP.layers * STEP.batch * STEP.seq_len * 2 * 18 * 16 * 12
+    used = rows["ours R/E 1"]["flop_utilisation"]
+    assert used == pytest.approx(whole / rows["ours R/E 1"]["ms"] / 1e-3 / 1e11)
     memory = {row["what"]: row for row in memory_rows(MACHINE)}
     config = tiny_config(
         model__d_model=16, model__num_experts=4, model__qk_norm="full", data__seq_len=8
