@@ -127,7 +127,7 @@ class _Split(torch.autograd.Function):
         *pairs: Tensor,
     ) -> Tensor:
         y_PD = x_TD.new_empty(len(rows.token_P), x_TD.shape[1])
-        hidden = []
+        hidden: list[Tensor] = []
         for tile, members in rows.tiles:
             x_ND = x_TD.index_select(0, rows.token_P[tile])
             hidden += _forward(x_ND, members, pairs, products, y_PD[tile])
