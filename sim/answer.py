@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fomoe_sim.hardware import central
-from fomoe_sim.memory import most_loaded, site_memories, site_totals
+from fomoe_sim.memory import capacity_verdict, most_loaded, site_memories, site_totals
 from fomoe_sim.process import process_peak_bytes
 from fomoe_sim.scenario import Scenario
 from fomoe_sim.shape import ModelShape
@@ -134,12 +134,13 @@ def static_columns(scenario: Scenario) -> Row:
     memories = site_memories(scenario)
     tightest = most_loaded(memories)
     bad = [memory for memory in memories if not memory.fits]
+    over = capacity_verdict(scenario)
     cyclic = scenario.method in ("fomoe", "spes") and shape.num_experts > 0
     whole = {"ep": 1.0}.get(scenario.method, float(scenario.cluster.num_sites))
     replication = scenario.replication_factor if cyclic else whole
     return {
         "model": shape.name,
-        "method": scenario.method,
+        "method": scenario.label,
         "num_sites": scenario.cluster.num_sites,
         "replication_factor": int(replication) if replication == int(replication) else replication,
         "bits": scenario.bits,
@@ -154,8 +155,8 @@ def static_columns(scenario: Scenario) -> Row:
         "memory_bytes_per_site": round(float(site_totals(memories).mean())),
         "memory_bytes_per_accelerator": int(np.ceil(tightest.per_accelerator)),
         "host_bytes_per_site": int(max(memory.total("host") for memory in memories)),
-        "fits": not bad,
-        "memory_verdict": (bad[0] if bad else tightest).verdict(),
+        "fits": not bad and over is None,
+        "memory_verdict": over or (bad[0] if bad else tightest).verdict(),
         "cpu_process_peak_bytes": (
             process_peak_bytes(scenario) if scenario.trainer_states is not None else None
         ),

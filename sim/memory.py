@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fomoe_sim.activations import FLOAT32, activations_per_token, dispatch_per_token
 from fomoe_sim.scenario import Scenario
-from fomoe_sim.shape import ModelShape
 
-FLOAT32 = 4
 # Bytes per element: parameters, gradients, Adam moments, master weights. `fp32` is what the trainer
 # keeps; `mixed` is bf16 weights with fp32 accumulation and master copy (arXiv 1710.03740).
 STATES = {"fp32": (4, 4, 8, 0), "mixed": (2, 4, 8, 4)}
@@ -218,13 +217,17 @@ def _working(scenario: Scenario, index: int) -> list[MemoryPart]:
         element_bytes=scenario.compute_bytes,
         recompute=scenario.recompute,
     )
-    dispatch = dispatch_per_token(shape, executed=executed, element_bytes=scenario.compute_bytes)
-    layers = 1 if scenario.recompute == "full" else shape.num_moe_layers
+    dispatch = dispatch_per_token(
+        shape,
+        executed=executed,
+        element_bytes=scenario.compute_bytes,
+        recompute=scenario.recompute,
+    )
     # Logits in compute precision, their fp32 copy for the loss and its gradient.
     logits = shape.vocab_size * (scenario.compute_bytes + 2 * FLOAT32)
     sizes = [
         ("activations", tokens * per_token),
-        ("MoE dispatch", tokens * dispatch * layers),
+        ("MoE dispatch", tokens * dispatch),
         ("logits", tokens * logits),
     ]
     if count > 1:
@@ -238,62 +241,21 @@ def _working(scenario: Scenario, index: int) -> list[MemoryPart]:
     ]
 
 
-def activations_per_token(
-    shape: ModelShape, *, executed: float, element_bytes: int, recompute: str
-) -> float:
-    """Bytes of saved activations per token over all layers, without MoE dispatch.
+def capacity_verdict(scenario: Scenario) -> str | None:
+    """The first site that would store more experts of a layer than its stated capacity, in words.
 
-    Counted as arXiv 2205.05198 (section 4.1) counts them, for what our trainer's SwiGLU, norms and
-    attention without stored scores keep. `selective` recomputes what needs no matrix product,
-    `full` keeps the input of each layer and recomputes the layer: one whole layer is alive.
-
-    Args:
-        executed: routed experts that a token really runs in each layer.
+    FSDP is exempt: its sites store shards of all experts.
     """
-    first_moe = shape.num_layers - shape.num_moe_layers
-    moe = _layer_activations(shape, executed, element_bytes, recompute, None)
-    dense = [
-        _layer_activations(shape, executed, element_bytes, recompute, layer)
-        for layer in range(first_moe)
-    ]
-    if recompute == "full":
-        alive = max([*dense, moe] if shape.num_moe_layers else dense)
-        return element_bytes * shape.d_model * shape.num_layers + alive
-    return sum(dense) + shape.num_moe_layers * moe
-
-
-def _layer_activations(
-    shape: ModelShape, executed: float, size: int, recompute: str, layer: int | None
-) -> float:
-    """Bytes per token of one layer; `layer` None is an MoE layer."""
-    attention = shape.attention
-    value = attention.value_dim if attention.latent else attention.head_dim
-    queries = attention.heads * (attention.head_dim + attention.rope_dim)
-    kv_heads = attention.heads if attention.latent else attention.kv_heads
-    keys_values = kv_heads * (attention.head_dim + attention.rope_dim + value)
-    # Layer input and FFN input, queries, keys, values, and the attention's output twice: heads
-    # lie apart for attention and side by side for the output projection.
-    elements: float = 2 * shape.d_model + queries + keys_values + 2 * attention.heads * value
-    hidden = 2 if shape.gated else 1  # gate and up, or up
-    if layer is None:
-        width = shape.shared_ffn + executed * shape.expert_ffn
-    else:
-        width = float(shape.dense_width(layer))
-    elements += hidden * width
-    if recompute != "selective":
-        # Normalised inputs before and after their scale; activated gate and gated product.
-        elements += 4 * shape.d_model + hidden * width
-    return size * elements
-
-
-def dispatch_per_token(shape: ModelShape, *, executed: float, element_bytes: int) -> float:
-    """Bytes per token and MoE layer of routing: scores, indices, copied rows and their outputs."""
-    if not shape.num_experts:
-        return 0.0
-    scores = 2 * FLOAT32 * shape.num_experts  # logits and probabilities, fp32
-    indices = shape.top_k * (8 + FLOAT32)  # expert id (int64) and gate
-    rows = 2 * executed * shape.d_model * element_bytes  # gathered inputs, expert outputs
-    return scores + indices + rows
+    capacities = scenario.cluster.capacities
+    residents = scenario.traffic.residents
+    if capacities is None or scenario.method == "fsdp" or not residents.size:
+        return None
+    for site, held, limit in zip(
+        scenario.cluster.sites, residents.max(axis=0).tolist(), capacities, strict=True
+    ):
+        if held > limit:
+            return f"{site.name} does not fit: it holds {held} experts per layer, capacity {limit}"
+    return None
 
 
 def most_loaded(memories: list[SiteMemory]) -> SiteMemory:

@@ -7,7 +7,7 @@ sync need is counted on top of all states.
 
 from __future__ import annotations
 
-from fomoe_sim.memory import FLOAT32, activations_per_token, dispatch_per_token
+from fomoe_sim.activations import FLOAT32, activations_per_token, dispatch_per_token
 from fomoe_sim.scenario import Scenario
 
 # A run of a model of a few thousand parameters takes 138 MB above its imports (fp32, one thread,
@@ -29,8 +29,12 @@ def process_peak_bytes(scenario: Scenario, site: int = 0) -> int:
     shape, size = scenario.shape, scenario.cpu_compute_bytes
     tokens = scenario.micro_batch * scenario.seq_len
     executed = shape.top_k * float(scenario.traffic.executed[site])
-    kept = activations_per_token(shape, executed=executed, element_bytes=size, recompute="none")
-    kept += shape.num_moe_layers * dispatch_per_token(shape, executed=executed, element_bytes=size)
+    recompute = scenario.recompute
+    kept = activations_per_token(
+        shape, executed=executed, element_bytes=size, recompute=recompute
+    ) + dispatch_per_token(
+        shape, executed=executed, element_bytes=size, recompute=recompute, gathered=False
+    )
     logits = shape.vocab_size * (size + 2 * FLOAT32)
     step = tokens * HEAP_FACTOR * (kept + logits)
     if size != FLOAT32:  # autocast keeps a copy of every weight for the step

@@ -13,7 +13,8 @@ from numpy.typing import ArrayLike
 
 from fomoe_sim.cluster import Cluster
 from fomoe_sim.event import EventSpec, check_conservation, simulate
-from fomoe_sim.event_spec import send_at_round_end, send_fragments
+from fomoe_sim.event_spec import send_at_round_end, strided_fragments
+from fomoe_sim.flops import TRAIN
 from fomoe_sim.scenario import Scenario
 from fomoe_sim.traffic import Floats
 
@@ -61,15 +62,19 @@ class Timing:
 
 def step_times(scenario: Scenario, mfu: float) -> Floats:
     """Compute time of one step at every site, [K], from the FLOPs that it executes."""
-    work = scenario.tokens_per_step * scenario.flops.executed(scenario.traffic.executed)
-    peak = np.array([site.peak_flops for site in scenario.cluster.sites])
+    share, flops = scenario.traffic.executed, scenario.flops
+    work = scenario.tokens_per_step * flops.executed(share)
+    peak = np.array([site.peak_flops(scenario.compute_bytes) for site in scenario.cluster.sites])
     if scenario.step_time_s is None:
-        # Full recomputation runs the forward pass twice: 4 passes' worth instead of 3.
-        return work / (peak * mfu) * (4 / 3 if scenario.recompute == "full" else 1)
-    # A measured step fixes the speed of the slowest site; the FLOPs still say what others save.
-    full = scenario.tokens_per_step * scenario.flops.full
-    share = work / peak * peak.min() / (scenario.step_time_flops or full)
-    return scenario.step_fixed_s + (scenario.step_time_s - scenario.step_fixed_s) * share
+        # Recomputing runs a forward pass again, of the three passes' worth that a step is.
+        again = {"full": flops.executed(share), "experts": flops.experts * share}
+        twice = scenario.tokens_per_step * again.get(scenario.recompute, 0 * share) / TRAIN
+        return (work + twice) / (peak * mfu)
+    # A measured step has its recomputation in it and fixes the speed of the slowest site; the
+    # FLOPs still say what others save.
+    full = scenario.tokens_per_step * flops.full
+    part = work / peak * peak.min() / (scenario.step_time_flops or full)
+    return scenario.step_fixed_s + (scenario.step_time_s - scenario.step_fixed_s) * part
 
 
 def link_load(
@@ -139,7 +144,7 @@ def analytic(
         hidden = {"ddp": 2 / 3, "fsdp": 1.0, "ep": 0.0}[scenario.method] * slowest
         exposed = steps * np.maximum(0.0, exchange - hidden)
     else:
-        parts = scenario.fragments
+        parts = np.minimum(scenario.fragments, steps)  # those of one step are sent together
         exchange = load.transfer_s / parts + load.latency_s
         exposed = parts * np.maximum(0.0, exchange - scenario.overlap_steps * slowest)
         exposed = np.maximum(exposed, parts * exchange - steps * slowest)
@@ -156,7 +161,7 @@ def event(scenario: Scenario, *, mfu: float) -> Timing:
     if every_step:
         sends, overlap = send_at_round_end(layers, 1), None
     else:
-        sends = send_fragments(layers, steps, -(-layers // scenario.fragments))
+        sends = strided_fragments(layers, steps, scenario.fragments)
         overlap = scenario.overlap_steps or None
     spec = EventSpec(
         layer_bits=layer_bits(scenario, float(load.bits[0])),
@@ -193,9 +198,7 @@ def layer_bits(scenario: Scenario, total_bits: float) -> tuple[float, ...]:
 
 def overlaps(scenario: Scenario) -> bool:
     """Whether a method's exchange runs beside compute, so that layers matter."""
-    return (
-        scenario.method in ("ddp", "fsdp") or scenario.fragments > 1 or (scenario.overlap_steps > 0)
-    )
+    return scenario.method == "ddp" or scenario.fragments > 1 or scenario.overlap_steps > 0
 
 
 def _timing(
@@ -214,7 +217,7 @@ def _timing(
     timing = Timing(
         step_times_s=times,
         exchange_s=exchange,
-        exposed_s=round_time - steps * float(times.max()),
+        exposed_s=np.maximum(0.0, round_time - steps * float(times.max())),
         round_time_s=round_time,
         utilisation=steps * mean_step / round_time,
         load=load,

@@ -10,6 +10,8 @@ import sys
 import pytest
 
 from fomoe.cli import main as simulate
+from fomoe.config import load_config
+from fomoe.planning import plan_run, planned_summary
 
 pytest.importorskip("fomoe.train", reason="the trainer is not part of this checkout")
 
@@ -26,6 +28,16 @@ RUNS = {
     "fomoe": "num_sites: 4\nplacement: {replication_factor: 2}\n",
     "uneven": "num_sites: 3\nplacement: {capacity: [6, 4, 1]}\n",
     "ddp": "num_sites: 2\nmethod: ddp\n",
+}
+# Configs whose plan alone is compared, which is what the trainer's counters are held against.
+PLANNED = {
+    "stored everywhere": "num_sites: 3\nplacement: {replication_factor: 1, store: all}\n",
+    "stored, by capacity": "num_sites: 3\nplacement: {capacity: [6, 4, 1], store: all}\n",
+    "gradients": "num_sites: 2\nplacement: {replication_factor: 2}\nsync: {average: gradients}\n",
+    "gradients of diloco": "num_sites: 3\nmethod: diloco\nsync: {average: gradients}\n",
+    "one site": "num_sites: 4\nmethod: single\n",
+    "half": "num_sites: 3\nmethod: diloco-half\n",
+    "dense": "num_sites: 3\nmethod: dense\n",
 }
 # Runs the command line and prints its peak, less what it held after its imports.
 PEAK = """
@@ -78,6 +90,29 @@ def test_payload_equals_the_trainers_count(capsys, tmp_path, name):
         assert row[key] == counted[key], key
     assert row["ratio_vs_ddp"] == pytest.approx(counted["ratio_vs_ddp"])
     assert row["ratio_vs_diloco"] == pytest.approx(counted["ratio_vs_diloco"])
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_answers_equal_the_trainers_plan(capsys, tmp_path, name):
+    """Payload, sent bytes, stored parameters and states, of every site."""
+    path = write_config(tmp_path, PLANNED[name])
+    run = plan_run(load_config(path))
+    planned, row = planned_summary(run), projected(capsys, path)
+    for key in (
+        "method",
+        "num_sites",
+        "replication_factor",
+        "params_total",
+        "params_per_site_by_site",
+        "payload_bytes_per_site_per_round_by_site",
+        "wire_bytes_per_site_per_round_by_site",
+        "ratio_vs_diloco",
+    ):
+        assert row[key] == planned[key], key
+    states = ("parameters", "gradients", "inner optimizer", "anchor", "outer momentum")
+    parts = row["memory_parts"]
+    held = sum(parts[state]["bytes"] for state in states if state in parts)
+    assert held in {memory.total for memory in run.memory}
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak from /proc")
