@@ -8,11 +8,14 @@ the input of each layer and computes the layer again: one whole layer is alive.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from fomoe_sim.shape import ModelShape
 
 FLOAT32 = 4
 
 
+@lru_cache(maxsize=4096)
 def activations_per_token(
     shape: ModelShape, *, executed: float, element_bytes: int, recompute: str
 ) -> float:

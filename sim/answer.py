@@ -17,7 +17,15 @@ from fomoe_sim.memory import capacity_verdict, most_loaded, site_memories, site_
 from fomoe_sim.process import process_peak_bytes
 from fomoe_sim.scenario import Scenario
 from fomoe_sim.shape import ModelShape
-from fomoe_sim.timing import Timing, analytic, cluster_rate, event, overlaps, step_times
+from fomoe_sim.timing import (
+    Timing,
+    analytic,
+    cluster_rate,
+    event,
+    link_load,
+    overlaps,
+    step_times,
+)
 from fomoe_sim.traffic import Floats, Ints
 
 Row = dict[str, Any]
@@ -27,11 +35,13 @@ REFERENCE_BITS = 32  # DDP and DiLoCo in the ratios send fp32, as the trainer do
 
 def answer(scenario: Scenario) -> Row:
     """One configuration; methods that overlap are timed by the event model."""
+    load, steps = link_load(scenario), np.array([float(scenario.local_steps)])
     low, middle, high = (
-        event(scenario, mfu=mfu) if overlaps(scenario) else _analytic_one(scenario, mfu)
+        event(scenario, mfu=mfu, load=load)
+        if overlaps(scenario)
+        else analytic(scenario, steps, mfu=mfu, load=load)
         for mfu in scenario.mfu
     )
-    steps = np.array([float(scenario.local_steps)])
     rate = np.array([cluster_rate(scenario.cluster)])
     row = _rows(scenario, steps, rate, low, middle, high)[0]
     return {**row, **by_site(scenario)}
@@ -63,10 +73,6 @@ def _mean(values: Floats | Ints) -> int | float:
     return int(mean) if mean.is_integer() else mean
 
 
-def _analytic_one(scenario: Scenario, mfu: float) -> Timing:
-    return analytic(scenario, scenario.local_steps, mfu=mfu)
-
-
 def answers(scenario: Scenario, local_steps: ArrayLike, bandwidth: ArrayLike | None) -> list[Row]:
     """Many configurations that differ in local steps and bandwidth only, in analytic mode.
 
@@ -76,9 +82,8 @@ def answers(scenario: Scenario, local_steps: ArrayLike, bandwidth: ArrayLike | N
     """
     steps = np.atleast_1d(np.asarray(local_steps, float))
     rates = None if bandwidth is None else np.atleast_1d(np.asarray(bandwidth, float))
-    low, middle, high = (
-        analytic(scenario, steps, mfu=mfu, up_bps=rates, down_bps=rates) for mfu in scenario.mfu
-    )
+    load = link_load(scenario, rates, rates)
+    low, middle, high = (analytic(scenario, steps, mfu=mfu, load=load) for mfu in scenario.mfu)
     shown = np.full(steps.shape, cluster_rate(scenario.cluster)) if rates is None else rates
     return _rows(scenario, steps, shown, low, middle, high)
 

@@ -7,9 +7,12 @@ prices and zero bandwidths are refused in one line.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from fomoe.config import NonNegativeFloat, Options, read_yaml
@@ -89,12 +92,31 @@ class Cluster:
             return None
         return tuple(NO_LIMIT if s.capacity is None else s.capacity for s in self.sites)
 
+    @cached_property
+    def own_bps(self) -> NDArray[np.float64]:
+        """Rates of the sites' own links, [2, K]: up and down."""
+        return np.array([[s.up_bps for s in self.sites], [s.down_bps for s in self.sites]])
+
+    @cached_property
+    def counts(self) -> NDArray[np.float64]:
+        """Accelerators of each site, [K]."""
+        return np.array([site.count for site in self.sites], np.float64)
+
+    @cached_property
+    def uplink_members(self) -> tuple[list[int], ...]:
+        """The sites behind each shared uplink."""
+        return tuple(
+            [i for i, site in enumerate(self.sites) if site.uplink == name]
+            for name, _ in self.uplinks
+        )
+
     def with_bandwidth(self, up_bps: float, down_bps: float) -> Cluster:
         """The same cluster with every site's own link replaced."""
         sites = tuple(replace(site, up_bps=up_bps, down_bps=down_bps) for site in self.sites)
         return replace(self, sites=sites)
 
 
+@lru_cache(maxsize=1024)
 def uniform_cluster(
     num_sites: int,
     *,

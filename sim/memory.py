@@ -6,7 +6,8 @@ are per accelerator. The states of a config are those that `fomoe.memory.site_me
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -47,11 +48,11 @@ class SiteMemory:
         """Bytes of the whole site in one place."""
         return sum(part.site_bytes for part in self.parts if part.where == where)
 
-    @property
+    @cached_property
     def site_bytes(self) -> float:
         return sum(part.site_bytes for part in self.parts)
 
-    @property
+    @cached_property
     def per_accelerator(self) -> float:
         return sum(part.accelerator_bytes for part in self.parts)
 
@@ -64,7 +65,7 @@ class SiteMemory:
         """Bytes that each accelerator lacks; negative is room left."""
         return self.per_accelerator - self.capacity_bytes
 
-    @property
+    @cached_property
     def missing_host(self) -> float:
         return self.total("host") - self.host_capacity_bytes
 
@@ -92,34 +93,23 @@ class SiteMemory:
 
 def site_memories(scenario: Scenario) -> list[SiteMemory]:
     """Memory of every site."""
+    traffic = scenario.traffic
+    amounts = zip(
+        traffic.held.tolist(),
+        traffic.trained.tolist(),
+        traffic.payload.tolist(),
+        traffic.residents.max(axis=0, initial=0).tolist(),
+        traffic.executed.tolist(),
+        strict=True,
+    )
     seen: dict[tuple[object, ...], SiteMemory] = {}
     result = []
-    for index, site in enumerate(scenario.cluster.sites):
-        traffic = scenario.traffic
-        key = (
-            site.accelerator,
-            site.count,
-            site.host_bytes,
-            int(traffic.held[index]),
-            int(traffic.trained[index]),
-            float(traffic.payload[index]),
-            int(traffic.residents[:, index].max(initial=0)),
-            float(traffic.executed[index]),
-        )
+    for index, (site, own) in enumerate(zip(scenario.cluster.sites, amounts, strict=True)):
+        key = (site.accelerator.name, site.count, site.host_bytes, *own)
         if key not in seen:
             seen[key] = _site_memory(scenario, index)
         found = seen[key]
-        same = found.site == site.name
-        result.append(
-            found
-            if same
-            else SiteMemory(
-                site=site.name,
-                parts=found.parts,
-                capacity_bytes=found.capacity_bytes,
-                host_capacity_bytes=found.host_capacity_bytes,
-            )
-        )
+        result.append(found if found.site == site.name else replace(found, site=site.name))
     return result
 
 

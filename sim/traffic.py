@@ -202,14 +202,14 @@ def method_traffic(
     shared_group = _everyone(num_sites, shape.shared_total)
     shared = _bytes(spread((shared_group,), num_sites, "payload"), width)
     expert = _bytes(placed.synced, width)
-    wire = _bytes(spread((shared_group, *placed.groups), num_sites, topology), width)
+    wire = _bytes(_wire(shape.shared_total, placed, topology), width)
     held = shape.shared_total + placed.elements
     own = placed.elements if placed.trained is None else placed.trained
     trained = shape.shared_total + own
     executed = np.ones(num_sites)
     common = {"hops": hops(topology, num_sites), "residents": placed.residents}
     if method == "fomoe" and route_scope == "all":
-        executed = executed_share(shape, placed.residents, at_least_one, execute_target)
+        executed = _executed(shape, placed, at_least_one, execute_target)
     if method == "spes":
         return _spes(shape, placed, width, executed)
     if method == "ep":
@@ -226,6 +226,13 @@ def method_traffic(
         executed=executed,
         **common,  # type: ignore[arg-type]
     )
+
+
+@lru_cache(maxsize=1024)
+def _wire(shared_numel: int, placed: Holdings, topology: str) -> Ints:
+    """Elements that each site sends in one sync of everything, [K]."""
+    groups = (_everyone(placed.num_sites, shared_numel), *placed.groups)
+    return spread(groups, placed.num_sites, topology)
 
 
 def _everyone(num_sites: int, numel: int) -> tuple[Ints, Ints]:
@@ -280,6 +287,13 @@ def _expert_parallel(
         executed=ones,
         residents=own.residents,
     )
+
+
+@lru_cache(maxsize=1024)
+def _executed(
+    shape: ModelShape, placed: Holdings, at_least_one: bool, execute_target: float | None
+) -> Floats:
+    return executed_share(shape, placed.residents, at_least_one, execute_target)
 
 
 def executed_share(
