@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fomoe_sim.hardware import central
-from fomoe_sim.memory import capacity_verdict, most_loaded, site_memories, site_totals
+from fomoe_sim.memory import most_loaded, site_memories, site_totals, verdict
 from fomoe_sim.process import process_peak_bytes
 from fomoe_sim.scenario import Scenario
 from fomoe_sim.shape import ModelShape
@@ -138,8 +138,7 @@ def static_columns(scenario: Scenario) -> Row:
     traffic, shape = scenario.traffic, scenario.shape
     memories = site_memories(scenario)
     tightest = most_loaded(memories)
-    bad = [memory for memory in memories if not memory.fits]
-    over = capacity_verdict(scenario)
+    fits, words = verdict(scenario, memories)
     cyclic = scenario.method in ("fomoe", "spes") and shape.num_experts > 0
     whole = {"ep": 1.0}.get(scenario.method, float(scenario.cluster.num_sites))
     replication = scenario.replication_factor if cyclic else whole
@@ -160,8 +159,8 @@ def static_columns(scenario: Scenario) -> Row:
         "memory_bytes_per_site": round(float(site_totals(memories).mean())),
         "memory_bytes_per_accelerator": int(np.ceil(tightest.per_accelerator)),
         "host_bytes_per_site": int(max(memory.total("host") for memory in memories)),
-        "fits": not bad and over is None,
-        "memory_verdict": over or (bad[0] if bad else tightest).verdict(),
+        "fits": fits,
+        "memory_verdict": words,
         "cpu_process_peak_bytes": (
             process_peak_bytes(scenario) if scenario.trainer_states is not None else None
         ),

@@ -55,11 +55,6 @@ class Site:
     capacity: int | None = None
     uplink: str | None = None
 
-    def peak_flops(self, element_bytes: int) -> float:
-        """FLOP/s of all accelerators where products run in elements of that size."""
-        device = self.accelerator
-        return self.count * (device.peak_fp32_flops if element_bytes == 4 else device.peak_flops)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
@@ -101,6 +96,18 @@ class Cluster:
     def counts(self) -> NDArray[np.float64]:
         """Accelerators of each site, [K]."""
         return np.array([site.count for site in self.sites], np.float64)
+
+    def peak_flops(self, element_bytes: int) -> NDArray[np.float64]:
+        """FLOP/s of each site where products run in elements of that size, [K]."""
+        return self._fp32_flops if element_bytes == 4 else self._bf16_flops
+
+    @cached_property
+    def _fp32_flops(self) -> NDArray[np.float64]:
+        return self.counts * np.array([s.accelerator.peak_fp32_flops for s in self.sites])
+
+    @cached_property
+    def _bf16_flops(self) -> NDArray[np.float64]:
+        return self.counts * np.array([s.accelerator.peak_flops for s in self.sites])
 
     @cached_property
     def uplink_members(self) -> tuple[list[int], ...]:

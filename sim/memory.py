@@ -6,21 +6,22 @@ are per accelerator. The states of a config are those that `fomoe.memory.site_me
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from fomoe_sim.activations import FLOAT32, activations_per_token, dispatch_per_token
 from fomoe_sim.scenario import Scenario
+from fomoe_sim.shape import ModelShape
 
 # Bytes per element: parameters, gradients, Adam moments, master weights. `fp32` is what the trainer
 # keeps; `mixed` is bf16 weights with fp32 accumulation and master copy (arXiv 1710.03740).
 STATES = {"fp32": (4, 4, 8, 0), "mixed": (2, 4, 8, 4)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class MemoryPart:
+class MemoryPart(NamedTuple):
     """One part of a site's memory: bytes of the whole site, and of its fullest accelerator."""
 
     name: str
@@ -39,7 +40,6 @@ class SiteMemory:
         host_capacity_bytes: of the site's hosts.
     """
 
-    site: str
     parts: tuple[MemoryPart, ...]
     capacity_bytes: float
     host_capacity_bytes: float
@@ -69,12 +69,12 @@ class SiteMemory:
     def missing_host(self) -> float:
         return self.total("host") - self.host_capacity_bytes
 
-    def verdict(self) -> str:
-        """Fits or not, by how much, because of what."""
+    def verdict(self, site: str) -> str:
+        """Fits or not, by how much, because of what, of a site of that name."""
         if self.missing_accelerator > 0:
             worst = max(self.parts, key=lambda part: part.accelerator_bytes)
             return (
-                f"{self.site} does not fit: each accelerator lacks "
+                f"{site} does not fit: each accelerator lacks "
                 f"{self.missing_accelerator / 1e9:.1f} GB of {self.capacity_bytes / 1e9:.0f}, most "
                 f"of it {worst.name} ({worst.accelerator_bytes / 1e9:.1f} GB)"
             )
@@ -82,17 +82,15 @@ class SiteMemory:
             on_host = [part for part in self.parts if part.where == "host"]
             worst = max(on_host, key=lambda part: part.site_bytes)
             return (
-                f"{self.site} does not fit: its hosts lack {self.missing_host / 1e9:.1f} GB of "
+                f"{site} does not fit: its hosts lack {self.missing_host / 1e9:.1f} GB of "
                 f"{self.host_capacity_bytes / 1e9:.0f}, most of it {worst.name} "
                 f"({worst.site_bytes / 1e9:.1f} GB)"
             )
-        return (
-            f"{self.site} fits with {-self.missing_accelerator / 1e9:.1f} GB per accelerator left"
-        )
+        return f"{site} fits with {-self.missing_accelerator / 1e9:.1f} GB per accelerator left"
 
 
 def site_memories(scenario: Scenario) -> list[SiteMemory]:
-    """Memory of every site."""
+    """Memory of every site; equal sites share one object."""
     traffic = scenario.traffic
     amounts = zip(
         traffic.held.tolist(),
@@ -108,8 +106,7 @@ def site_memories(scenario: Scenario) -> list[SiteMemory]:
         key = (site.accelerator.name, site.count, site.host_bytes, *own)
         if key not in seen:
             seen[key] = _site_memory(scenario, index)
-        found = seen[key]
-        result.append(found if found.site == site.name else replace(found, site=site.name))
+        result.append(seen[key])
     return result
 
 
@@ -131,7 +128,6 @@ def _site_memory(scenario: Scenario, index: int) -> SiteMemory:
         )
     )
     return SiteMemory(
-        site=site.name,
         parts=tuple(part for part in parts if part.site_bytes),
         capacity_bytes=site.accelerator.memory_bytes,
         host_capacity_bytes=site.host_bytes,
@@ -198,23 +194,36 @@ def _sync_parts(scenario: Scenario, index: int) -> list[MemoryPart]:
 
 def _working(scenario: Scenario, index: int) -> list[MemoryPart]:
     """What one micro-batch needs on every accelerator."""
-    shape, count = scenario.shape, scenario.cluster.sites[index].count
-    tokens = scenario.micro_batch * scenario.seq_len
-    executed = shape.top_k * float(scenario.traffic.executed[index])
-    per_token = activations_per_token(
-        shape,
-        executed=executed,
+    return _working_parts(
+        scenario.shape,
+        count=scenario.cluster.sites[index].count,
+        tokens=scenario.micro_batch * scenario.seq_len,
+        executed=scenario.shape.top_k * float(scenario.traffic.executed[index]),
+        residents=int(scenario.traffic.residents[:, index].max(initial=0)),
         element_bytes=scenario.compute_bytes,
         recompute=scenario.recompute,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _working_parts(
+    shape: ModelShape,
+    *,
+    count: int,
+    tokens: int,
+    executed: float,
+    residents: int,
+    element_bytes: int,
+    recompute: str,
+) -> list[MemoryPart]:
+    per_token = activations_per_token(
+        shape, executed=executed, element_bytes=element_bytes, recompute=recompute
     )
     dispatch = dispatch_per_token(
-        shape,
-        executed=executed,
-        element_bytes=scenario.compute_bytes,
-        recompute=scenario.recompute,
+        shape, executed=executed, element_bytes=element_bytes, recompute=recompute
     )
     # Logits in compute precision, their fp32 copy for the loss and its gradient.
-    logits = shape.vocab_size * (scenario.compute_bytes + 2 * FLOAT32)
+    logits = shape.vocab_size * (element_bytes + 2 * FLOAT32)
     sizes = [
         ("activations", tokens * per_token),
         ("MoE dispatch", tokens * dispatch),
@@ -222,9 +231,8 @@ def _working(scenario: Scenario, index: int) -> list[MemoryPart]:
     ]
     if count > 1:
         # FSDP gathers the layer in use and prefetches the next one.
-        residents = int(scenario.traffic.residents[:, index].max(initial=0))
         layer = max(shape.layer_shared) + residents * shape.expert_numel
-        sizes.append(("gathered layers", 2 * scenario.compute_bytes * layer))
+        sizes.append(("gathered layers", 2 * element_bytes * layer))
     return [
         MemoryPart(name=name, where="accelerator", site_bytes=size * count, accelerator_bytes=size)
         for name, size in sizes
@@ -246,6 +254,16 @@ def capacity_verdict(scenario: Scenario) -> str | None:
         if held > limit:
             return f"{site.name} does not fit: it holds {held} experts per layer, capacity {limit}"
     return None
+
+
+def verdict(scenario: Scenario, memories: list[SiteMemory]) -> tuple[bool, str]:
+    """Whether all sites fit, and the words of the first that does not, or of the tightest."""
+    over = capacity_verdict(scenario)
+    if over is not None:
+        return False, over
+    bad = next((i for i, memory in enumerate(memories) if not memory.fits), None)
+    shown = memories.index(most_loaded(memories)) if bad is None else bad
+    return bad is None, memories[shown].verdict(scenario.cluster.sites[shown].name)
 
 
 def most_loaded(memories: list[SiteMemory]) -> SiteMemory:

@@ -8,9 +8,9 @@ from typing import Literal
 
 from fomoe.memory import SiteMemory
 from fomoe_sim.cluster import Cluster
-from fomoe_sim.flops import TokenFlops, token_flops
+from fomoe_sim.flops import TRAIN, TokenFlops, token_flops
 from fomoe_sim.shape import ModelShape
-from fomoe_sim.traffic import Holdings, Traffic, method_traffic
+from fomoe_sim.traffic import Floats, Holdings, Traffic, method_traffic
 
 # Model FLOPs utilisation (low, central, high) while a site computes.
 MFU_MOE = (0.20, 0.25, 0.30)
@@ -117,6 +117,16 @@ class Scenario:
             route_scope=self.route_scope,
             execute_target=self.execute_target,
         )
+
+    @cached_property
+    def step_at_peak_s(self) -> Floats:
+        """Time of one step at each site's peak FLOP/s, recomputation included, [K]."""
+        share, flops = self.traffic.executed, self.flops
+        work = flops.executed(share)
+        # Recomputing runs a forward pass again, of the three passes' worth that a step is.
+        again = {"full": work, "experts": flops.experts * share}
+        work = work + again.get(self.recompute, 0.0) / TRAIN
+        return self.tokens_per_step * work / self.cluster.peak_flops(self.compute_bytes)
 
     @cached_property
     def flops(self) -> TokenFlops:

@@ -14,7 +14,6 @@ from numpy.typing import ArrayLike
 from fomoe_sim.cluster import Cluster
 from fomoe_sim.event import EventSpec, check_conservation, simulate
 from fomoe_sim.event_spec import send_at_round_end, strided_fragments
-from fomoe_sim.flops import TRAIN
 from fomoe_sim.scenario import Scenario
 from fomoe_sim.traffic import Floats
 
@@ -62,17 +61,13 @@ class Timing:
 
 def step_times(scenario: Scenario, mfu: float) -> Floats:
     """Compute time of one step at every site, [K], from the FLOPs that it executes."""
-    share, flops = scenario.traffic.executed, scenario.flops
-    work = scenario.tokens_per_step * flops.executed(share)
-    peak = np.array([site.peak_flops(scenario.compute_bytes) for site in scenario.cluster.sites])
     if scenario.step_time_s is None:
-        # Recomputing runs a forward pass again, of the three passes' worth that a step is.
-        again = {"full": flops.executed(share), "experts": flops.experts * share}
-        twice = scenario.tokens_per_step * again.get(scenario.recompute, 0 * share) / TRAIN
-        return (work + twice) / (peak * mfu)
+        return scenario.step_at_peak_s / mfu
+    work = scenario.tokens_per_step * scenario.flops.executed(scenario.traffic.executed)
+    peak = scenario.cluster.peak_flops(scenario.compute_bytes)
     # A measured step has its recomputation in it and fixes the speed of the slowest site; the
     # FLOPs still say what others save.
-    full = scenario.tokens_per_step * flops.full
+    full = scenario.tokens_per_step * scenario.flops.full
     part = work / peak * peak.min() / (scenario.step_time_flops or full)
     return scenario.step_fixed_s + (scenario.step_time_s - scenario.step_fixed_s) * part
 

@@ -277,11 +277,41 @@ def test_the_simulator_never_imports_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_columns_are_explained(capsys):
+def test_every_field_of_real_output_is_explained_and_nothing_else(capsys, config):
     assert main(["project", "--explain"]) == 0
     text = capsys.readouterr().out
-    assert "payload_bytes_per_site_per_round" in text
     assert "arXiv 2412.19437" in text
+    explained = {line.split("  (")[0].strip() for line in text.splitlines() if "  (" in line}
+    risk = ["--step-variation", "0.1"]
+    rows = [
+        project(capsys, "--config", config, *risk),
+        project(capsys, "--model", "dbrx", "--method", "streaming", "--states", "mixed", *risk),
+    ]
+    seen = {"memory_parts.*.where"}
+    for row in rows:
+        seen |= {name for name in row if name not in ("risk", "memory_parts")}
+        seen |= {f"risk.{name}" for name in row["risk"]}
+        seen |= {f"memory_parts.{name}.bytes" for name in row["memory_parts"]}
+        assert all(set(part) == {"where", "bytes"} for part in row["memory_parts"].values())
+    assert seen == explained
+
+
+def test_series_are_named_by_all_that_varies(capsys, tmp_path):
+    out = tmp_path / "plot.svg"
+    axes = ["bandwidth=1Gbit,2Gbit", "fragments=1,4", "overlap_steps=0,1", "local_steps=8,16"]
+    assert main(["project", "--model", "dbrx", "--sweep", *axes, "--plot", str(out)]) == 0
+    drawn = out.read_text()
+    assert drawn.count("<polyline") == 8
+    assert "fomoe H=8 fragments=4 overlap=1" in drawn
+
+
+def test_a_structural_sweep_is_fast(capsys):
+    """Nothing of it is an array: every configuration is another scenario."""
+    axes = "replication=1,2,4 sites=8..17..1 bits=4,8,32 fragments=1..11..1 local_steps=1..10..1"
+    start = time.process_time()
+    assert main(["project", "--model", "deepseek-v3", "--sweep", *axes.split(), "--csv"]) == 0
+    assert time.process_time() - start < 2
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 9900
 
 
 def test_one_answer_and_a_large_sweep_are_fast(capsys):
