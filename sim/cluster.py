@@ -181,7 +181,7 @@ class ClusterFile(Options):
     name: str | None = None
     topology: Topology = "ring"
     rtt_ms: Milliseconds = 1000 * RTT_S
-    efficiency: Annotated[float, Field(gt=0, le=1)] = EFFICIENCY
+    efficiency: Annotated[float, Field(ge=1e-6, le=1)] = EFFICIENCY
     sync_fixed_s: Annotated[float, Field(ge=0, le=1e6)] = SYNC_FIXED_S
     shared_uplinks: dict[str, str | float] = Field(default_factory=dict)
     sites: Annotated[tuple[SiteFile, ...], Field(strict=False, min_length=1, max_length=MOST_SITES)]

@@ -86,7 +86,8 @@ _ACCELERATORS = (
         memory_bandwidth=7.7e12,
         host_bytes=256e9,
         price_per_hour=(2.65, 14.24),
-        source=f"HGX B200 {_DGX}; prices: inworld.ai/resources/nvidia-b200-gpu-cloud, April 2026",
+        source=f"HGX B200 {_DGX}; fp32: 148 SMs x 128 x 2 x 1.98 GHz (others state 80e12); "
+        "prices: inworld.ai/resources/nvidia-b200-gpu-cloud, April 2026",
     ),
     Accelerator(
         name="L40S",
@@ -127,7 +128,7 @@ _NUMBER = r"([0-9]+\.?[0-9]*(?:e[+-]?[0-9]+)?|\.[0-9]+)"
 _RATE = re.compile(_NUMBER + r"\s*([kmgt]?)((?:bits?|b)?(?:/s|ps)?)", re.IGNORECASE)
 # Links people name by their product: nominal rates.
 LINKS = {"fast-ethernet": 100e6, "gigabit": 1e9, "10gbe": 10e9, "100gbe": 100e9}
-FASTEST_BPS = 1e18
+SLOWEST_BPS, FASTEST_BPS = 1.0, 1e18
 
 
 def read_rate(text: object, field: str) -> float:
@@ -141,8 +142,8 @@ def read_rate(text: object, field: str) -> float:
     else:
         word = str(text).strip()
         rate = LINKS.get(word.lower()) or _read_words(word, field)
-    if not 0 < rate <= FASTEST_BPS:
-        rule = f"must be a bandwidth above 0, at most {FASTEST_BPS:g} bit/s"
+    if not SLOWEST_BPS <= rate <= FASTEST_BPS:
+        rule = f"must be a bandwidth above 0: from {SLOWEST_BPS:g} to {FASTEST_BPS:g} bit/s"
         raise ConfigError(field, str(text), rule)
     return float(rate)
 

@@ -7,6 +7,7 @@ import io
 import json
 from typing import Any
 
+from fomoe.errors import ConfigError
 from fomoe_sim.answer import Row
 from fomoe_sim.scenario import SOURCES
 
@@ -115,7 +116,12 @@ NESTED = {
 
 def to_json(rows: list[Row], *, single: bool) -> str:
     """One object for one answer, a list for several."""
-    return json.dumps(rows[0] if single else rows, indent=2 if len(rows) < 100 else None)
+    answer = rows[0] if single else rows
+    try:
+        return json.dumps(answer, indent=2 if len(rows) < 100 else None, allow_nan=False)
+    except ValueError:
+        rule = "has a figure that is not finite: the options lie too far from any real run"
+        raise ConfigError("--json", "", rule) from None
 
 
 def to_csv(rows: list[Row]) -> str:

@@ -19,7 +19,7 @@ from fomoe_sim.risk import REPAIR_HOURS, RiskOptions, risk_columns
 from fomoe_sim.scenario import Scenario
 from fomoe_sim.sweep import read_axes, sweep
 
-SLOWEST_BPS, FASTEST_BPS = 1e3, 1e15
+LEAST_BPS, MOST_BPS = 1e3, 1e15  # of --solve
 
 
 def add_command(subparsers: Any) -> None:
@@ -165,7 +165,7 @@ def solve(scenario: Scenario, what: str, target: float) -> Scenario:
             return replace(scenario, cluster=cluster)
         return replace(scenario, local_steps=round(value))
 
-    low, high = (SLOWEST_BPS, FASTEST_BPS) if what == "bandwidth" else (1.0, MOST_LOCAL_STEPS)
+    low, high = (LEAST_BPS, MOST_BPS) if what == "bandwidth" else (1.0, MOST_LOCAL_STEPS)
     best = answer(with_value(high))
     if best["utilisation"] < target:
         shared = best["slowest_link"].startswith("uplink")

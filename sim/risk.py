@@ -55,8 +55,6 @@ def check_risk(options: RiskOptions, num_sites: int) -> None:
     Raises:
         ConfigError: naming the flag.
     """
-    if options.slow_factor < 1:
-        raise ConfigError("--slow-factor", options.slow_factor, "must be at least 1")
     if (options.slow_probability > 0) != (options.slow_factor > 1):
         rule = "needs both --slow-probability above 0 and --slow-factor above 1"
         raise ConfigError("--slow-factor", options.slow_factor, rule)
