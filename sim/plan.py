@@ -18,9 +18,10 @@ from fomoe.errors import ConfigError
 from fomoe_sim.answer import Row, answer, answers
 from fomoe_sim.flags import PLACED, add_question_flags, check_methods, check_question
 from fomoe_sim.memory import capacity_verdict, site_memories
+from fomoe_sim.methods import check_method
 from fomoe_sim.output import to_table
 from fomoe_sim.plan_config import missing_features, write_config
-from fomoe_sim.question import Point, build_scenario, check_method, has_experts
+from fomoe_sim.question import Point, build_scenario, has_experts
 from fomoe_sim.reasons import Candidate, describe, nothing, why
 from fomoe_sim.risk import RiskOptions, risk_columns
 from fomoe_sim.scenario import LAYERS_PER_FRAGMENT, Scenario

@@ -12,7 +12,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from fomoe.config import METHODS as CONFIG_METHODS
 from fomoe.config import Config, load_config
 from fomoe.errors import ConfigError
 from fomoe.memory import SiteMemory, site_memory
@@ -23,7 +22,8 @@ from fomoe_sim.answer import default_tokens
 from fomoe_sim.calibrated import calibrated
 from fomoe_sim.cluster import Cluster
 from fomoe_sim.flags import PLACED
-from fomoe_sim.presets import model_preset, nearest, shape_from_config
+from fomoe_sim.methods import ONLY_OURS, check_method, formulas_of
+from fomoe_sim.presets import model_preset, shape_from_config
 from fomoe_sim.ranges import RANGES, check_number
 from fomoe_sim.scenario import (
     BATCH_TOKENS,
@@ -36,18 +36,9 @@ from fomoe_sim.scenario import (
 )
 from fomoe_sim.shape import ModelShape
 from fomoe_sim.sites import question_cluster, question_holdings, stamp
-from fomoe_sim.traffic import EVERY_STEP, METHODS
+from fomoe_sim.traffic import EVERY_STEP
 
 DEFAULT_LOCAL_STEPS = 32
-# Ours that the trainer has no name for: whose config stands for them.
-ONLY_OURS = {"streaming": "diloco", "fsdp": "ddp", "ep": "ddp"}
-# Config methods whose costs another method's formulas give.
-COSTED_AS = {
-    "resident-routing": "fomoe",
-    "dense": "diloco",
-    "diloco-half": "diloco",
-    "single": "diloco",
-}
 RECOMPUTE = {"none": "none", "experts": "experts", "layers": "full"}  # model.recompute in our words
 
 
@@ -80,7 +71,7 @@ def build_scenario(args: argparse.Namespace, point: Point) -> Scenario:
     shape = shape_of(args, config)
     sites = config.num_sites if config else point.sites or args.sites
     cluster = question_cluster(args, shape, sites=sites, bandwidth=point.bandwidth)
-    method = _formulas(point.method, config)
+    method = formulas_of(point.method, config)
     holdings, replication = question_holdings(
         shape,
         cluster,
@@ -147,13 +138,6 @@ def shape_of(args: argparse.Namespace, config: Config | None) -> ModelShape:
     if config is None:
         return model_preset(args.model)
     return shape_from_config(config, Path(args.config).stem)
-
-
-def _formulas(method: str, config: Config | None) -> str:
-    """The method whose formulas cost what was asked about: gradients of every step are DDP's."""
-    if config is not None and method not in ONLY_OURS and config.sync.average == "gradients":
-        return "ddp"
-    return COSTED_AS.get(method, method)
 
 
 def _recompute(config: Config | None) -> Any:
@@ -259,21 +243,6 @@ def _sync(point: Point, method: str, shape: ModelShape) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------- methods
-
-
-def check_method(method: str, *, config: bool = False) -> str:
-    """The method, or an error that lists the nearest.
-
-    Args:
-        config: whether a config is asked about, which has more methods than a preset.
-    """
-    known = [*METHODS, *(name for name in CONFIG_METHODS if name not in METHODS)]
-    if method not in known:
-        near = nearest(method, known)
-        raise ConfigError("--method", method, f"is not a method; nearest: {near}")
-    if method not in METHODS and not config:
-        raise ConfigError("--method", method, "is a method of the trainer's: it needs --config")
-    return method
 
 
 def methods_asked(args: argparse.Namespace) -> list[str]:

@@ -65,14 +65,9 @@ def test_recomputation_is_the_trainers_own(capsys, tmp_path, ours, option):
     flags = ["--model", "proxy-54m", "--recompute", ours, "--trainable", "--out", str(out)]
     assert main(["plan", *flags]) == 0
     assert load_config(out).model.recompute == option
-    assert "recomputation (selective)" in " ".join(
-        plan(capsys_clear(capsys), "--model", "proxy-54m", "--recompute", "selective")["missing"]
-    )
-
-
-def capsys_clear(capsys):
     capsys.readouterr()
-    return capsys
+    selective = plan(capsys, "--model", "proxy-54m", "--recompute", "selective")
+    assert "recomputation (selective)" in selective["missing"]
 
 
 def test_sites_of_several_accelerators_are_named(capsys, tmp_path):
@@ -101,12 +96,23 @@ def test_plan_and_project_print_the_same_for_equal_settings(capsys):
     assert best == {name: row[name] for name in best}
 
 
+def grid(*flags):
+    """The scenarios that a question searches."""
+    parser = argparse.ArgumentParser()
+    add_command(parser.add_subparsers())
+    return scenarios(parser.parse_args(["plan", "--model", "olmoe-1b-7b", *flags]))
+
+
+def test_a_stated_step_time_has_one_recomputation():
+    flags = ["--method", "diloco"]
+    assert {s.recompute for s in grid(*flags)} == {"selective", "full"}
+    assert {s.recompute for s in grid(*flags, "--step-time", "1")} == {"selective"}
+    assert {s.recompute for s in grid(*flags, "--trainable")} == {"none", "experts", "full"}
+
+
 def test_streaming_and_photon_have_fragments_and_overlap_to_choose_from():
     for method, fragments in (("streaming", {6}), ("photon", {1, 6})):
-        parser = argparse.ArgumentParser()
-        add_command(parser.add_subparsers())
-        args = parser.parse_args(["plan", "--model", "olmoe-1b-7b", "--method", method])
-        found = scenarios(args)
+        found = grid("--method", method)
         assert {scenario.fragments for scenario in found} == fragments
         assert {scenario.overlap_steps for scenario in found} == {0, 1}
 
