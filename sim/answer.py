@@ -13,11 +13,19 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fomoe_sim.hardware import central
-from fomoe_sim.memory import most_loaded, site_memories, site_totals
+from fomoe_sim.memory import most_loaded, site_memories, site_totals, verdict
 from fomoe_sim.process import process_peak_bytes
 from fomoe_sim.scenario import Scenario
 from fomoe_sim.shape import ModelShape
-from fomoe_sim.timing import Timing, analytic, cluster_rate, event, overlaps, step_times
+from fomoe_sim.timing import (
+    Timing,
+    analytic,
+    cluster_rate,
+    event,
+    link_load,
+    overlaps,
+    step_times,
+)
 from fomoe_sim.traffic import Floats, Ints
 
 Row = dict[str, Any]
@@ -27,11 +35,13 @@ REFERENCE_BITS = 32  # DDP and DiLoCo in the ratios send fp32, as the trainer do
 
 def answer(scenario: Scenario) -> Row:
     """One configuration; methods that overlap are timed by the event model."""
+    load, steps = link_load(scenario), np.array([float(scenario.local_steps)])
     low, middle, high = (
-        event(scenario, mfu=mfu) if overlaps(scenario) else _analytic_one(scenario, mfu)
+        event(scenario, mfu=mfu, load=load)
+        if overlaps(scenario)
+        else analytic(scenario, steps, mfu=mfu, load=load)
         for mfu in scenario.mfu
     )
-    steps = np.array([float(scenario.local_steps)])
     rate = np.array([cluster_rate(scenario.cluster)])
     row = _rows(scenario, steps, rate, low, middle, high)[0]
     return {**row, **by_site(scenario)}
@@ -63,10 +73,6 @@ def _mean(values: Floats | Ints) -> int | float:
     return int(mean) if mean.is_integer() else mean
 
 
-def _analytic_one(scenario: Scenario, mfu: float) -> Timing:
-    return analytic(scenario, scenario.local_steps, mfu=mfu)
-
-
 def answers(scenario: Scenario, local_steps: ArrayLike, bandwidth: ArrayLike | None) -> list[Row]:
     """Many configurations that differ in local steps and bandwidth only, in analytic mode.
 
@@ -76,9 +82,8 @@ def answers(scenario: Scenario, local_steps: ArrayLike, bandwidth: ArrayLike | N
     """
     steps = np.atleast_1d(np.asarray(local_steps, float))
     rates = None if bandwidth is None else np.atleast_1d(np.asarray(bandwidth, float))
-    low, middle, high = (
-        analytic(scenario, steps, mfu=mfu, up_bps=rates, down_bps=rates) for mfu in scenario.mfu
-    )
+    load = link_load(scenario, rates, rates)
+    low, middle, high = (analytic(scenario, steps, mfu=mfu, load=load) for mfu in scenario.mfu)
     shown = np.full(steps.shape, cluster_rate(scenario.cluster)) if rates is None else rates
     return _rows(scenario, steps, shown, low, middle, high)
 
@@ -133,13 +138,13 @@ def static_columns(scenario: Scenario) -> Row:
     traffic, shape = scenario.traffic, scenario.shape
     memories = site_memories(scenario)
     tightest = most_loaded(memories)
-    bad = [memory for memory in memories if not memory.fits]
+    fits, words = verdict(scenario, memories)
     cyclic = scenario.method in ("fomoe", "spes") and shape.num_experts > 0
     whole = {"ep": 1.0}.get(scenario.method, float(scenario.cluster.num_sites))
     replication = scenario.replication_factor if cyclic else whole
     return {
         "model": shape.name,
-        "method": scenario.method,
+        "method": scenario.label,
         "num_sites": scenario.cluster.num_sites,
         "replication_factor": int(replication) if replication == int(replication) else replication,
         "bits": scenario.bits,
@@ -154,8 +159,8 @@ def static_columns(scenario: Scenario) -> Row:
         "memory_bytes_per_site": round(float(site_totals(memories).mean())),
         "memory_bytes_per_accelerator": int(np.ceil(tightest.per_accelerator)),
         "host_bytes_per_site": int(max(memory.total("host") for memory in memories)),
-        "fits": not bad,
-        "memory_verdict": (bad[0] if bad else tightest).verdict(),
+        "fits": fits,
+        "memory_verdict": words,
         "cpu_process_peak_bytes": (
             process_peak_bytes(scenario) if scenario.trainer_states is not None else None
         ),

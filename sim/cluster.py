@@ -7,21 +7,26 @@ prices and zero bandwidths are refused in one line.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from fomoe.config import NonNegativeFloat, Options, Positive, PositiveFloat, read_yaml
+from fomoe.config import NonNegativeFloat, Options, read_yaml
 from fomoe.errors import ConfigError
 from fomoe_sim.hardware import Accelerator, accelerator_preset, read_rate, read_up_down
 from fomoe_sim.presets import nearest
+from fomoe_sim.ranges import MOST_SITES, MOST_USD, RANGES
 
 # Defaults, each with its source; `fomoe project --explain` prints them.
 EFFICIENCY = 1 / 1.15  # shaped TCP links measured at 1.15 x ring bytes (diloco-measured, 4 sites)
 SYNC_FIXED_S = 0.07  # the same measurement's fixed cost per sync
 RTT_S = 0.04  # light in 4,000 km of fibre and back at 200,000 km/s
 EGRESS_PER_GB = (0.0, 0.09)  # neoclouds charge nothing; AWS's first Internet tier (2026)
+NO_LIMIT = 10**9  # experts per layer of a site without a stated capacity
 Topology = Literal["ring", "star", "tree"]
 
 
@@ -49,10 +54,6 @@ class Site:
     host_bytes: float
     capacity: int | None = None
     uplink: str | None = None
-
-    @property
-    def peak_flops(self) -> float:
-        return self.count * self.accelerator.peak_flops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,37 @@ class Cluster:
         """Experts per layer of each site, if any site states a limit."""
         if all(site.capacity is None for site in self.sites):
             return None
-        return tuple(10**9 if s.capacity is None else s.capacity for s in self.sites)
+        return tuple(NO_LIMIT if s.capacity is None else s.capacity for s in self.sites)
+
+    @cached_property
+    def own_bps(self) -> NDArray[np.float64]:
+        """Rates of the sites' own links, [2, K]: up and down."""
+        return np.array([[s.up_bps for s in self.sites], [s.down_bps for s in self.sites]])
+
+    @cached_property
+    def counts(self) -> NDArray[np.float64]:
+        """Accelerators of each site, [K]."""
+        return np.array([site.count for site in self.sites], np.float64)
+
+    def peak_flops(self, element_bytes: int) -> NDArray[np.float64]:
+        """FLOP/s of each site where products run in elements of that size, [K]."""
+        return self._fp32_flops if element_bytes == 4 else self._bf16_flops
+
+    @cached_property
+    def _fp32_flops(self) -> NDArray[np.float64]:
+        return self.counts * np.array([s.accelerator.peak_fp32_flops for s in self.sites])
+
+    @cached_property
+    def _bf16_flops(self) -> NDArray[np.float64]:
+        return self.counts * np.array([s.accelerator.peak_flops for s in self.sites])
+
+    @cached_property
+    def uplink_members(self) -> tuple[list[int], ...]:
+        """The sites behind each shared uplink."""
+        return tuple(
+            [i for i, site in enumerate(self.sites) if site.uplink == name]
+            for name, _ in self.uplinks
+        )
 
     def with_bandwidth(self, up_bps: float, down_bps: float) -> Cluster:
         """The same cluster with every site's own link replaced."""
@@ -92,6 +123,7 @@ class Cluster:
         return replace(self, sites=sites)
 
 
+@lru_cache(maxsize=1024)
 def uniform_cluster(
     num_sites: int,
     *,
@@ -122,6 +154,7 @@ def uniform_cluster(
 # ------------------------------------------------------------------------------------------- YAML
 
 RangeOrNumber = NonNegativeFloat | Annotated[tuple[float, float], Field(strict=False)]
+Milliseconds = Annotated[float, Field(ge=0, le=RANGES["rtt_ms"].high)]
 
 
 class SiteFile(Options):
@@ -129,14 +162,16 @@ class SiteFile(Options):
 
     name: str
     accelerator: str
-    count: Positive
+    count: Annotated[int, Field(ge=1, le=RANGES["accelerators"].high)]
     link: str | float | None = None  # both ways, or UP/DOWN
     up: str | float | None = None
     down: str | float | None = None
     price_per_hour: RangeOrNumber | None = None  # USD per accelerator; null: list prices
     egress_per_gb: RangeOrNumber | None = None  # USD; null: none to AWS's first tier
-    host_memory_gb: PositiveFloat | None = None  # of the site; null: the usual server's
-    capacity: Positive | None = None  # experts per layer
+    host_memory_gb: Annotated[float, Field(gt=0, le=1e9)] | None = (
+        None  # of the site; null: the usual server's
+    )
+    capacity: Annotated[int, Field(ge=1, le=NO_LIMIT)] | None = None  # experts per layer
     uplink: str | None = None
 
 
@@ -145,11 +180,11 @@ class ClusterFile(Options):
 
     name: str | None = None
     topology: Topology = "ring"
-    rtt_ms: NonNegativeFloat = 1000 * RTT_S
-    efficiency: Annotated[float, Field(gt=0, le=1)] = EFFICIENCY
-    sync_fixed_s: NonNegativeFloat = SYNC_FIXED_S
+    rtt_ms: Milliseconds = 1000 * RTT_S
+    efficiency: Annotated[float, Field(ge=1e-6, le=1)] = EFFICIENCY
+    sync_fixed_s: Annotated[float, Field(ge=0, le=1e6)] = SYNC_FIXED_S
     shared_uplinks: dict[str, str | float] = Field(default_factory=dict)
-    sites: Annotated[tuple[SiteFile, ...], Field(strict=False, min_length=1)]
+    sites: Annotated[tuple[SiteFile, ...], Field(strict=False, min_length=1, max_length=MOST_SITES)]
 
 
 def load_cluster(path: str | Path) -> Cluster:
@@ -183,8 +218,7 @@ def load_cluster(path: str | Path) -> Cluster:
 
 def _site(entry: SiteFile, field: str, uplinks: dict[str, float]) -> Site:
     device = accelerator_preset(entry.accelerator, f"{field}.accelerator")
-    if (entry.link is None) == (entry.up is None and entry.down is None):
-        raise ConfigError(f"{field}.link", entry.link, "or both up and down must be given")
+    _check_link(entry, field)
     if entry.link is not None:
         up, down = read_up_down(entry.link, f"{field}.link")
     else:
@@ -208,12 +242,25 @@ def _site(entry: SiteFile, field: str, uplinks: dict[str, float]) -> Site:
     )
 
 
+def _check_link(entry: SiteFile, field: str) -> None:
+    both = "link for both directions, or up and down"
+    for name in ("up", "down"):
+        value = getattr(entry, name)
+        if entry.link is not None and value is not None:
+            raise ConfigError(
+                f"{field}.{name}", value, f"contradicts link {entry.link}: give {both}"
+            )
+        if entry.link is None and value is None:
+            raise ConfigError(f"{field}.{name}", "", f"is missing: give {both}")
+
+
 def _range(value: float | tuple[float, float] | None, field: str) -> tuple[float, float] | None:
     if value is None:
         return None
     low, high = value if isinstance(value, tuple) else (value, value)
-    if not 0 <= low <= high:
-        raise ConfigError(field, [low, high], "must be two prices, 0 <= low <= high")
+    if not 0 <= low <= high <= MOST_USD:
+        rule = f"must be two prices, 0 <= low <= high <= {MOST_USD:g}"
+        raise ConfigError(field, [low, high], rule)
     return low, high
 
 

@@ -149,12 +149,29 @@ class _Run:
         return np.maximum(self.now_s, self.link_s)
 
     def round(self) -> None:
-        for step in range(self.spec.local_steps):
+        start = self.step
+        end = start + self.spec.local_steps
+        while self.step < end:
+            self.compute(self.next_event(start, end) - self.step)
+            if self.step == end:
+                return
             if self.step in self.due:
                 self.now_s = np.maximum(self.now_s, self.due.pop(self.step))
             self.forward()
-            self.backward(self.sends.get(step, []))
+            self.backward(self.sends.get(self.step - start, []))
             self.step += 1
+
+    def next_event(self, start: int, end: int) -> int:
+        """The first step from here on that waits or sends, or the round's end."""
+        if self.waits:
+            return self.step
+        sends = (start + step for step in self.sends if start + step >= self.step)
+        return min([end, *sends, *self.due])
+
+    def compute(self, steps: int) -> None:
+        """Steps with nothing to wait for and nothing to send."""
+        self.now_s = self.now_s + steps * self.spec.step_time_s
+        self.step += steps
 
     def forward(self) -> None:
         forward_s, at = self.spec.step_time_s / 3, 0.0

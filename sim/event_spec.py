@@ -103,12 +103,16 @@ def send_at_round_end(num_layers: int, local_steps: int) -> Sends:
 
 
 def send_fragments(num_layers: int, local_steps: int, layers_per_fragment: int = 3) -> Sends:
-    """Streaming DiLoCo: fragments of strided layers, each once per round, evenly staggered.
+    """Streaming DiLoCo's fragments by their size: P = ceil(L / layers_per_fragment)."""
+    return strided_fragments(num_layers, local_steps, ceil(num_layers / layers_per_fragment))
 
-    Fragment p of P = ceil(L / layers_per_fragment) has the layers p, p + P, p + 2P, ... and is sent
-    after step floor(p H / P); fragments that fall on one step are sent together.
+
+def strided_fragments(num_layers: int, local_steps: int, num_fragments: int) -> Sends:
+    """P fragments of strided layers, each synced once per round, evenly staggered.
+
+    Fragment p has the layers p, p + P, p + 2P, ... and is sent after step floor(p H / P); fragments
+    that fall on one step are sent together.
     """
-    num_fragments = ceil(num_layers / layers_per_fragment)
     table: dict[int, list[int]] = {}
     for fragment in range(num_fragments):
         step = fragment * local_steps // num_fragments

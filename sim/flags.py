@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from math import isfinite
 
 from fomoe.errors import ConfigError
 from fomoe_sim.hardware import read_up_down
+from fomoe_sim.ranges import check_flags, flag_of
 from fomoe_sim.traffic import EVERY_STEP
 
 
@@ -18,7 +18,9 @@ def add_question_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cluster", help="YAML description of the sites")
     group.add_argument("--sites", type=int, help="number of equal sites (default 4)")
     group.add_argument("--accelerator", help="of every site (default H100)")
-    group.add_argument("--accelerators", type=int, help="per site (default 64; 1 below 1e9)")
+    group.add_argument(
+        "--accelerators", type=int, help="per site (default 64; 1 below 1e9 or with --config)"
+    )
     group.add_argument("--price", type=float, help="USD per accelerator-hour")
     group.add_argument("--bandwidth", help="of every site: 1Gbit, or UP/DOWN (default 1Gbit)")
     group.add_argument("--topology", choices=("ring", "star", "tree"))
@@ -41,62 +43,86 @@ def add_question_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--recompute",
-        choices=("none", "selective", "full"),
-        help="activations computed twice (default selective; none for a config)",
+        choices=("none", "experts", "selective", "full"),
+        help="activations computed twice (default selective; a config's own model.recompute)",
     )
     group.add_argument(
         "--outer-on",
         choices=("host", "accelerator", "disk"),
-        default="host",
         help="where anchor and outer state live (default host)",
     )
     group.add_argument("--mfu", type=float, help="share of peak FLOP/s while computing")
-    group.add_argument("--step-time", type=float, help="seconds of a full step, nothing skipped")
+    group.add_argument(
+        "--step-time", type=float, help="seconds of a full step, recomputation included"
+    )
     group.add_argument("--calibration", help="file written by fomoe calibrate")
 
 
 def check_question(args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other, once, before anything is computed."""
+    check_flags(args)
     if (args.model is None) == (args.config is None):
         given = "both" if args.model else "neither"
         raise ConfigError("--model", given, "is given; name one of --model and --config")
-    for flag in ("accelerator", "accelerators", "price"):
-        value = getattr(args, flag)
-        if args.cluster and value is not None:
-            raise ConfigError(f"--{flag}", value, "contradicts --cluster, which states it per site")
-    positive = ("sites", "replication", "local_steps", "accelerators", "fragments", "bits")
-    for name in (*positive, "tokens", "batch_tokens", "seq_len", "micro_batch", "step_time"):
-        value = getattr(args, name)
-        if value is not None and not (isfinite(value) and value > 0):
-            raise ConfigError(f"--{name.replace('_', '-')}", value, "must be above 0")
-    for name in ("price", "rtt_ms", "overlap_steps"):
-        value = getattr(args, name)
-        if value is not None and not (isfinite(value) and value >= 0):
-            raise ConfigError(f"--{name.replace('_', '-')}", value, "must not be negative")
-    if args.mfu is not None and not 0 < args.mfu <= 1:
-        raise ConfigError("--mfu", args.mfu, "must lie in (0, 1]")
+    if args.cluster:
+        rule = "contradicts --cluster, which states it per site"
+        _refuse(args, ("accelerator", "accelerators", "price"), rule)
+    if args.step_time is not None:
+        _refuse(args, ("mfu",), "contradicts --step-time, which is measured and needs none")
+    if args.calibration:
+        rule = "contradicts --calibration, whose fixed cost per sync contains it"
+        _refuse(args, ("rtt_ms",), rule)
+        rule = "contradicts --calibration, which has a step time"
+        _refuse(args, ("step_time",), rule)
+        if args.config:
+            _refuse(args, ("mfu", "accelerator", "accelerators"), f"{rule} of the fitted sites")
     if args.bandwidth:
         read_up_down(args.bandwidth, "--bandwidth")
 
 
+def _refuse(args: argparse.Namespace, names: tuple[str, ...], rule: str) -> None:
+    for name in names:
+        if getattr(args, name) is not None:
+            raise ConfigError(flag_of(name), getattr(args, name), rule)
+
+
 PLACED = ("fomoe", "spes", "resident-routing")  # methods that replication changes
 ROUND_FLAGS = ("fragments", "overlap_steps")
+METHOD_FLAGS = ("replication", *ROUND_FLAGS, "outer_on", "topology")
 
 
-def check_methods(args: argparse.Namespace, methods: list[str], *, experts: bool) -> None:
-    """Refuse flags that none of the methods asked about would use.
+def ignored_flags(method: str, *, experts: bool) -> dict[str, str]:
+    """Options that change nothing for a method, each with what it is that they mean nothing to."""
+    ignored: dict[str, str] = {}
+    if not experts:
+        ignored["replication"] = "a model without routed experts"
+    elif method not in PLACED:
+        ignored["replication"] = f"method {method}"
+    if method in EVERY_STEP:
+        every_step = f"{method}, which communicates in every step"
+        ignored |= dict.fromkeys((*ROUND_FLAGS, "outer_on"), every_step)
+    if method == "spes":
+        ignored["topology"] = "spes, whose sites exchange through a server of its own"
+    return ignored
+
+
+def check_methods(
+    args: argparse.Namespace, methods: list[str], *, experts: bool, axes: tuple[str, ...] = ()
+) -> None:
+    """Refuse options that none of the methods asked about would use.
 
     Args:
         methods: as the user named them.
         experts: whether the model has routed experts.
+        axes: options that --sweep varies.
     """
-    placed = set(PLACED) & set(methods)
-    if args.replication is not None and not (placed and experts):
-        what = f"method {methods[0]}" if experts else "a model without routed experts"
-        raise ConfigError("--replication", args.replication, f"has no meaning for {what}")
-    for name in ROUND_FLAGS:
-        value = getattr(args, name)
-        if value is not None and set(methods) <= set(EVERY_STEP):
-            flag = f"--{name.replace('_', '-')}"
-            rule = f"has no meaning for {methods[0]}, which communicates in every step"
-            raise ConfigError(flag, value, rule)
+    for name in METHOD_FLAGS:
+        if name in axes:
+            flag, value = "--sweep", name
+        elif getattr(args, name) is not None:
+            flag, value = flag_of(name), getattr(args, name)
+        else:
+            continue
+        reasons = [ignored_flags(method, experts=experts).get(name) for method in methods]
+        if reasons and all(reasons):
+            raise ConfigError(flag, value, f"has no meaning for {reasons[0]}")

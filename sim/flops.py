@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -33,6 +34,7 @@ class TokenFlops:
         return self.fixed + self.experts * np.asarray(share)
 
 
+@lru_cache(maxsize=256)
 def token_flops(shape: ModelShape, seq_len: int | None = None) -> TokenFlops:
     """FLOPs of one token at a context length; attention is causal, so a token sees half of it."""
     matrices = 3 if shape.gated else 2

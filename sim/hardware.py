@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from math import isfinite, sqrt
+from math import sqrt
 
 from fomoe.errors import ConfigError
 from fomoe_sim.presets import nearest
@@ -16,6 +16,7 @@ class Accelerator:
 
     Attributes:
         peak_flops: dense bf16 FLOP/s with fp32 accumulation.
+        peak_fp32_flops: FLOP/s where products are computed in fp32, without tensor cores.
         memory_bytes: device memory.
         memory_bandwidth: bytes/s.
         host_bytes: host memory per accelerator in the usual server.
@@ -25,6 +26,7 @@ class Accelerator:
 
     name: str
     peak_flops: float
+    peak_fp32_flops: float
     memory_bytes: float
     memory_bandwidth: float
     host_bytes: float
@@ -39,6 +41,7 @@ _ACCELERATORS = (
     Accelerator(
         name="A100",
         peak_flops=312e12,
+        peak_fp32_flops=19.5e12,
         memory_bytes=80e9,
         memory_bandwidth=2.039e12,
         host_bytes=128e9,
@@ -48,6 +51,7 @@ _ACCELERATORS = (
     Accelerator(
         name="H100",
         peak_flops=989e12,
+        peak_fp32_flops=66.9e12,
         memory_bytes=80e9,
         memory_bandwidth=3.35e12,
         host_bytes=256e9,
@@ -57,6 +61,7 @@ _ACCELERATORS = (
     Accelerator(
         name="H800",
         peak_flops=989e12,
+        peak_fp32_flops=66.9e12,
         memory_bytes=80e9,
         memory_bandwidth=3.35e12,
         host_bytes=256e9,
@@ -66,6 +71,7 @@ _ACCELERATORS = (
     Accelerator(
         name="H200",
         peak_flops=989e12,
+        peak_fp32_flops=66.9e12,
         memory_bytes=141e9,
         memory_bandwidth=4.8e12,
         host_bytes=256e9,
@@ -75,15 +81,18 @@ _ACCELERATORS = (
     Accelerator(
         name="B200",
         peak_flops=2250e12,
+        peak_fp32_flops=75e12,
         memory_bytes=180e9,
         memory_bandwidth=7.7e12,
         host_bytes=256e9,
         price_per_hour=(2.65, 14.24),
-        source=f"HGX B200 {_DGX}; prices: inworld.ai/resources/nvidia-b200-gpu-cloud, April 2026",
+        source=f"HGX B200 {_DGX}; fp32: 148 SMs x 128 x 2 x 1.98 GHz (others state 80e12); "
+        "prices: inworld.ai/resources/nvidia-b200-gpu-cloud, April 2026",
     ),
     Accelerator(
         name="L40S",
         peak_flops=362e12,
+        peak_fp32_flops=91.6e12,
         memory_bytes=48e9,
         memory_bandwidth=0.864e12,
         host_bytes=48e9,
@@ -109,39 +118,45 @@ def accelerator_preset(name: str, field: str = "--accelerator") -> Accelerator:
 
 
 def central(low_high: tuple[float, float]) -> float:
-    """Geometric mean of a range: the figure that is as far from both ends in ratio."""
-    return sqrt(low_high[0] * low_high[1])
+    """Geometric mean of a range, as far from both ends in ratio; from 0 on, the arithmetic mean."""
+    low, high = low_high
+    return sqrt(low * high) if low else high / 2
 
 
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+_NUMBER = r"([0-9]+\.?[0-9]*(?:e[+-]?[0-9]+)?|\.[0-9]+)"
+_RATE = re.compile(_NUMBER + r"\s*([kmgt]?)((?:bits?|b)?(?:/s|ps)?)", re.IGNORECASE)
 # Links people name by their product: nominal rates.
 LINKS = {"fast-ethernet": 100e6, "gigabit": 1e9, "10gbe": 10e9, "100gbe": 100e9}
+SLOWEST_BPS, FASTEST_BPS = 1.0, 1e18
 
 
 def read_rate(text: object, field: str) -> float:
-    """Bits per second from `1Gbit`, `100Mbit`, `2.5Gbit/s`, a link's name, or a plain number.
+    """Bits per second from `1Gbit`, `100Mb/s`, `2.5Gbps`, a link's name, or a plain number.
 
     Raises:
-        ConfigError: if the text is no rate, or the rate is not above 0.
+        ConfigError: if the text is no rate, is in bytes, or is not above 0.
     """
     if isinstance(text, int | float) and not isinstance(text, bool):
-        rate = float(text)
+        rate: float = text
     else:
-        word = str(text).strip().lower()
-        match = re.fullmatch(
-            r"([0-9.]+(?:e[+-]?[0-9]+)?)\s*([kmgt]?)(?:bit(?:/s|ps)?|bps|b/s)?", word
-        )
-        if word in LINKS:
-            rate = LINKS[word]
-        elif match is None or word.count(".") > 1:
-            near = nearest(word, list(LINKS))
-            rule = f"is not a link or a rate such as 1Gbit or 100Mbit; named links: {near}"
-            raise ConfigError(field, str(text), rule)
-        else:
-            rate = float(match[1]) * _UNITS[match[2]]
-    if not (isfinite(rate) and rate > 0):
-        raise ConfigError(field, str(text), "must be a bandwidth above 0")
-    return rate
+        word = str(text).strip()
+        rate = LINKS.get(word.lower()) or _read_words(word, field)
+    if not SLOWEST_BPS <= rate <= FASTEST_BPS:
+        rule = f"must be a bandwidth above 0: from {SLOWEST_BPS:g} to {FASTEST_BPS:g} bit/s"
+        raise ConfigError(field, str(text), rule)
+    return float(rate)
+
+
+def _read_words(word: str, field: str) -> float:
+    match = _RATE.fullmatch(word)
+    if "byte" in word.lower() or (match and match[3] in ("B", "B/s", "Bps")):
+        raise ConfigError(field, word, "is in bytes (capital B); give bits: 8Gbit for 1 GB/s")
+    if match is None:
+        near = nearest(word, list(LINKS))
+        rule = f"is not a link or a rate such as 1Gbit or 100Mbit; named links: {near}"
+        raise ConfigError(field, word, rule)
+    return float(match[1]) * _UNITS[match[2].lower()]
 
 
 def read_up_down(text: object, field: str) -> tuple[float, float]:

@@ -7,20 +7,21 @@ are per accelerator. The states of a config are those that `fomoe.memory.site_me
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
+from fomoe_sim.activations import FLOAT32, activations_per_token, dispatch_per_token
 from fomoe_sim.scenario import Scenario
 from fomoe_sim.shape import ModelShape
 
-FLOAT32 = 4
 # Bytes per element: parameters, gradients, Adam moments, master weights. `fp32` is what the trainer
 # keeps; `mixed` is bf16 weights with fp32 accumulation and master copy (arXiv 1710.03740).
 STATES = {"fp32": (4, 4, 8, 0), "mixed": (2, 4, 8, 4)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class MemoryPart:
+class MemoryPart(NamedTuple):
     """One part of a site's memory: bytes of the whole site, and of its fullest accelerator."""
 
     name: str
@@ -39,7 +40,6 @@ class SiteMemory:
         host_capacity_bytes: of the site's hosts.
     """
 
-    site: str
     parts: tuple[MemoryPart, ...]
     capacity_bytes: float
     host_capacity_bytes: float
@@ -48,11 +48,11 @@ class SiteMemory:
         """Bytes of the whole site in one place."""
         return sum(part.site_bytes for part in self.parts if part.where == where)
 
-    @property
+    @cached_property
     def site_bytes(self) -> float:
         return sum(part.site_bytes for part in self.parts)
 
-    @property
+    @cached_property
     def per_accelerator(self) -> float:
         return sum(part.accelerator_bytes for part in self.parts)
 
@@ -65,16 +65,16 @@ class SiteMemory:
         """Bytes that each accelerator lacks; negative is room left."""
         return self.per_accelerator - self.capacity_bytes
 
-    @property
+    @cached_property
     def missing_host(self) -> float:
         return self.total("host") - self.host_capacity_bytes
 
-    def verdict(self) -> str:
-        """Fits or not, by how much, because of what."""
+    def verdict(self, site: str) -> str:
+        """Fits or not, by how much, because of what, of a site of that name."""
         if self.missing_accelerator > 0:
             worst = max(self.parts, key=lambda part: part.accelerator_bytes)
             return (
-                f"{self.site} does not fit: each accelerator lacks "
+                f"{site} does not fit: each accelerator lacks "
                 f"{self.missing_accelerator / 1e9:.1f} GB of {self.capacity_bytes / 1e9:.0f}, most "
                 f"of it {worst.name} ({worst.accelerator_bytes / 1e9:.1f} GB)"
             )
@@ -82,45 +82,31 @@ class SiteMemory:
             on_host = [part for part in self.parts if part.where == "host"]
             worst = max(on_host, key=lambda part: part.site_bytes)
             return (
-                f"{self.site} does not fit: its hosts lack {self.missing_host / 1e9:.1f} GB of "
+                f"{site} does not fit: its hosts lack {self.missing_host / 1e9:.1f} GB of "
                 f"{self.host_capacity_bytes / 1e9:.0f}, most of it {worst.name} "
                 f"({worst.site_bytes / 1e9:.1f} GB)"
             )
-        return (
-            f"{self.site} fits with {-self.missing_accelerator / 1e9:.1f} GB per accelerator left"
-        )
+        return f"{site} fits with {-self.missing_accelerator / 1e9:.1f} GB per accelerator left"
 
 
 def site_memories(scenario: Scenario) -> list[SiteMemory]:
-    """Memory of every site."""
+    """Memory of every site; equal sites share one object."""
+    traffic = scenario.traffic
+    amounts = zip(
+        traffic.held.tolist(),
+        traffic.trained.tolist(),
+        traffic.payload.tolist(),
+        traffic.residents.max(axis=0, initial=0).tolist(),
+        traffic.executed.tolist(),
+        strict=True,
+    )
     seen: dict[tuple[object, ...], SiteMemory] = {}
     result = []
-    for index, site in enumerate(scenario.cluster.sites):
-        traffic = scenario.traffic
-        key = (
-            site.accelerator,
-            site.count,
-            site.host_bytes,
-            int(traffic.held[index]),
-            int(traffic.trained[index]),
-            float(traffic.payload[index]),
-            int(traffic.residents[:, index].max(initial=0)),
-            float(traffic.executed[index]),
-        )
+    for index, (site, own) in enumerate(zip(scenario.cluster.sites, amounts, strict=True)):
+        key = (site.accelerator.name, site.count, site.host_bytes, *own)
         if key not in seen:
             seen[key] = _site_memory(scenario, index)
-        found = seen[key]
-        same = found.site == site.name
-        result.append(
-            found
-            if same
-            else SiteMemory(
-                site=site.name,
-                parts=found.parts,
-                capacity_bytes=found.capacity_bytes,
-                host_capacity_bytes=found.host_capacity_bytes,
-            )
-        )
+        result.append(seen[key])
     return result
 
 
@@ -142,7 +128,6 @@ def _site_memory(scenario: Scenario, index: int) -> SiteMemory:
         )
     )
     return SiteMemory(
-        site=site.name,
         parts=tuple(part for part in parts if part.site_bytes),
         capacity_bytes=site.accelerator.memory_bytes,
         host_capacity_bytes=site.host_bytes,
@@ -209,91 +194,76 @@ def _sync_parts(scenario: Scenario, index: int) -> list[MemoryPart]:
 
 def _working(scenario: Scenario, index: int) -> list[MemoryPart]:
     """What one micro-batch needs on every accelerator."""
-    shape, count = scenario.shape, scenario.cluster.sites[index].count
-    tokens = scenario.micro_batch * scenario.seq_len
-    executed = shape.top_k * float(scenario.traffic.executed[index])
-    per_token = activations_per_token(
-        shape,
-        executed=executed,
+    return _working_parts(
+        scenario.shape,
+        count=scenario.cluster.sites[index].count,
+        tokens=scenario.micro_batch * scenario.seq_len,
+        executed=scenario.shape.top_k * float(scenario.traffic.executed[index]),
+        residents=int(scenario.traffic.residents[:, index].max(initial=0)),
         element_bytes=scenario.compute_bytes,
         recompute=scenario.recompute,
     )
-    dispatch = dispatch_per_token(shape, executed=executed, element_bytes=scenario.compute_bytes)
-    layers = 1 if scenario.recompute == "full" else shape.num_moe_layers
+
+
+@lru_cache(maxsize=4096)
+def _working_parts(
+    shape: ModelShape,
+    *,
+    count: int,
+    tokens: int,
+    executed: float,
+    residents: int,
+    element_bytes: int,
+    recompute: str,
+) -> list[MemoryPart]:
+    per_token = activations_per_token(
+        shape, executed=executed, element_bytes=element_bytes, recompute=recompute
+    )
+    dispatch = dispatch_per_token(
+        shape, executed=executed, element_bytes=element_bytes, recompute=recompute
+    )
     # Logits in compute precision, their fp32 copy for the loss and its gradient.
-    logits = shape.vocab_size * (scenario.compute_bytes + 2 * FLOAT32)
+    logits = shape.vocab_size * (element_bytes + 2 * FLOAT32)
     sizes = [
         ("activations", tokens * per_token),
-        ("MoE dispatch", tokens * dispatch * layers),
+        ("MoE dispatch", tokens * dispatch),
         ("logits", tokens * logits),
     ]
     if count > 1:
         # FSDP gathers the layer in use and prefetches the next one.
-        residents = int(scenario.traffic.residents[:, index].max(initial=0))
         layer = max(shape.layer_shared) + residents * shape.expert_numel
-        sizes.append(("gathered layers", 2 * scenario.compute_bytes * layer))
+        sizes.append(("gathered layers", 2 * element_bytes * layer))
     return [
         MemoryPart(name=name, where="accelerator", site_bytes=size * count, accelerator_bytes=size)
         for name, size in sizes
     ]
 
 
-def activations_per_token(
-    shape: ModelShape, *, executed: float, element_bytes: int, recompute: str
-) -> float:
-    """Bytes of saved activations per token over all layers, without MoE dispatch.
+def capacity_verdict(scenario: Scenario) -> str | None:
+    """The first site that would store more experts of a layer than its stated capacity, in words.
 
-    Counted as arXiv 2205.05198 (section 4.1) counts them, for what our trainer's SwiGLU, norms and
-    attention without stored scores keep. `selective` recomputes what needs no matrix product,
-    `full` keeps the input of each layer and recomputes the layer: one whole layer is alive.
-
-    Args:
-        executed: routed experts that a token really runs in each layer.
+    FSDP is exempt: its sites store shards of all experts.
     """
-    first_moe = shape.num_layers - shape.num_moe_layers
-    moe = _layer_activations(shape, executed, element_bytes, recompute, None)
-    dense = [
-        _layer_activations(shape, executed, element_bytes, recompute, layer)
-        for layer in range(first_moe)
-    ]
-    if recompute == "full":
-        alive = max([*dense, moe] if shape.num_moe_layers else dense)
-        return element_bytes * shape.d_model * shape.num_layers + alive
-    return sum(dense) + shape.num_moe_layers * moe
+    capacities = scenario.cluster.capacities
+    residents = scenario.traffic.residents
+    if capacities is None or scenario.method == "fsdp" or not residents.size:
+        return None
+    for site, held, limit in zip(
+        scenario.cluster.sites, residents.max(axis=0).tolist(), capacities, strict=True
+    ):
+        if held > limit:
+            return f"{site.name} does not fit: it holds {held} experts per layer, capacity {limit}"
+    return None
 
 
-def _layer_activations(
-    shape: ModelShape, executed: float, size: int, recompute: str, layer: int | None
-) -> float:
-    """Bytes per token of one layer; `layer` None is an MoE layer."""
-    attention = shape.attention
-    value = attention.value_dim if attention.latent else attention.head_dim
-    queries = attention.heads * (attention.head_dim + attention.rope_dim)
-    kv_heads = attention.heads if attention.latent else attention.kv_heads
-    keys_values = kv_heads * (attention.head_dim + attention.rope_dim + value)
-    # Layer input and FFN input, queries, keys, values, and the attention's output twice: heads
-    # lie apart for attention and side by side for the output projection.
-    elements: float = 2 * shape.d_model + queries + keys_values + 2 * attention.heads * value
-    hidden = 2 if shape.gated else 1  # gate and up, or up
-    if layer is None:
-        width = shape.shared_ffn + executed * shape.expert_ffn
-    else:
-        width = float(shape.dense_width(layer))
-    elements += hidden * width
-    if recompute != "selective":
-        # Normalised inputs before and after their scale; activated gate and gated product.
-        elements += 4 * shape.d_model + hidden * width
-    return size * elements
-
-
-def dispatch_per_token(shape: ModelShape, *, executed: float, element_bytes: int) -> float:
-    """Bytes per token and MoE layer of routing: scores, indices, copied rows and their outputs."""
-    if not shape.num_experts:
-        return 0.0
-    scores = 2 * FLOAT32 * shape.num_experts  # logits and probabilities, fp32
-    indices = shape.top_k * (8 + FLOAT32)  # expert id (int64) and gate
-    rows = 2 * executed * shape.d_model * element_bytes  # gathered inputs, expert outputs
-    return scores + indices + rows
+def verdict(scenario: Scenario, memories: list[SiteMemory]) -> tuple[bool, str]:
+    """Whether all sites fit, and the words of the first that does not, or of the tightest."""
+    over = capacity_verdict(scenario)
+    if over is not None:
+        return False, over
+    bad = next((i for i, memory in enumerate(memories) if not memory.fits), None)
+    shown = memories.index(most_loaded(memories)) if bad is None else bad
+    return bad is None, memories[shown].verdict(scenario.cluster.sites[shown].name)
 
 
 def most_loaded(memories: list[SiteMemory]) -> SiteMemory:

@@ -7,6 +7,7 @@ import io
 import json
 from typing import Any
 
+from fomoe.errors import ConfigError
 from fomoe_sim.answer import Row
 from fomoe_sim.scenario import SOURCES
 
@@ -21,7 +22,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "fragments": ("", "parts of the model synced at staggered steps"),
     "overlap_steps": ("steps", "that a sync may take beside compute"),
     "topology": ("", "how a mean travels: ring, star or tree"),
-    "recompute": ("", "activations computed twice: none, selective or full"),
+    "recompute": ("", "activations computed twice: none, experts, selective or full"),
     "bandwidth_bps": ("bit/s", "slowest site link, nominal"),
     "params_total": ("elements", "all parameters of the model"),
     "params_active": ("elements", "one token runs through, by the vendor's convention"),
@@ -61,20 +62,71 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "egress_usd_high": ("USD", "of it for bytes sent, at the high price"),
     "idle_usd": ("USD", "of it for accelerators that wait"),
     "usd_per_1e6_tokens": ("USD", "central cost per million tokens"),
-    "memory_parts": ("bytes", "what fills the tightest site, and where it lives; JSON only"),
-    "..._by_site": ("", "the list that a mean over sites is the mean of; JSON only"),
-    "risk": ("", "stragglers, failures, quorum and coverage: fields say their unit"),
+}
+# In JSON only: lists over sites, and objects.
+BY_SITE: dict[str, tuple[str, str]] = {
+    "payload_bytes_per_site_per_round_by_site": ("bytes", "reduced per round, each site"),
+    "wire_bytes_per_site_per_round_by_site": ("bytes", "sent per round, each site"),
+    "received_bytes_per_site_per_round_by_site": ("bytes", "received per round, each site"),
+    "params_per_site_by_site": ("elements", "stored, each site"),
+    "memory_bytes_per_site_by_site": ("bytes", "all memory, each site"),
+    "step_time_s_by_site": ("s", "compute of one step, each site"),
+}
+PARTS: dict[str, tuple[str, str]] = {
+    "parameters": ("bytes", "of all experts and shared parameters that the site stores"),
+    "gradients": ("bytes", "of what it trains"),
+    "inner optimizer": ("bytes", "two Adam moments of what it trains"),
+    "master weights": ("bytes", "fp32 copies of bf16 weights (--states mixed)"),
+    "anchor": ("bytes", "parameters after the last outer step"),
+    "outer momentum": ("bytes", "state of the outer optimizer"),
+    "error feedback": ("bytes", "what low bits left out, below 16 bits"),
+    "fragment buffer": ("bytes", "the copy that one fragment's reduction works on"),
+    "codec buffers": ("bytes", "a fragment in low bits, sent and received"),
+    "activations": ("bytes", "that a micro-batch keeps for the backward pass"),
+    "MoE dispatch": ("bytes", "routing, rows copied to experts and their outputs"),
+    "logits": ("bytes", "of a micro-batch, their fp32 copy and its gradient"),
+    "gathered layers": ("bytes", "the layer in use and the next, whole on every accelerator"),
+    "allocator slack": ("bytes", "10 % of what is allocated"),
+}
+RISK: dict[str, tuple[str, str]] = {
+    "site_mtbf_hours": ("h", "between failures of the least reliable site"),
+    "repair_hours": ("h", "until a failed site is back, before it fetches"),
+    "quorum": ("sites", "that a round waits for"),
+    "failures_per_run": ("", "of all sites"),
+    "time_share_with_quorum": ("", "of the time in which enough sites are up"),
+    "days_with_failures": ("days", "of the run if it only moves with a quorum"),
+    "rejoin_bytes": ("bytes", "that a returning site fetches from the others, the largest"),
+    "rejoin_time_s": ("s", "that takes, the longest; it counts as downtime"),
+    "rejoin_bytes_per_run": ("bytes", "of all failures"),
+    "coverage_loss_events": ("", "of the run in which an expert loses its last live holder"),
+    "coverage_loss_probability": ("", "of at least one such event"),
+    "coverage_pause_hours": ("h", "in which some expert has no live holder"),
+    "coverage_cost_usd": ("USD", "of the accelerators that wait for it"),
+    "round_time_p50_s": ("s", "median over sampled rounds (--step-variation, --slow-*)"),
+    "round_time_p90_s": ("s", "90th percentile"),
+    "round_time_p99_s": ("s", "99th percentile"),
+}
+NESTED = {
+    **BY_SITE,
+    **{f"memory_parts.{name}.bytes": text for name, text in PARTS.items()},
+    "memory_parts.*.where": ("", "accelerator, host or disk; the parts are the tightest site's"),
+    **{f"risk.{name}": text for name, text in RISK.items()},
 }
 
 
 def to_json(rows: list[Row], *, single: bool) -> str:
     """One object for one answer, a list for several."""
-    return json.dumps(rows[0] if single else rows, indent=2 if len(rows) < 100 else None)
+    answer = rows[0] if single else rows
+    try:
+        return json.dumps(answer, indent=2 if len(rows) < 100 else None, allow_nan=False)
+    except ValueError:
+        rule = "has a figure that is not finite: the options lie too far from any real run"
+        raise ConfigError("--json", "", rule) from None
 
 
 def to_csv(rows: list[Row]) -> str:
     """All columns that are single values, with a header."""
-    names = [name for name in COLUMNS if name in rows[0] and not isinstance(rows[0][name], dict)]
+    names = [name for name in COLUMNS if name in rows[0]]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(names)
@@ -84,9 +136,11 @@ def to_csv(rows: list[Row]) -> str:
 
 def explain() -> str:
     """Every column with its unit and meaning, and the source of every default."""
-    wide = max(map(len, COLUMNS))
-    lines = ["Columns (unit): meaning"]
-    lines += [f"  {n:<{wide}}  ({unit or '-'}) {text}" for n, (unit, text) in COLUMNS.items()]
+    wide = max(map(len, NESTED))
+    lines = []
+    for head, columns in (("Columns", COLUMNS), ("In JSON only", NESTED)):
+        lines.append(f"{head} (unit): meaning")
+        lines += [f"  {n:<{wide}}  ({unit or '-'}) {text}" for n, (unit, text) in columns.items()]
     return "\n".join([*lines, "", *sources_lines()])
 
 

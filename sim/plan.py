@@ -10,20 +10,24 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from fomoe.errors import ConfigError
-from fomoe_sim.answer import Row, answers
-from fomoe_sim.flags import add_question_flags, check_question
-from fomoe_sim.output import scaled, to_table
+from fomoe_sim.answer import Row, answer, answers
+from fomoe_sim.flags import PLACED, add_question_flags, check_methods, check_question
+from fomoe_sim.memory import capacity_verdict, site_memories
+from fomoe_sim.methods import check_method
+from fomoe_sim.output import to_table
 from fomoe_sim.plan_config import missing_features, write_config
 from fomoe_sim.question import Point, build_scenario, has_experts
+from fomoe_sim.reasons import Candidate, describe, nothing, why
 from fomoe_sim.risk import RiskOptions, risk_columns
 from fomoe_sim.scenario import LAYERS_PER_FRAGMENT, Scenario
 from fomoe_sim.search import placements
+from fomoe_sim.sites import check_replication
+from fomoe_sim.traffic import EVERY_STEP
 
 LOCAL_STEPS = (8, 16, 32, 64, 100, 128, 256, 512)
 BITS = (32, 8, 4)
@@ -32,18 +36,12 @@ MAX_LOCAL_STEPS = 100
 # Least executed share: half of the assignments is what plain skipping runs at r = K/2, the most
 # skipping that this project has trained at.
 MIN_EXECUTED = 0.5
-ROUND_METHODS = ("fomoe", "diloco", "spes")
-STEP_METHODS = ("ddp", "fsdp", "ep")
-RULES = ("memory", "executed share", "deadline", "budget", "coverage risk")
+# Photon is DiLoCo's cost, and Streaming DiLoCo is DiLoCo with fragments, low bits and overlap.
+NEEDS_EXPERTS = ("fomoe", "spes", "ep")
+SEARCHED = ("fomoe", "diloco", "spes", "ddp", "fsdp", "ep")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """One configuration, its row, and the constraints that it breaks."""
-
-    scenario: Scenario
-    row: Row
-    broken: tuple[str, ...]
+Recompute = Literal["none", "experts", "selective", "full"]
 
 
 def add_command(subparsers: Any) -> None:
@@ -78,9 +76,9 @@ def run(args: argparse.Namespace) -> int:
     _check_constraints(args)
     candidates = search(args)
     allowed = [candidate for candidate in candidates if not candidate.broken]
-    if not allowed:
-        raise ConfigError("plan", "", _nothing(candidates))
-    front = pareto(allowed)
+    front = pareto([c for c in timed(args, pareto(allowed)) if not c.broken])
+    if not front:
+        raise ConfigError("plan", "", nothing(candidates))
     best = min(front, key=lambda c: (c.row["cost_usd"], c.row["days"]))
     reasons = why(best, candidates)
     gaps = missing_features(best.scenario)
@@ -104,12 +102,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_constraints(args: argparse.Namespace) -> None:
-    for name in ("budget", "deadline_days", "max_coverage_risk", "max_local_steps"):
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"--{name.replace('_', '-')}", value, "must be above 0")
-    if not 0 <= args.min_executed <= 1:
-        raise ConfigError("--min-executed", args.min_executed, "must lie in [0, 1]")
     if args.local_steps and args.local_steps > args.max_local_steps:
         rule = f"exceeds --max-local-steps {args.max_local_steps}"
         raise ConfigError("--local-steps", args.local_steps, rule)
@@ -119,6 +111,14 @@ def _check_constraints(args: argparse.Namespace) -> None:
         raise ConfigError("--out", args.out, "contradicts --json: it prints more than one object")
     if args.config:
         raise ConfigError("--config", args.config, "is already decided; plan starts from --model")
+    methods = [check_method(args.method)] if args.method else list(SEARCHED)
+    experts = has_experts(args)
+    check_methods(args, methods, experts=experts)
+    if args.method in NEEDS_EXPERTS and not experts:
+        raise ConfigError("--method", args.method, "has no meaning for a model without experts")
+    if args.max_coverage_risk is not None and "fomoe" not in methods:
+        rule = f"has no meaning for method {args.method}, whose sites hold every expert"
+        raise ConfigError("--max-coverage-risk", args.max_coverage_risk, rule)
 
 
 # ------------------------------------------------------------------------------------------ search
@@ -127,8 +127,10 @@ def _check_constraints(args: argparse.Namespace) -> None:
 def search(args: argparse.Namespace) -> list[Candidate]:
     """All candidates of the grid, with the constraints that each breaks."""
     found: list[Candidate] = []
+    lacking: list[list[str]] = []
     for scenario in scenarios(args):
-        if args.trainable and missing_features(scenario):
+        if args.trainable and (gaps := missing_features(scenario)):
+            lacking.append(gaps)
             continue
         steps = [h for h in _axis(args.local_steps, LOCAL_STEPS) if h <= args.max_local_steps]
         if scenario.traffic.every_step:
@@ -137,7 +139,23 @@ def search(args: argparse.Namespace) -> list[Candidate]:
             here = replace(scenario, local_steps=int(row["local_steps"]))
             found.append(Candidate(scenario=here, row=row, broken=broken(args, here, row)))
     if not found:
-        raise ConfigError("plan", "", "nothing of the grid can be trained as it stands")
+        fewest = (
+            "; ".join(sorted(lacking, key=lambda gaps: len(gaps))[0])
+            if lacking
+            else "routed experts of this model"
+        )
+        rule = f"leaves nothing: fomoe train lacks at least {fewest}"
+        raise ConfigError("--trainable", "", rule)
+    return found
+
+
+def timed(args: argparse.Namespace, candidates: list[Candidate]) -> list[Candidate]:
+    """The candidates as `fomoe project` answers them: the search is analytic, overlap is events."""
+    found = []
+    for candidate in candidates:
+        row = answer(candidate.scenario)
+        rules = broken(args, candidate.scenario, row)
+        found.append(replace(candidate, row=row, broken=rules))
     return found
 
 
@@ -147,47 +165,56 @@ def _axis(fixed: int | None, values: tuple[int, ...]) -> tuple[int, ...]:
 
 def scenarios(args: argparse.Namespace) -> list[Scenario]:
     """Everything but local steps: method, placement, bits, fragments, overlap."""
-    methods = (args.method,) if args.method else (*ROUND_METHODS, *STEP_METHODS)
     experts = has_experts(args)
     found = []
-    for method in methods:
-        if method in ("ep", "fomoe", "spes") and not experts:
+    for method in (args.method,) if args.method else SEARCHED:
+        if method in NEEDS_EXPERTS and not experts:
             continue  # without routed experts these are DDP and DiLoCo
         plain = argparse.Namespace(**{**vars(args), "replication": None})
-        base = build_scenario(plain, Point(method=method))
-        placed = method in ("fomoe", "spes")
-        tables = [
-            table
-            for recompute in _recompute(args)
-            for table in _tables(replace(base, recompute=recompute), args.replication, placed)
-        ]
-        whole = base.shape.num_layers
-        parts = (1, -(-whole // LAYERS_PER_FRAGMENT)) if method in ROUND_METHODS else (1,)
-        for table in tables:
-            for bits in _axis(args.bits, BITS):
-                for fragments in _axis(args.fragments, parts):
-                    overlaps = (0, 1) if fragments > 1 else (0,)
-                    found += [
-                        replace(table, bits=bits, fragments=fragments, overlap_steps=overlap)
-                        for overlap in _axis(args.overlap_steps, overlaps)
-                    ]
+        # The grid's fragments; a stated number is checked against the layers here.
+        base = build_scenario(plain, Point(method=method, fragments=args.fragments))
+        check_replication(args.replication, base.cluster.num_sites)
+        for recompute in _recompute(args, experts):
+            for table in _tables(replace(base, recompute=recompute), args.replication):
+                found += _syncs(args, table)
     return found
 
 
-def _recompute(args: argparse.Namespace) -> tuple[Literal["none", "selective", "full"], ...]:
+def _recompute(args: argparse.Namespace, experts: bool) -> tuple[Recompute, ...]:
+    """Choices to try; a stated step time has its recomputation in it, so there is one."""
     if args.recompute:
         return (args.recompute,)
-    return ("none",) if args.trainable else ("selective", "full")
+    if not args.trainable:
+        return ("selective",) if args.step_time else ("selective", "full")
+    if args.step_time:
+        return ("none",)
+    return ("none", "experts", "full") if experts else ("none", "full")
 
 
-def _tables(base: Scenario, replication: int | None, placed: bool) -> list[Scenario]:
-    return placements(base, replication) if placed else [base]
+def _tables(base: Scenario, replication: int | None) -> list[Scenario]:
+    return placements(base, replication) if base.method in PLACED else [base]
+
+
+def _syncs(args: argparse.Namespace, table: Scenario) -> list[Scenario]:
+    """One placement under every number of bits, fragments and steps of overlap."""
+    if table.method in EVERY_STEP:
+        return [replace(table, bits=bits) for bits in _axis(args.bits, BITS)]
+    by_size = -(-table.shape.num_layers // LAYERS_PER_FRAGMENT)
+    parts = (by_size,) if table.method == "streaming" else (1, by_size)
+    return [
+        replace(table, bits=bits, fragments=fragments, overlap_steps=overlap)
+        for bits in _axis(args.bits, BITS)
+        for fragments in _axis(args.fragments, parts)
+        for overlap in _axis(args.overlap_steps, (0, 1) if fragments > 1 else (0,))
+    ]
 
 
 def broken(args: argparse.Namespace, scenario: Scenario, row: Row) -> tuple[str, ...]:
     """Constraints that a candidate breaks."""
+    over = capacity_verdict(scenario) is not None
     checks = {
-        "memory": row["fits"],
+        "capacity": not over,
+        "memory": all(m.fits for m in site_memories(scenario)) if over else row["fits"],
         "executed share": row["executed_fraction"] >= args.min_executed,
         "deadline": args.deadline_days is None or row["days"] <= args.deadline_days,
         "budget": args.budget is None or row["cost_usd"] <= args.budget,
@@ -213,55 +240,3 @@ def pareto(candidates: list[Candidate]) -> list[Candidate]:
         if not any(all(a <= b for a, b in zip(other, own, strict=True)) for other, _ in front):
             front.append((own, candidate))
     return [candidate for _, candidate in front]
-
-
-# ----------------------------------------------------------------------------------------- reasons
-
-
-def describe(row: Row) -> str:
-    """One plan in words."""
-    return (
-        f"{row['method']}, r = {row['replication_factor']:.3g}, H = {row['local_steps']}, "
-        f"{row['bits']:g} bits, {row['fragments']} fragments, overlap {row['overlap_steps']}, "
-        f"recompute {row['recompute']}: "
-        f"{row['days']:.3g} days, {scaled(row['cost_usd_low'])} to "
-        f"{scaled(row['cost_usd_high'])} USD, utilisation {100 * row['utilisation']:.1f} %"
-    )
-
-
-def why(best: Candidate, candidates: list[Candidate]) -> list[str]:
-    """Which resource binds, and which constraints keep cheaper plans out."""
-    row = best.row
-    waiting = row["exposed_s_per_round"] / row["round_time_s"]
-    uneven = max(0.0, 1 - row["utilisation"] - waiting)
-    shares = {
-        "compute": row["utilisation"],
-        "the link": waiting,
-        "waiting for slower sites": uneven,
-    }
-    binds = max(shares, key=lambda name: shares[name])
-    parts = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items())
-    reasons = [f"binding resource: {binds} (of a round: {parts}; {row['slowest_link']})"]
-    reasons.append(f"memory: {row['memory_verdict']}")
-    cheaper = [c for c in candidates if c.row["cost_usd"] < row["cost_usd"] and c.broken]
-    counts = Counter(name for candidate in cheaper for name in candidate.broken)
-    for name, count in counts.most_common():
-        reasons.append(f"{count} cheaper configurations break the {name} constraint")
-    others: dict[str, Candidate] = {}
-    for candidate in sorted(candidates, key=lambda c: c.row["cost_usd"]):
-        if candidate.row["method"] != row["method"]:
-            others.setdefault(candidate.row["method"], candidate)
-    for name, other in others.items():
-        times = other.row["cost_usd"] / row["cost_usd"]
-        note = f" and breaks {', '.join(other.broken)}" if other.broken else ""
-        reasons.append(f"cheapest {name}: {times:.3g} x the cost{note}")
-    return reasons
-
-
-def _nothing(candidates: list[Candidate]) -> str:
-    """One line: why no candidate is left, and the nearest."""
-    counts = Counter(name for candidate in candidates for name in candidate.broken)
-    parts = ", ".join(f"{name} refuses {count}" for name, count in counts.most_common())
-    fewest = min(candidates, key=lambda c: (len(c.broken), c.row["cost_usd"]))
-    hint = fewest.row["memory_verdict"] if "memory" in fewest.broken else describe(fewest.row)
-    return f"nothing of {len(candidates)} configurations is left: {parts}; nearest: {hint}"

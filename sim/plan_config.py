@@ -11,9 +11,11 @@ import yaml
 
 from fomoe.config import Config, build_config, option_names
 from fomoe.errors import ConfigError
+from fomoe_sim.question import RECOMPUTE as READ_RECOMPUTE
 from fomoe_sim.scenario import Scenario
 from fomoe_sim.traffic import cyclic_holdings
 
+RECOMPUTE = {ours: option for option, ours in READ_RECOMPUTE.items()}
 TRAINED = ("fomoe", "diloco", "photon", "ddp", "spes")
 
 
@@ -27,8 +29,10 @@ def missing_features(scenario: Scenario) -> list[str]:
         "overlap (sync.overlap_steps)": (scenario.overlap_steps > 0, "sync.overlap_steps"),
     }
     gaps += [name for name, (used, option) in wanted.items() if used and option not in known]
-    if scenario.recompute != "none":
+    if scenario.recompute not in RECOMPUTE:
         gaps.append(f"recomputation ({scenario.recompute})")
+    if any(site.count > 1 for site in scenario.cluster.sites):
+        gaps.append("several accelerators per site")
     if scenario.method not in TRAINED:
         gaps.append(f"method {scenario.method}")
     return gaps
@@ -39,7 +43,7 @@ def config_tree(scenario: Scenario) -> dict[str, Any]:
     shape, cluster = scenario.shape, scenario.cluster
     attention = shape.attention
     sequences = max(1, round(scenario.tokens_per_step / scenario.seq_len))
-    micro = min(sequences, scenario.micro_batch * min(site.count for site in cluster.sites))
+    micro = min(sequences, scenario.micro_batch)
     accumulate = max(1, round(sequences / micro))
     per_round = cluster.num_sites * scenario.local_steps * micro * accumulate * scenario.seq_len
     tree: dict[str, Any] = {
@@ -61,6 +65,7 @@ def config_tree(scenario: Scenario) -> dict[str, Any]:
             "expert_ffn_dim": shape.expert_ffn,
             "shared_expert_ffn_dim": shape.shared_ffn,
             "num_dense_layers": shape.num_dense_layers,
+            "recompute": RECOMPUTE[scenario.recompute],
         },
         "inner": {"batch_size": micro, "accumulation_steps": accumulate},
         "data": {"seq_len": scenario.seq_len},

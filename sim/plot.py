@@ -16,8 +16,19 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 Series = tuple[str, list[tuple[float, float]]]
 
 
+# What a sweep may vary, and how a label names it.
+VARIED = {
+    "num_sites": "K",
+    "replication_factor": "r",
+    "local_steps": "H",
+    "bits": "bits",
+    "fragments": "fragments",
+    "overlap_steps": "overlap",
+}
+
+
 def write_plot(path: str | Path, rows: list[Row]) -> None:
-    """Draw rows: utilisation over bandwidth or local steps if they vary, else bars of days.
+    """Draw utilisation: over bandwidth or local steps if they vary, else as bars.
 
     Raises:
         ConfigError: if the file cannot be written.
@@ -27,28 +38,33 @@ def write_plot(path: str | Path, rows: list[Row]) -> None:
     elif len({row["local_steps"] for row in rows}) > 1:
         text = lines_svg(series_of(rows, "local_steps", 1.0), "local steps per round")
     else:
-        text = bars_svg([(label(row, rows), row["utilisation"]) for row in rows])
+        names = labels(rows, "")
+        bars = zip(names, (row["utilisation"] for row in rows), strict=True)
+        text = bars_svg(list(bars))
     try:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError("--plot", str(path), f"cannot be written: {error.strerror}") from None
 
 
-def label(row: Row, rows: list[Row]) -> str:
-    """Method, and whatever else differs between the rows besides the x axis."""
-    names = (("replication_factor", "r"), ("num_sites", "K"), ("bits", "bits"))
-    same = [other for other in rows if other["method"] == row["method"]]
-    more = [f"{short}={row[name]:g}" for name, short in names if len({r[name] for r in same}) > 1]
-    if len({r["local_steps"] for r in rows}) > 1 and len({r["bandwidth_bps"] for r in rows}) > 1:
-        more.append(f"H={row['local_steps']}")
-    return " ".join([row["method"], *more])
+def labels(rows: list[Row], x_name: str) -> list[str]:
+    """Each row's method, and whatever else differs between the method's rows but the x axis."""
+    values: dict[tuple[str, str], set[float]] = {}
+    for row in rows:
+        for name in VARIED:
+            values.setdefault((row["method"], name), set()).add(row[name])
+    found = []
+    for row in rows:
+        differ = [n for n in VARIED if n != x_name and len(values[row["method"], n]) > 1]
+        found.append(" ".join([row["method"], *(f"{VARIED[n]}={row[n]:g}" for n in differ)]))
+    return found
 
 
 def series_of(rows: list[Row], name: str, scale: float) -> list[Series]:
     """Utilisation over one column, a line per label."""
     found: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        found.setdefault(label(row, rows), []).append((scale * row[name], row["utilisation"]))
+    for label, row in zip(labels(rows, name), rows, strict=True):
+        found.setdefault(label, []).append((scale * row[name], row["utilisation"]))
     return [(key, sorted(points)) for key, points in found.items()]
 
 

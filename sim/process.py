@@ -1,39 +1,54 @@
 """Peak memory of the trainer's process of one site on CPU, above what its imports take.
 
 The figures of `fomoe_sim.memory` are for sharded sites of accelerators; this is the single process
-that `fomoe train` runs on a CPU, whose allocator hands little back to the system: what a step and a
-sync need is counted on top of all states.
+that `fomoe train` runs on a CPU, whose heap keeps what a step or a sync has freed: all states, and
+the larger of the two. `docs/validation.md` compares it with measured processes.
 """
 
 from __future__ import annotations
 
-from fomoe_sim.memory import FLOAT32, activations_per_token, dispatch_per_token
+from fomoe_sim.activations import FLOAT32, activations_per_token, dispatch_per_token
 from fomoe_sim.scenario import Scenario
 
-# A run of a model of a few thousand parameters takes 138 MB above its imports (fp32, one thread,
-# torch 2.13): threads, kernels' workspaces, text and code that is loaded when first used.
-RUNTIME_BYTES = 135e6
-# The heap keeps freed buffers, in pieces that later ones do not quite fit: fitted to six runs of
-# 0.1 to 24 million parameters, whose peaks it gives within 5 %.
-HEAP_FACTOR = 1.45
+# A run of a model of a few thousand parameters takes this above its imports: threads, kernels'
+# workspaces, text and code that is loaded when first used.
+RUNTIME_BYTES = 100e6
+# Pieces of the heap that later buffers do not quite fit.
+HEAP_FACTOR = 1.1
+# Of every synced parameter in fp32: its pseudo-gradient and the sum over holders, and the freed
+# pieces that they do not fit into.
+SYNC_COPIES = 3.5
+# Logits, their softmax and its gradient, in fp32.
+LOGIT_COPIES = 3
+# What the head's matrix keeps beside itself, allocated where logits were freed, so that the next
+# ones need new room: gradient, two moments, anchor, outer momentum.
+HEAD_STATES = 5
 
 
 def process_peak_bytes(scenario: Scenario, site: int = 0) -> int:
-    """Predicted peak of one site's CPU process, in bytes; for configs, which know their states.
-
-    The larger of a training step and a sync: a step keeps all activations and the logits, a sync a
-    flat copy of every pseudo-gradient and its sum over holders.
-    """
+    """Predicted peak of one site's CPU process, in bytes; for configs, which know their states."""
     assert scenario.trainer_states is not None, "only a config's states are counted"
     states = scenario.trainer_states[site]
+    synced = states.parameters if scenario.traffic.every_step else states.anchor
+    work = max(HEAP_FACTOR * _step_bytes(scenario, site), SYNC_COPIES * synced)
+    if scenario.cpu_compute_bytes != FLOAT32:  # autocast keeps a copy of every weight for the step
+        work += states.parameters * scenario.cpu_compute_bytes / FLOAT32
+    return round(RUNTIME_BYTES + states.total + work)
+
+
+def _step_bytes(scenario: Scenario, site: int) -> float:
+    """What a micro-batch keeps for the backward pass, one layer's gradients, and the logits."""
     shape, size = scenario.shape, scenario.cpu_compute_bytes
-    tokens = scenario.micro_batch * scenario.seq_len
     executed = shape.top_k * float(scenario.traffic.executed[site])
-    kept = activations_per_token(shape, executed=executed, element_bytes=size, recompute="none")
-    kept += shape.num_moe_layers * dispatch_per_token(shape, executed=executed, element_bytes=size)
-    logits = shape.vocab_size * (size + 2 * FLOAT32)
-    step = tokens * HEAP_FACTOR * (kept + logits)
-    if size != FLOAT32:  # autocast keeps a copy of every weight for the step
-        step += states.parameters * size / FLOAT32
-    sync = 2 * states.anchor
-    return round(RUNTIME_BYTES + states.total + max(step, sync))
+
+    def kept(recompute: str, *, gathered: bool) -> float:
+        sizes = {"executed": executed, "element_bytes": size, "recompute": recompute}
+        activations = activations_per_token(shape, **sizes)  # type: ignore[arg-type]
+        return activations + dispatch_per_token(shape, gathered=gathered, **sizes)  # type: ignore[arg-type]
+
+    gradients = kept("none", gathered=True) / shape.num_layers
+    tokens = scenario.micro_batch * scenario.seq_len
+    logits = tokens * LOGIT_COPIES * FLOAT32 * shape.vocab_size
+    head = HEAD_STATES * FLOAT32 * shape.vocab_size * shape.d_model
+    layers = tokens * (kept(scenario.recompute, gathered=False) + gradients)
+    return layers + logits + min(head, logits)

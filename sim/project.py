@@ -14,12 +14,12 @@ from fomoe_sim.flags import add_question_flags, check_methods, check_question
 from fomoe_sim.output import explain, risk_lines, sources_lines, to_csv, to_json, to_table
 from fomoe_sim.plot import write_plot
 from fomoe_sim.question import Point, build_scenario, has_experts, methods_asked
+from fomoe_sim.ranges import MOST_LOCAL_STEPS, flag_of
 from fomoe_sim.risk import REPAIR_HOURS, RiskOptions, risk_columns
 from fomoe_sim.scenario import Scenario
-from fomoe_sim.sweep import sweep
+from fomoe_sim.sweep import read_axes, sweep
 
-MOST_LOCAL_STEPS = 1_000_000
-SLOWEST_BPS, FASTEST_BPS = 1e3, 1e15
+LEAST_BPS, MOST_BPS = 1e3, 1e15  # of --solve
 
 
 def add_command(subparsers: Any) -> None:
@@ -29,7 +29,9 @@ def add_command(subparsers: Any) -> None:
     )
     add_question_flags(parser)
     group = parser.add_argument_group("what is asked")
-    group.add_argument("--method", help="fomoe, diloco, photon, streaming, spes, ddp, fsdp or ep")
+    group.add_argument(
+        "--method", help="fomoe, diloco, photon, streaming, spes, ddp, fsdp, ep; a config's"
+    )
     group.add_argument("--compare", metavar="M,M", help="several methods side by side")
     group.add_argument(
         "--sweep",
@@ -66,11 +68,12 @@ def run(args: argparse.Namespace) -> int:
     check_question(args)
     _check_output(args)
     methods = methods_asked(args)
-    check_methods(args, methods, experts=has_experts(args))
+    axes = read_axes(args.sweep) if args.sweep else {}
+    check_methods(args, methods, experts=has_experts(args), axes=tuple(axes))
     points = {method: point_of(args, method) for method in methods}
     refused: list[str] = []
     if args.sweep:
-        rows, refused = sweep(args, methods, points)
+        rows, refused = sweep(args, methods, points, axes)
     else:
         rows = [_answer(args, points[method]) for method in methods]
     _print(args, rows, single=not (args.sweep or args.compare))
@@ -87,7 +90,11 @@ def run(args: argparse.Namespace) -> int:
 def point_of(args: argparse.Namespace, method: str) -> Point:
     """The flags' own point for a method."""
     return Point(
-        method=method, bits=args.bits, fragments=args.fragments, overlap_steps=args.overlap_steps
+        method=method,
+        bits=args.bits,
+        fragments=args.fragments,
+        overlap_steps=args.overlap_steps,
+        other_link=args.solve == "bandwidth",
     )
 
 
@@ -112,8 +119,7 @@ def _check_output(args: argparse.Namespace) -> None:
         raise ConfigError("--plot", args.plot, "must end in .svg")
     given = [name for name in RISK_FLAGS if getattr(args, name) is not None]
     if args.sweep and given:
-        flag = f"--{given[0].replace('_', '-')}"
-        raise ConfigError(flag, getattr(args, given[0]), "is not computed in a sweep")
+        raise ConfigError(flag_of(given[0]), getattr(args, given[0]), "is not computed in a sweep")
 
 
 RISK_FLAGS = (
@@ -159,12 +165,14 @@ def solve(scenario: Scenario, what: str, target: float) -> Scenario:
             return replace(scenario, cluster=cluster)
         return replace(scenario, local_steps=round(value))
 
-    low, high = (SLOWEST_BPS, FASTEST_BPS) if what == "bandwidth" else (1.0, MOST_LOCAL_STEPS)
-    best = answer(with_value(high))["utilisation"]
-    if best < target:
+    low, high = (LEAST_BPS, MOST_BPS) if what == "bandwidth" else (1.0, MOST_LOCAL_STEPS)
+    best = answer(with_value(high))
+    if best["utilisation"] < target:
+        shared = best["slowest_link"].startswith("uplink")
+        rest = best["slowest_link"] if shared else "fixed cost, latency and slower sites"
         rule = (
-            f"is not reached by {scenario.method}: {what} {high:g} gives {best:.3f} "
-            "(fixed cost, latency and slower sites remain)"
+            f"is not reached by {scenario.label}: {what} {high:g} gives "
+            f"{best['utilisation']:.3f} (what remains: {rest})"
         )
         raise ConfigError("--utilisation", target, rule)
     while high / low > 1.001 and (what == "bandwidth" or high - low > 1):

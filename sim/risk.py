@@ -1,5 +1,6 @@
 """What goes wrong and what it costs: stragglers, site failures, quorum, expert coverage.
 
+A failed site is down until it is repaired and has fetched what it lacks (`fomoe_sim.rejoin`).
 Failures and coverage are closed forms; stragglers are sampled with a fixed seed
 (`fomoe_sim.stragglers`), so equal questions get equal answers.
 """
@@ -7,21 +8,25 @@ Failures and coverage are closed forms; stragglers are sampled with a fixed seed
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import comb, exp, prod
+from math import comb, exp
 from typing import Any
+
+import numpy as np
 
 from fomoe.errors import ConfigError
 from fomoe_sim.hardware import central
-from fomoe_sim.memory import FLOAT32
+from fomoe_sim.rejoin import rejoin
 from fomoe_sim.scenario import Scenario
 from fomoe_sim.stragglers import StepTimes, round_time_percentiles
 from fomoe_sim.timing import step_times
+from fomoe_sim.traffic import Floats
 
 # Llama-3 405B: 419 unexpected interruptions in 54 days on 16,384 H100 (arXiv 2407.21783, table 5),
 # at more than 90 % effective training time over 466 interruptions.
 ACCELERATOR_MTBF_HOURS = 54 * 24 * 16_384 / 419
 REPAIR_HOURS = 0.1 * 54 * 24 / 466
 PERCENTILES = (50, 90, 99)
+HOUR, HOURS_PER_DAY = 3600.0, 24.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +50,7 @@ class RiskOptions:
 
 
 def check_risk(options: RiskOptions, num_sites: int) -> None:
-    """Refuse options that make no sense.
+    """Refuse options that make no sense together; their ranges are checked with all flags.
 
     Raises:
         ConfigError: naming the flag.
@@ -53,10 +58,7 @@ def check_risk(options: RiskOptions, num_sites: int) -> None:
     if (options.slow_probability > 0) != (options.slow_factor > 1):
         rule = "needs both --slow-probability above 0 and --slow-factor above 1"
         raise ConfigError("--slow-factor", options.slow_factor, rule)
-    for flag, value in (("mtbf", options.mtbf_hours), ("repair", options.repair_hours)):
-        if value is not None and value <= 0:
-            raise ConfigError(f"--{flag}-hours", value, "must be above 0")
-    if options.quorum is not None and not 1 <= options.quorum <= num_sites:
+    if options.quorum is not None and options.quorum > num_sites:
         rule = f"must be between 1 and the {num_sites} sites"
         raise ConfigError("--quorum", options.quorum, rule)
 
@@ -70,23 +72,22 @@ def at_least(count: int, num_sites: int, chance: float) -> float:
     return min(1.0, sum(terms))
 
 
-def coverage_rate(scenario: Scenario, mtbf_hours: list[float], repair_hours: float) -> float:
-    """Expected events per hour in which some expert loses its last live holder.
+def coverage(scenario: Scenario, mtbf_hours: Floats, downtime_hours: Floats) -> tuple[float, float]:
+    """Events per hour in which some expert loses its last live holder, and share of time without.
 
     Sites fail and return independently (exponential times). A set of holders goes from one live
-    holder to none at the rate sum_i 1/mtbf_i x P(i up) x P(all others down); sets are summed, which
-    counts sets that share sites as if they were independent.
+    holder to none at the rate sum_i P(i up) / mtbf_i x P(all others down), which is P(all down) x
+    sum_i 1 / downtime_i. Sets are summed, which counts sets that share sites as if they were
+    independent.
     """
-    down = [repair_hours / (mtbf + repair_hours) for mtbf in mtbf_hours]
-    rate = 0.0
+    down = downtime_hours / (mtbf_hours + downtime_hours)
+    rate = share = 0.0
     for members, numel in scenario.holdings.groups:
-        for holders, size in zip(members.tolist(), numel.tolist(), strict=True):
-            if not size:
-                continue
-            # P(i up, the others down) / mtbf_i = P(all down) / repair, as up_i / down_i is
-            # mtbf_i / repair: every holder adds the same.
-            rate += len(holders) * prod(down[site] for site in holders) / repair_hours
-    return rate
+        sets = np.unique(members[numel > 0], axis=0)
+        all_down = down[sets].prod(axis=1)
+        rate += float((all_down * (1 / downtime_hours)[sets].sum(axis=1)).sum())
+        share += float(all_down.sum())
+    return rate, share
 
 
 def risk_columns(scenario: Scenario, row: dict[str, Any], options: RiskOptions) -> dict[str, Any]:
@@ -94,33 +95,36 @@ def risk_columns(scenario: Scenario, row: dict[str, Any], options: RiskOptions) 
     sites = scenario.cluster.sites
     num_sites = len(sites)
     check_risk(options, num_sites)
-    mtbf = [options.mtbf_hours or ACCELERATOR_MTBF_HOURS / site.count for site in sites]
-    repair, hours = options.repair_hours, 24 * row["days"]
-    up = [m / (m + repair) for m in mtbf]
+    counts = np.array([site.count for site in sites], float)
+    mtbf = np.full(num_sites, options.mtbf_hours or 0.0)
+    mtbf = mtbf if options.mtbf_hours else ACCELERATOR_MTBF_HOURS / counts
+    amounts, seconds = rejoin(scenario)
+    downtime = options.repair_hours + seconds / HOUR
+    hours = HOURS_PER_DAY * row["days"]
     quorum = options.quorum or num_sites
     # Sites differ little in availability; the mean stands for them in the binomial.
-    enough = at_least(quorum, num_sites, sum(up) / num_sites)
-    failures = sum(hours / m for m in mtbf)
-    held = scenario.traffic.held.astype(float)
-    rejoin = FLOAT32 * held * (1 + scenario.outer_vectors)
-    slowest = max(
-        8 * amount / (site.down_bps * scenario.cluster.efficiency)
-        for amount, site in zip(rejoin.tolist(), sites, strict=True)
-    )
-    fleet = sum(site.count * central(site.price_per_hour) for site in sites)
+    enough = at_least(quorum, num_sites, float((mtbf / (mtbf + downtime)).mean()))
+    failures = hours / mtbf
     columns: dict[str, Any] = {
-        "site_mtbf_hours": min(mtbf),
-        "repair_hours": repair,
+        "site_mtbf_hours": float(mtbf.min()),
+        "repair_hours": options.repair_hours,
         "quorum": quorum,
-        "failures_per_run": failures,
+        "failures_per_run": float(failures.sum()),
         "time_share_with_quorum": enough,
-        "days_with_failures": row["days"] / enough,
-        "rejoin_bytes": int(rejoin.max()),
-        "rejoin_time_s": slowest,
-        "rejoin_bytes_per_run": float(failures * rejoin.mean()),
+        "days_with_failures": row["days"] / enough if enough > 1e-9 else None,
+        "rejoin_bytes": int(amounts.max()),
+        "rejoin_time_s": float(seconds.max()),
+        "rejoin_bytes_per_run": float((failures * amounts).sum()),
     }
     if scenario.method == "fomoe" and scenario.shape.num_experts:
-        columns |= _coverage(scenario, mtbf, repair, hours, fleet)
+        fleet = sum(site.count * central(site.price_per_hour) for site in sites)
+        events, share = (hours * x for x in coverage(scenario, mtbf, downtime))
+        columns |= {
+            "coverage_loss_events": events,
+            "coverage_loss_probability": 1 - exp(-events),
+            "coverage_pause_hours": share,
+            "coverage_cost_usd": share * fleet,
+        }
     if options.step_variation or options.slow_probability:
         columns |= _stragglers(scenario, row, options, quorum)
     return columns
@@ -145,18 +149,3 @@ def _stragglers(
         quorum=quorum,
     )
     return {f"round_time_p{p}_s": float(t) for p, t in zip(PERCENTILES, found, strict=True)}
-
-
-def _coverage(
-    scenario: Scenario, mtbf: list[float], repair: float, hours: float, fleet: float
-) -> dict[str, float]:
-    """Chance and cost of an expert without live holder: all sites wait for the first to return."""
-    events = coverage_rate(scenario, mtbf, repair) * hours
-    fewest = min(members.shape[1] for members, _ in scenario.holdings.groups)
-    pause = repair / fewest  # the first of n independent repairs
-    return {
-        "coverage_loss_events": events,
-        "coverage_loss_probability": 1 - exp(-events),
-        "coverage_pause_hours": events * pause,
-        "coverage_cost_usd": events * pause * fleet,
-    }

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from fomoe.errors import ConfigError
 from fomoe.memory import SiteMemory
 from fomoe_sim.cluster import Cluster
-from fomoe_sim.flops import TokenFlops, token_flops
+from fomoe_sim.flops import TRAIN, TokenFlops, token_flops
 from fomoe_sim.shape import ModelShape
-from fomoe_sim.traffic import METHODS, Holdings, Traffic, method_traffic
+from fomoe_sim.traffic import Floats, Holdings, Traffic, method_traffic
 
 # Model FLOPs utilisation (low, central, high) while a site computes.
 MFU_MOE = (0.20, 0.25, 0.30)
@@ -35,6 +34,7 @@ SOURCES = {
     "link efficiency, fixed cost": "1/1.15 and 0.07 s per sync: fitted to shaped TCP links "
     "between 4 sites (diloco-measured)",
     "rtt": "40 ms: light in 4,000 km of fibre and back",
+    "fp32": "a config with inner.precision fp32 computes at the datasheets' fp32 peak",
     "allocator slack": "10 % of what is allocated: an assumption; no figure is published for a "
     "caching allocator under this load",
     "tokens of the run": "20 per active parameter (arXiv 2203.15556)",
@@ -48,6 +48,8 @@ class Scenario:
     """One configuration to be costed; equal H at all sites.
 
     Attributes:
+        method: whose formulas cost it.
+        label: the method as the user named it; a config's may be a setting of another one.
         holdings: who holds which experts under FoMoE's placement.
         replication_factor: mean holders per expert of that placement.
         local_steps: steps per round, H.
@@ -60,7 +62,7 @@ class Scenario:
         states: bytes per element, see fomoe_sim.memory.
         recompute: which activations are computed twice.
         micro_batch: sequences per accelerator and micro-batch.
-        compute_bytes: per activation element, on accelerators.
+        compute_bytes: per activation element, on accelerators; 4: products run in fp32.
         cpu_compute_bytes: the same where the trainer runs on CPU.
         outer_on: where anchor, outer momentum and sync buffers live.
         outer_vectors: fp32 vectors of outer optimizer state.
@@ -68,11 +70,13 @@ class Scenario:
         trainer_states: per site, what `fomoe.memory` counts for a config; None for presets.
         step_time_flops: FLOPs of that step; None: of a full step of this scenario.
         step_fixed_s: the part of it that does not depend on the FLOPs.
+        at_least_one, route_scope, execute_target: the router's options, as in a config.
     """
 
     shape: ModelShape
     cluster: Cluster
     method: str
+    label: str
     holdings: Holdings
     replication_factor: float
     local_steps: int
@@ -85,8 +89,9 @@ class Scenario:
     seq_len: int = 4096
     at_least_one: bool = True
     route_scope: str = "all"
+    execute_target: float | None = None
     states: Literal["fp32", "mixed"] = "fp32"
-    recompute: Literal["none", "selective", "full"] = "selective"
+    recompute: Literal["none", "experts", "selective", "full"] = "selective"
     micro_batch: int = 1
     compute_bytes: int = 2
     cpu_compute_bytes: int = 4
@@ -110,18 +115,19 @@ class Scenario:
             tokens_per_step=self.tokens_per_step,
             at_least_one=self.at_least_one,
             route_scope=self.route_scope,
+            execute_target=self.execute_target,
         )
+
+    @cached_property
+    def step_at_peak_s(self) -> Floats:
+        """Time of one step at each site's peak FLOP/s, recomputation included, [K]."""
+        share, flops = self.traffic.executed, self.flops
+        work = flops.executed(share)
+        # Recomputing runs a forward pass again, of the three passes' worth that a step is.
+        again = {"full": work, "experts": flops.experts * share}
+        work = work + again.get(self.recompute, 0.0) / TRAIN
+        return self.tokens_per_step * work / self.cluster.peak_flops(self.compute_bytes)
 
     @cached_property
     def flops(self) -> TokenFlops:
         return token_flops(self.shape, self.seq_len)
-
-
-def check_method(method: str) -> str:
-    """The method, or an error that lists the nearest."""
-    from fomoe_sim.presets import nearest
-
-    if method not in METHODS:
-        near = nearest(method, list(METHODS))
-        raise ConfigError("--method", method, f"is not a method; nearest: {near}")
-    return method

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
 from fomoe.errors import ConfigError
 from fomoe_sim.answer import Row, answers
-from fomoe_sim.flags import PLACED, ROUND_FLAGS
+from fomoe_sim.flags import ignored_flags
 from fomoe_sim.hardware import read_rate
 from fomoe_sim.presets import nearest
-from fomoe_sim.question import Point, build_scenario
-from fomoe_sim.traffic import EVERY_STEP
+from fomoe_sim.question import Point, build_scenario, has_experts
+from fomoe_sim.ranges import RANGES, check_number, flag_of
 
 AXES = (
     "replication",
@@ -69,37 +70,49 @@ def _range(name: str, text: str, ends: list[float]) -> list[float]:
 def _number(name: str, text: str) -> float:
     if name == "bandwidth":
         return read_rate(text, "--sweep bandwidth")
-    lowest = 0 if name == "overlap_steps" else 1
-    if not re.fullmatch(r"[0-9]+", text.strip()) or int(text) < lowest:
-        raise ConfigError(f"--sweep {name}", text, f"must be a whole number of at least {lowest}")
+    if not re.fullmatch(r"[0-9]{1,18}", text.strip()):
+        raise ConfigError(f"--sweep {name}", text, "must be a whole number")
+    check_number(f"--sweep {name}", int(text), RANGES[name])
     return int(text)
 
 
-def sweep(
-    args: argparse.Namespace, methods: list[str], points: dict[str, Point]
-) -> tuple[list[Row], list[str]]:
-    """Rows of the whole grid, and the reason for every part of it that makes no sense.
-
-    Raises:
-        ConfigError: if an axis is wrong, or no part of the grid makes sense.
-    """
+def read_axes(texts: Iterable[str]) -> dict[str, list[float]]:
+    """All axes of a sweep by name."""
     axes: dict[str, list[float]] = {}
-    for text in args.sweep:
+    for text in texts:
         name, values = read_axis(text)
         if name in axes:
             raise ConfigError("--sweep", name, "stands twice")
         axes[name] = values
+    return axes
+
+
+def sweep(
+    args: argparse.Namespace,
+    methods: list[str],
+    points: dict[str, Point],
+    axes: dict[str, list[float]],
+) -> tuple[list[Row], list[str]]:
+    """Rows of the whole grid, and the reason for every part of it that makes no sense.
+
+    Raises:
+        ConfigError: if an axis contradicts a flag, or no part of the grid makes sense.
+    """
     _check_axes(args, axes)
-    steps = axes.pop("local_steps", None)
-    rates = axes.pop("bandwidth", None)
+    outer = {n: v for n, v in axes.items() if n not in ("local_steps", "bandwidth")}
+    steps, rates = axes.get("local_steps"), axes.get("bandwidth")
+    experts = has_experts(args)
     rows: list[Row] = []
     refused: list[str] = []
     for method in methods:
-        used = _used_axes(method, axes)
+        # Along an axis that a method ignores its rows would only repeat.
+        ignored = ignored_flags(method, experts=experts)
+        used = {name: values for name, values in outer.items() if name not in ignored}
+        point = replace(points[method], other_link=rates is not None)
         for combination in product(*used.values()):
             chosen: dict[str, Any] = {n: int(v) for n, v in zip(used, combination, strict=True)}
             try:
-                scenario = build_scenario(args, replace(points[method], **chosen))
+                scenario = build_scenario(args, replace(point, **chosen))
             except ConfigError as error:
                 refused.append(str(error))
                 continue
@@ -111,23 +124,12 @@ def sweep(
     return rows, list(dict.fromkeys(refused))
 
 
-def _used_axes(method: str, axes: dict[str, list[float]]) -> dict[str, list[float]]:
-    """The axes that change a method's answer; along the others its rows would only repeat."""
-    ignored: set[str] = set()
-    if method not in PLACED:
-        ignored.add("replication")
-    if method in EVERY_STEP:
-        ignored |= set(ROUND_FLAGS)
-    return {name: values for name, values in axes.items() if name not in ignored}
-
-
 def _check_axes(args: argparse.Namespace, axes: dict[str, list[float]]) -> None:
     """A flag that an axis replaces would do nothing."""
     size = 1
     for name, values in axes.items():
         size *= len(values)
         if getattr(args, name) is not None:
-            flag = f"--{name.replace('_', '-')}"
-            raise ConfigError(flag, getattr(args, name), f"contradicts --sweep {name}")
+            raise ConfigError(flag_of(name), getattr(args, name), f"contradicts --sweep {name}")
     if size > LIMIT:
         raise ConfigError("--sweep", size, f"has more than {LIMIT} configurations")

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from fomoe_sim.cluster import Cluster
 from fomoe_sim.event import EventSpec, check_conservation, simulate
-from fomoe_sim.event_spec import send_at_round_end, send_fragments
+from fomoe_sim.event_spec import send_at_round_end, strided_fragments
 from fomoe_sim.scenario import Scenario
 from fomoe_sim.traffic import Floats
 
@@ -61,15 +61,15 @@ class Timing:
 
 def step_times(scenario: Scenario, mfu: float) -> Floats:
     """Compute time of one step at every site, [K], from the FLOPs that it executes."""
-    work = scenario.tokens_per_step * scenario.flops.executed(scenario.traffic.executed)
-    peak = np.array([site.peak_flops for site in scenario.cluster.sites])
     if scenario.step_time_s is None:
-        # Full recomputation runs the forward pass twice: 4 passes' worth instead of 3.
-        return work / (peak * mfu) * (4 / 3 if scenario.recompute == "full" else 1)
-    # A measured step fixes the speed of the slowest site; the FLOPs still say what others save.
+        return scenario.step_at_peak_s / mfu
+    work = scenario.tokens_per_step * scenario.flops.executed(scenario.traffic.executed)
+    peak = scenario.cluster.peak_flops(scenario.compute_bytes)
+    # A measured step has its recomputation in it and fixes the speed of the slowest site; the
+    # FLOPs still say what others save.
     full = scenario.tokens_per_step * scenario.flops.full
-    share = work / peak * peak.min() / (scenario.step_time_flops or full)
-    return scenario.step_fixed_s + (scenario.step_time_s - scenario.step_fixed_s) * share
+    part = work / peak * peak.min() / (scenario.step_time_flops or full)
+    return scenario.step_fixed_s + (scenario.step_time_s - scenario.step_fixed_s) * part
 
 
 def link_load(
@@ -81,34 +81,36 @@ def link_load(
         up_bps, down_bps: replace every site's own link, arrays [P]; None: the cluster's.
     """
     cluster, traffic = scenario.cluster, scenario.traffic
-    sent, received = 8 * traffic.sent, 8 * traffic.received
-    own = ((sent, up_bps, "up"), (received, down_bps, "down"))
-    bits, rates, names = [], [], []
-    for amounts, override, direction in own:
-        for index, site in enumerate(cluster.sites):
-            rate = site.up_bps if direction == "up" else site.down_bps
-            bits.append(amounts[index])
-            rates.append(np.asarray(rate if override is None else override, float))
-            names.append(f"{site.name} {direction}")
-    for name, rate in cluster.uplinks:
-        inside = [i for i, site in enumerate(cluster.sites) if site.uplink == name]
-        for amounts, direction in ((sent, "up"), (received, "down")):
-            bits.append(amounts[inside].sum())
-            rates.append(np.asarray(rate, float))
-            names.append(f"uplink {name} {direction}")
-    amount = np.array(bits)[:, None]
-    rate_array = cluster.efficiency * np.stack(np.broadcast_arrays(*map(np.atleast_1d, rates)))
-    seconds = amount / rate_array
+    num_sites = cluster.num_sites
+    both = np.stack([traffic.sent, traffic.received])  # bytes, [2, K]
+    own = cluster.own_bps if up_bps is None else np.zeros_like(cluster.own_bps)
+    shared = [both[:, inside].sum(axis=1) for inside in cluster.uplink_members]
+    bits = 8 * np.concatenate([both.ravel(), *shared])
+    nominal = np.concatenate([own.ravel(), np.repeat([rate for _, rate in cluster.uplinks], 2)])
+    rates = nominal[:, None]
+    if up_bps is not None and down_bps is not None:
+        rates = np.repeat(rates, np.size(up_bps), axis=1)
+        rates[:num_sites], rates[num_sites : 2 * num_sites] = up_bps, down_bps
+    rates = cluster.efficiency * rates
+    seconds = bits[:, None] / rates
     slowest = seconds.argmax(axis=0)
     columns = np.arange(seconds.shape[1])
-    busy = cluster.num_sites > 1
     return Load(
         transfer_s=seconds[slowest, columns],
-        bits=amount[slowest, 0],
-        rate_bps=rate_array[slowest, columns],
-        latency_s=busy * (cluster.sync_fixed_s + _latency(scenario)),
-        where=names[int(slowest[0])],
+        bits=bits[slowest],
+        rate_bps=rates[slowest, columns],
+        latency_s=(num_sites > 1) * (cluster.sync_fixed_s + _latency(scenario)),
+        where=_link_name(cluster, int(slowest[0])),
     )
+
+
+def _link_name(cluster: Cluster, index: int) -> str:
+    """A link's name: own links up and down, then each shared uplink up and down."""
+    place, direction = divmod(index, cluster.num_sites)
+    if place < 2:
+        return f"{cluster.sites[direction].name} {('up', 'down')[place]}"
+    uplink, direction = divmod(index - 2 * cluster.num_sites, 2)
+    return f"uplink {cluster.uplinks[uplink][0]} {('up', 'down')[direction]}"
 
 
 def _latency(scenario: Scenario) -> float:
@@ -120,8 +122,7 @@ def analytic(
     local_steps: ArrayLike,
     *,
     mfu: float,
-    up_bps: ArrayLike | None = None,
-    down_bps: ArrayLike | None = None,
+    load: Load,
 ) -> Timing:
     """Round times for arrays of local steps and bandwidths, in closed form.
 
@@ -133,30 +134,28 @@ def analytic(
     steps = np.atleast_1d(np.asarray(local_steps, float))
     times = step_times(scenario, mfu)
     slowest = float(times.max())
-    load = link_load(scenario, up_bps, down_bps)
     if scenario.traffic.every_step:
         exchange = load.transfer_s + load.latency_s
         hidden = {"ddp": 2 / 3, "fsdp": 1.0, "ep": 0.0}[scenario.method] * slowest
         exposed = steps * np.maximum(0.0, exchange - hidden)
     else:
-        parts = scenario.fragments
+        parts = np.minimum(scenario.fragments, steps)  # those of one step are sent together
         exchange = load.transfer_s / parts + load.latency_s
         exposed = parts * np.maximum(0.0, exchange - scenario.overlap_steps * slowest)
         exposed = np.maximum(exposed, parts * exchange - steps * slowest)
     return _timing(scenario, steps, times, exchange, steps * slowest + exposed, load, "analytic")
 
 
-def event(scenario: Scenario, *, mfu: float) -> Timing:
+def event(scenario: Scenario, *, mfu: float, load: Load) -> Timing:
     """The round of one configuration in the layer model, for methods that overlap."""
     times = step_times(scenario, mfu)
-    load = link_load(scenario)
     every_step = scenario.traffic.every_step
     layers = scenario.shape.num_layers
     steps = 1 if every_step else scenario.local_steps
     if every_step:
         sends, overlap = send_at_round_end(layers, 1), None
     else:
-        sends = send_fragments(layers, steps, -(-layers // scenario.fragments))
+        sends = strided_fragments(layers, steps, scenario.fragments)
         overlap = scenario.overlap_steps or None
     spec = EventSpec(
         layer_bits=layer_bits(scenario, float(load.bits[0])),
@@ -193,9 +192,7 @@ def layer_bits(scenario: Scenario, total_bits: float) -> tuple[float, ...]:
 
 def overlaps(scenario: Scenario) -> bool:
     """Whether a method's exchange runs beside compute, so that layers matter."""
-    return (
-        scenario.method in ("ddp", "fsdp") or scenario.fragments > 1 or (scenario.overlap_steps > 0)
-    )
+    return scenario.method == "ddp" or scenario.fragments > 1 or scenario.overlap_steps > 0
 
 
 def _timing(
@@ -207,14 +204,14 @@ def _timing(
     load: Load,
     model: str,
 ) -> Timing:
-    counts = np.array([site.count for site in scenario.cluster.sites], float)
+    counts = scenario.cluster.counts
     mean_step = float((times * counts).sum() / counts.sum())
     exchanges = steps if scenario.traffic.every_step else np.ones_like(steps)
     round_time = round_time + 0 * exchange
     timing = Timing(
         step_times_s=times,
         exchange_s=exchange,
-        exposed_s=round_time - steps * float(times.max()),
+        exposed_s=np.maximum(0.0, round_time - steps * float(times.max())),
         round_time_s=round_time,
         utilisation=steps * mean_step / round_time,
         load=load,
@@ -226,8 +223,10 @@ def _timing(
 
 def _conserve(timing: Timing, bits: Floats, steps: Floats, slowest: float) -> None:
     """Refuse a round in which the slowest link would carry more than it can."""
+    floor = bits / timing.round_time_s
+    if (floor <= timing.load.rate_bps).all() and (timing.utilisation <= 1).all():
+        return
     busy = steps * slowest / timing.round_time_s
-    floor = busy * bits / (steps * slowest)
     worst = int(np.argmax(floor - timing.load.rate_bps))
 
     def at(values: Floats) -> float:

@@ -34,11 +34,13 @@ class Holdings:
         num_sites: K.
         groups: buckets with equally many holders: members [B, n] ascending, elements [B].
         residents: experts per MoE layer and site, [L_moe, K].
+        trained: routed-expert elements that each site trains, [K]; None: all that it holds.
     """
 
     num_sites: int
     groups: tuple[tuple[Ints, Ints], ...]
     residents: Ints
+    trained: Ints | None = None
 
     @cached_property
     def elements(self) -> Ints:
@@ -81,11 +83,14 @@ def cyclic_holdings(shape: ModelShape, num_sites: int, replication_factor: int) 
 
 
 def table_holdings(shape: ModelShape, placement: Placement) -> Holdings:
-    """Holdings of any placement table."""
-    sets = Counter(sites for layer in placement.holders for sites in layer)
+    """Holdings of any placement table; like the trainer's, a bucket has one set of trainers."""
+    tables = zip(placement.holders, placement.trainers, strict=True)
+    sets = Counter(pair for rows in tables for pair in zip(*rows, strict=True))
     by_size: dict[int, list[tuple[tuple[int, ...], int]]] = {}
-    for holders, count in sorted(sets.items()):
+    trained = np.zeros(placement.num_sites, np.int64)
+    for (holders, trainers), count in sorted(sets.items()):
         by_size.setdefault(len(holders), []).append((holders, count * shape.expert_numel))
+        trained[list(trainers)] += count * shape.expert_numel
     groups = tuple(
         (np.array([h for h, _ in rows]), np.array([n for _, n in rows], np.int64))
         for rows in by_size.values()
@@ -94,7 +99,9 @@ def table_holdings(shape: ModelShape, placement: Placement) -> Holdings:
     for row, layer in enumerate(placement.holders):
         for holders in layer:
             residents[row, list(holders)] += 1
-    return Holdings(num_sites=placement.num_sites, groups=groups, residents=residents)
+    return Holdings(
+        num_sites=placement.num_sites, groups=groups, residents=residents, trained=trained
+    )
 
 
 def spread(groups: tuple[tuple[Ints, Ints], ...], num_sites: int, what: str) -> Ints:
@@ -134,7 +141,7 @@ def hops(topology: str, num_holders: int) -> int:
     """One-way messages that follow each other in one sync over n holders."""
     if num_holders < 2:
         return 0
-    depth = (num_holders - 1).bit_length()
+    depth = num_holders.bit_length() - 1  # of a heap: the last holder's distance from the first
     return {"ring": 2 * (num_holders - 1), "star": 2, "tree": 2 * depth}[topology]
 
 
@@ -178,6 +185,7 @@ def method_traffic(
     tokens_per_step: int = 0,
     at_least_one: bool = True,
     route_scope: str = "all",
+    execute_target: float | None = None,
 ) -> Traffic:
     """Bytes of one exchange of a method at every site.
 
@@ -185,7 +193,8 @@ def method_traffic(
         holdings: of FoMoE's placement; SPES trains by it, the other methods ignore it.
         bits: per element on the wire.
         tokens_per_step: of one site; EP's all-to-all depends on it.
-        at_least_one, route_scope: the router's options, which decide what FoMoE executes.
+        at_least_one, route_scope, execute_target: the router's options, which decide what FoMoE
+            executes.
     """
     num_sites, width = holdings.num_sites, bits / 8
     full = cyclic_holdings(shape, num_sites, num_sites)
@@ -193,12 +202,14 @@ def method_traffic(
     shared_group = _everyone(num_sites, shape.shared_total)
     shared = _bytes(spread((shared_group,), num_sites, "payload"), width)
     expert = _bytes(placed.synced, width)
-    wire = _bytes(spread((shared_group, *placed.groups), num_sites, topology), width)
+    wire = _bytes(_wire(shape.shared_total, placed, topology), width)
     held = shape.shared_total + placed.elements
+    own = placed.elements if placed.trained is None else placed.trained
+    trained = shape.shared_total + own
     executed = np.ones(num_sites)
     common = {"hops": hops(topology, num_sites), "residents": placed.residents}
     if method == "fomoe" and route_scope == "all":
-        executed = executed_share(shape, placed.residents, at_least_one)
+        executed = _executed(shape, placed, at_least_one, execute_target)
     if method == "spes":
         return _spes(shape, placed, width, executed)
     if method == "ep":
@@ -211,10 +222,17 @@ def method_traffic(
         sent=factor * wire,
         received=factor * wire,
         held=-(-held // num_sites) if method == "fsdp" else held,
-        trained=-(-held // num_sites) if method == "fsdp" else held,
+        trained=-(-held // num_sites) if method == "fsdp" else trained,
         executed=executed,
         **common,  # type: ignore[arg-type]
     )
+
+
+@lru_cache(maxsize=1024)
+def _wire(shared_numel: int, placed: Holdings, topology: str) -> Ints:
+    """Elements that each site sends in one sync of everything, [K]."""
+    groups = (_everyone(placed.num_sites, shared_numel), *placed.groups)
+    return spread(groups, placed.num_sites, topology)
 
 
 def _everyone(num_sites: int, numel: int) -> tuple[Ints, Ints]:
@@ -271,14 +289,27 @@ def _expert_parallel(
     )
 
 
-def executed_share(shape: ModelShape, residents: Ints, at_least_one: bool) -> Floats:
+@lru_cache(maxsize=1024)
+def _executed(
+    shape: ModelShape, placed: Holdings, at_least_one: bool, execute_target: float | None
+) -> Floats:
+    return executed_share(shape, placed.residents, at_least_one, execute_target)
+
+
+def executed_share(
+    shape: ModelShape, residents: Ints, at_least_one: bool, execute_target: float | None = None
+) -> Floats:
     """Share of the top-k assignments that a site executes under balanced routing, [K].
 
     R/E, plus 1/k for every token none of whose choices is resident if `at_least_one` gives it the
-    best resident expert: the chance of that is C(E-R, k) / C(E, k).
+    best resident expert: the chance of that is C(E-R, k) / C(E, k). Where experts are missing, a
+    router that is steered to a target executes that share instead.
     """
     if not shape.num_experts:
         return np.ones(residents.shape[1])
+    if execute_target is not None:
+        steered = np.where(residents > 0, execute_target, 0.0)
+        return np.where(residents < shape.num_experts, steered, 1.0).mean(axis=0)
     share = residents / shape.num_experts
     if at_least_one:
         none = np.ones(residents.shape)

@@ -114,7 +114,7 @@ def test_recomputation_saves_activations():
 def test_a_verdict_names_the_missing_bytes_and_the_cause():
     small = site_memories(scenario("fomoe", "--model", "deepseek-v3", "--accelerators", "8"))[0]
     assert not small.fits
-    words = small.verdict()
+    words = small.verdict("site-0")
     assert "lacks" in words
     assert "inner optimizer" in words
     assert small.missing_accelerator == small.per_accelerator - 80e9

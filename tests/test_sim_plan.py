@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from fomoe.cli import main
 from fomoe.config import load_config
 from fomoe.placement import build_placement
+from fomoe_sim.plan import add_command, scenarios
 
 THREE = "configs/clusters/three-sites.yaml"
 QUESTION = ["--cluster", THREE, "--model", "100b-moe", "--tokens", "2e12", "--budget", "5e6"]
@@ -49,20 +51,86 @@ def test_it_says_what_binds(capsys):
 
 def test_a_trainable_plan_becomes_a_config(capsys, tmp_path):
     out = tmp_path / "plan.yaml"
-    flags = ["--cluster", THREE, "--model", "olmoe-1b-7b", "--trainable", "--out", str(out)]
+    flags = ["--model", "proxy-54m", "--sites", "3", "--trainable", "--out", str(out)]
     assert main(["plan", *flags]) == 0
     config = load_config(out)
     assert config.num_sites == 3
-    assert config.model.num_experts == 64
+    assert config.model.num_experts == 8
     assert build_placement(config).num_sites == 3
+
+
+@pytest.mark.parametrize(("ours", "option"), [("full", "layers"), ("experts", "experts")])
+def test_recomputation_is_the_trainers_own(capsys, tmp_path, ours, option):
+    out = tmp_path / "plan.yaml"
+    flags = ["--model", "proxy-54m", "--recompute", ours, "--trainable", "--out", str(out)]
+    assert main(["plan", *flags]) == 0
+    assert load_config(out).model.recompute == option
+    capsys.readouterr()
+    selective = plan(capsys, "--model", "proxy-54m", "--recompute", "selective")
+    assert "recomputation (selective)" in selective["missing"]
+
+
+def test_sites_of_several_accelerators_are_named(capsys, tmp_path):
+    flags = ["--cluster", THREE, "--model", "olmoe-1b-7b"]
+    assert "several accelerators per site" in plan(capsys, *flags)["missing"]
+    assert "several accelerators per site" in refusal(capsys, *flags, "--trainable")
+    out = str(tmp_path / "plan.yaml")
+    assert main(["plan", *flags, "--out", out]) == 2
+    assert "several accelerators per site" in capsys.readouterr().err
+
+
+def test_plan_and_project_print_the_same_for_equal_settings(capsys):
+    """Overlap is answered by events in both."""
+    shared = ["--cluster", THREE, "--model", "olmoe-1b-7b"]
+    best = plan(capsys, *shared, "--method", "streaming")["best"]
+    assert best["time_model"] == "event"
+    flags = [
+        *("--local-steps", str(best["local_steps"])),
+        *("--fragments", str(best["fragments"])),
+        *("--overlap-steps", str(best["overlap_steps"])),
+        *("--bits", str(best["bits"])),
+        *("--recompute", best["recompute"]),
+    ]
+    assert main(["project", *shared, "--method", "streaming", *flags, "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert best == {name: row[name] for name in best}
+
+
+def grid(*flags):
+    """The scenarios that a question searches."""
+    parser = argparse.ArgumentParser()
+    add_command(parser.add_subparsers())
+    return scenarios(parser.parse_args(["plan", "--model", "olmoe-1b-7b", *flags]))
+
+
+def test_a_stated_step_time_has_one_recomputation():
+    flags = ["--method", "diloco"]
+    assert {s.recompute for s in grid(*flags)} == {"selective", "full"}
+    assert {s.recompute for s in grid(*flags, "--step-time", "1")} == {"selective"}
+    assert {s.recompute for s in grid(*flags, "--trainable")} == {"none", "experts", "full"}
+
+
+def test_streaming_and_photon_have_fragments_and_overlap_to_choose_from():
+    for method, fragments in (("streaming", {6}), ("photon", {1, 6})):
+        found = grid("--method", method)
+        assert {scenario.fragments for scenario in found} == fragments
+        assert {scenario.overlap_steps for scenario in found} == {0, 1}
+
+
+def test_a_plan_keeps_to_stated_capacities(capsys, tmp_path):
+    cluster = tmp_path / "small.yaml"
+    site = "accelerator: H200, count: 64, link: 10Gbit"
+    cluster.write_text(f"sites: [{{name: a, {site}}}, {{name: b, {site}, capacity: 4}}]")
+    flags = ["--cluster", str(cluster), "--model", "mixtral-8x7b"]
+    assert plan(capsys, *flags)["best"]["method"] in ("fomoe", "fsdp")
+    assert "capacity refuses" in refusal(capsys, *flags, "--method", "diloco")
 
 
 def test_capacity_placement_survives_the_config(capsys, tmp_path):
     cluster = tmp_path / "uneven.yaml"
-    site = "accelerator: H100, link: 10Gbit"
+    site = "accelerator: H100, link: 10Gbit, count: 1"
     cluster.write_text(
-        f"sites: [{{name: a, {site}, count: 8, capacity: 6}}, "
-        f"{{name: b, {site}, count: 16, capacity: 4}}]"
+        f"sites: [{{name: a, {site}, capacity: 6}}, {{name: b, {site}, capacity: 4}}]"
     )
     out = tmp_path / "plan.yaml"
     flags = ["--cluster", str(cluster), "--model", "proxy-54m", "--trainable", "--method", "fomoe"]
@@ -93,7 +161,7 @@ def test_coverage_risk_asks_for_replicas(capsys):
         ([*QUESTION, "--deadline-days", "0.001"], "deadline refuses"),
         (["--model", "deepseek-v3", "--sites", "2", "--accelerators", "8"], "memory refuses"),
         ([*QUESTION, "--local-steps", "500"], "exceeds --max-local-steps"),
-        ([*QUESTION, "--min-executed", "2"], "must lie in"),
+        ([*QUESTION, "--min-executed", "2"], "must be at most 1"),
         (["--config", "x.yaml"], "plan starts from --model"),
     ],
 )

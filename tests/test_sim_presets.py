@@ -9,7 +9,7 @@ from fomoe.errors import ConfigError
 from fomoe.shapes import parameter_specs
 from fomoe_sim.cluster import load_cluster
 from fomoe_sim.flops import token_flops
-from fomoe_sim.hardware import read_rate, read_up_down
+from fomoe_sim.hardware import central, read_rate, read_up_down
 from fomoe_sim.presets import MODELS, model_preset, shape_from_config
 
 EXACT = {
@@ -109,10 +109,30 @@ def test_flops_of_a_dense_model_are_six_per_parameter():
 
 @pytest.mark.parametrize(
     ("text", "rate"),
-    [("1Gbit", 1e9), ("100Mbit/s", 1e8), ("2.5 Gbps", 2.5e9), ("10GbE", 1e10), (5e8, 5e8)],
+    [
+        ("1Gbit", 1e9),
+        ("100Mbit/s", 1e8),
+        ("2.5 Gbps", 2.5e9),
+        ("1Gb", 1e9),
+        ("1gb/s", 1e9),
+        ("10GbE", 1e10),
+        (5e8, 5e8),
+        ("1e9", 1e9),
+    ],
 )
 def test_rates_are_read_as_people_write_them(text, rate):
     assert read_rate(text, "link") == rate
+
+
+@pytest.mark.parametrize("text", ["1GB/s", "1GB", "1GBps", "1 gigabyte/s", "10 MBytes"])
+def test_bytes_are_not_taken_for_bits(text):
+    with pytest.raises(ConfigError, match="is in bytes"):
+        read_rate(text, "link")
+
+
+def test_a_price_range_from_zero_has_a_central_price():
+    assert central((1.0, 4.0)) == 2.0
+    assert central((0.0, 4.0)) == 2.0
 
 
 def test_up_and_down_rates():
@@ -126,7 +146,13 @@ BAD_CLUSTERS = {
     "sites: [{name: a, accelerator: H100, count: 1, link: 0Gbit}]": "bandwidth above 0",
     "sites: [{name: a, accelerator: H100, count: 1, link: 1Gbit, price_per_hour: -1}]": "price",
     "sites: [{name: a, accelerator: H100, cout: 1, link: 1Gbit}]": "did you mean",
-    "sites: [{name: a, accelerator: H100, count: 1}]": "must be given",
+    "sites: [{name: a, accelerator: H100, count: 1}]": "up is missing: give link",
+    "sites: [{name: a, accelerator: H100, count: 1, link: 1Gbit, up: 1Gbit}]": "contradicts link",
+    "sites: [{name: a, accelerator: H100, count: 1, up: 1Gbit}]": "a.down is missing",
+    "sites: [{name: a, accelerator: H100, count: 1, link: 1GB/s}]": "capital B",
+    "sites: [{name: a, accelerator: H100, count: 1, link: 1Gbit, egress_per_gb: [0, .inf]}]": "low",
+    "sites: [{name: a, accelerator: H100, count: 1, link: 1Gbit, price_per_hour: .inf}]": "price",
+    f"sites: [{{name: a, accelerator: H100, count: {'9' * 400}, link: 1Gbit}}]": "count",
     "topology: mesh\nsites: [{name: a, accelerator: H100, count: 1, link: 1Gbit}]": "ring, star",
     "sites: [{name: a, accelerator: H100, count: 1, link: 1Gbit, uplink: x}]": "shared_uplinks",
 }

@@ -277,11 +277,41 @@ def test_the_simulator_never_imports_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_columns_are_explained(capsys):
+def test_every_field_of_real_output_is_explained_and_nothing_else(capsys, config):
     assert main(["project", "--explain"]) == 0
     text = capsys.readouterr().out
-    assert "payload_bytes_per_site_per_round" in text
     assert "arXiv 2412.19437" in text
+    explained = {line.split("  (")[0].strip() for line in text.splitlines() if "  (" in line}
+    risk = ["--step-variation", "0.1"]
+    rows = [
+        project(capsys, "--config", config, *risk),
+        project(capsys, "--model", "dbrx", "--method", "streaming", "--states", "mixed", *risk),
+    ]
+    seen = {"memory_parts.*.where"}
+    for row in rows:
+        seen |= {name for name in row if name not in ("risk", "memory_parts")}
+        seen |= {f"risk.{name}" for name in row["risk"]}
+        seen |= {f"memory_parts.{name}.bytes" for name in row["memory_parts"]}
+        assert all(set(part) == {"where", "bytes"} for part in row["memory_parts"].values())
+    assert seen == explained
+
+
+def test_series_are_named_by_all_that_varies(capsys, tmp_path):
+    out = tmp_path / "plot.svg"
+    axes = ["bandwidth=1Gbit,2Gbit", "fragments=1,4", "overlap_steps=0,1", "local_steps=8,16"]
+    assert main(["project", "--model", "dbrx", "--sweep", *axes, "--plot", str(out)]) == 0
+    drawn = out.read_text()
+    assert drawn.count("<polyline") == 8
+    assert "fomoe H=8 fragments=4 overlap=1" in drawn
+
+
+def test_a_structural_sweep_is_fast(capsys):
+    """Nothing of it is an array: every configuration is another scenario."""
+    axes = "replication=1,2,4 sites=8..17..1 bits=4,8,32 fragments=1..11..1 local_steps=1..10..1"
+    start = time.process_time()
+    assert main(["project", "--model", "deepseek-v3", "--sweep", *axes.split(), "--csv"]) == 0
+    assert time.process_time() - start < 2
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 9900
 
 
 def test_one_answer_and_a_large_sweep_are_fast(capsys):
@@ -325,7 +355,36 @@ BAD_INPUT = {
     "--model dbrx --replication 2 --sweep replication=1,2": "contradicts --sweep",
     "--model dbrx --json --csv": "contradicts --json",
     "--model dbrx --plot out.png": "must end in .svg",
-    "--model dbrx --mfu 1.5": "must lie in",
+    "--model dbrx --mfu 1.5": "--mfu 1.5 must be at most 1",
+    "--model dbrx --mfu nan": "--mfu nan must be a number",
+    "--model dbrx --tokens inf": "--tokens inf must be at most",
+    "--model dbrx --price inf": "--price inf must be at most",
+    "--model dbrx --repair-hours inf": "--repair-hours inf must be at most",
+    "--model dbrx --step-variation inf": "--step-variation inf must be at most",
+    "--model dbrx --slow-probability 2 --slow-factor 2": "--slow-probability 2.0 must be at most 1",
+    "--model dbrx --mfu 1e-300": "--mfu 1e-300 must be at least",
+    "--model dbrx --tokens 1e-300": "--tokens 1e-300 must be at least 1",
+    "--model dbrx --mtbf-hours 1e-300": "--mtbf-hours 1e-300 must be at least",
+    "--model dbrx --bandwidth 1e-300": "from 1 to 1e+18 bit/s",
+    "--model dbrx --slow-factor 0.5": "--slow-factor 0.5 must be at least 1",
+    "--model dbrx --mtbf-hours -1": "--mtbf-hours -1.0 must be above 0",
+    "--model dbrx --local-steps 100000000000000000000": "must be at most 1,000,000",
+    f"--model dbrx --sites {'9' * 400}": "must be at most 256",
+    f"--model dbrx --sweep sites={'9' * 400}": "must be a whole number",
+    "--model dbrx --sweep sites=100000": "must be at most 256",
+    "--model dbrx --bits 64": "--bits 64 must be at most 32",
+    "--model dbrx --bandwidth .": "is not a link",
+    "--model dbrx --bandwidth 1GB/s": "is in bytes",
+    "--model dbrx --bandwidth 1e300Gbit": "to 1e+18 bit/s",
+    "--model dbrx --step-time 1 --mfu 0.3": "--mfu 0.3 contradicts --step-time",
+    "--model dbrx --batch-tokens 1000000": "leaves accelerators idle",
+    "--model dbrx --method spes --topology star": "has no meaning for spes",
+    "--model dbrx --compare ddp,ep --outer-on disk": "has no meaning for ddp",
+    "--model dbrx --method ddp --sweep fragments=1,2": "--sweep fragments has no meaning",
+    "--model 10b --sweep replication=1,2": "without routed experts",
+    "--model dbrx --method single": "needs --config",
+    "--model dbrx --cluster configs/clusters/shared-uplink.yaml --solve bandwidth "
+    "--utilisation 0.999": "uplink campus up",
     "--model dbrx --quorum 9": "between 1 and the 4 sites",
     "--model dbrx --slow-factor 2": "needs both",
 }
@@ -334,6 +393,12 @@ BAD_INPUT = {
 @pytest.mark.parametrize(("flags", "words"), BAD_INPUT.items())
 def test_bad_input_is_one_clear_line(capsys, flags, words):
     assert words in refusal(capsys, *flags.split())
+
+
+@pytest.mark.parametrize("flag", ["--bandwidth", "--model", "--cluster", "--method"])
+def test_an_empty_text_is_refused(capsys, flag):
+    flags = [] if flag == "--model" else ["--model", "dbrx"]
+    assert flag in refusal(capsys, *flags, flag, "")
 
 
 def test_a_cluster_that_is_too_small_is_refused(capsys, tmp_path):
@@ -355,3 +420,178 @@ def test_a_configs_capacities_are_its_own(capsys, config, tmp_path):
     path.write_text("sites: [" + ", ".join(f"{{name: s{i}, {site}}}" for i in range(4)) + "]")
     words = refusal(capsys, "--config", config, "--cluster", str(path))
     assert "placement.capacity" in words
+
+
+def capacity_cluster(tmp_path, *capacities):
+    """Sites that only differ in the experts per layer that they may hold."""
+    path = tmp_path / "cluster.yaml"
+    site = "accelerator: H200, count: 64, link: 1Gbit"
+    sites = (f"{{name: s{i}, {site}, capacity: {c}}}" for i, c in enumerate(capacities))
+    path.write_text(f"sites: [{', '.join(sites)}]")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("method", "holds"),
+    [("diloco", 8), ("photon", 8), ("streaming", 8), ("ddp", 8), ("spes", 8), ("ep", 4)],
+)
+def test_a_method_that_stores_more_than_a_sites_capacity_does_not_fit(
+    capsys, tmp_path, method, holds
+):
+    path = capacity_cluster(tmp_path, 8, 3)
+    flags = ["--model", "mixtral-8x7b", "--cluster", path, "--method", method]
+    assert main(["project", *flags, "--json"]) == 1
+    row = json.loads(capsys.readouterr().out)
+    assert not row["fits"]
+    assert (
+        f"s1 does not fit: it holds {holds} experts per layer, capacity 3" in row["memory_verdict"]
+    )
+
+
+@pytest.mark.parametrize("method", ["fomoe", "fsdp"])
+def test_placement_by_capacity_and_shards_keep_to_it(capsys, tmp_path, method):
+    path = capacity_cluster(tmp_path, 8, 3)
+    flags = ["--model", "mixtral-8x7b", "--cluster", path, "--method", method]
+    assert project(capsys, *flags)["fits"]
+
+
+def test_fp32_products_run_at_the_fp32_peak(capsys, config):
+    rows = {}
+    for precision in ("fp32", "bf16"):
+        path = config.replace("small", precision)
+        with open(path, "w") as file:
+            file.write(CONFIG + f"inner: {{precision: {precision}}}\n")
+        rows[precision] = project(capsys, "--config", path)["step_time_s"]
+    assert rows["fp32"] / rows["bf16"] == pytest.approx(989 / 66.9)
+
+
+def test_a_steered_router_executes_its_target(capsys, config):
+    with open(config, "a") as file:
+        file.write("router: {execute_target: 0.75}\n")
+    assert project(capsys, "--config", config)["executed_fraction"] == 0.75
+    assert project(capsys, "--config", config, "--replication", "4")["executed_fraction"] == 1
+
+
+@pytest.mark.parametrize(
+    ("choice", "ours"), [("none", "none"), ("experts", "experts"), ("layers", "full")]
+)
+def test_a_config_recomputes_what_it_says(capsys, config, choice, ours):
+    with open(config, "w") as file:
+        file.write(CONFIG.replace("num_experts: 8", f"num_experts: 8, recompute: {choice}"))
+    row = project(capsys, "--config", config)
+    assert row["recompute"] == ours
+    flagged = project(capsys, "--config", config, "--recompute", "full")
+    assert flagged["recompute"] == "full"
+    assert row["step_time_s"] <= flagged["step_time_s"]
+    assert row["cpu_process_peak_bytes"] >= flagged["cpu_process_peak_bytes"]
+
+
+def test_recomputing_experts_costs_their_forward_pass(capsys):
+    from fomoe_sim.flops import token_flops
+    from fomoe_sim.presets import model_preset
+
+    shared = ["--model", "mixtral-8x7b", "--method", "diloco"]
+    none = project(capsys, *shared, "--recompute", "none")
+    experts = project(capsys, *shared, "--recompute", "experts")
+    fraction = token_flops(model_preset("mixtral-8x7b")).expert_fraction
+    assert experts["step_time_s"] / none["step_time_s"] == pytest.approx(1 + fraction / 3)
+    parts = [row["memory_parts"]["activations"]["bytes"] for row in (experts, none)]
+    assert parts[0] < parts[1]
+
+
+def test_a_configs_own_methods_have_their_own_names(capsys, config):
+    names = "resident-routing,dense,diloco-half,single"
+    rows = project(capsys, "--config", config, "--compare", names)
+    assert [row["method"] for row in rows] == names.split(",")
+    assert rows[0]["executed_fraction"] == 1
+    assert rows[1]["params_total"] < rows[0]["params_total"]
+    assert rows[3]["num_sites"] == 1
+
+
+@pytest.mark.parametrize("fragments", [1, 2, 3, 5, 7, 8, 11, 15, 16])
+def test_event_and_sweep_agree_on_fragments(capsys, fragments):
+    """Any number of fragments, also where it does not divide the 16 layers or exceeds H."""
+    shared = ["--model", "olmoe-1b-7b", "--fragments", str(fragments), "--overlap-steps", "1"]
+    for steps in ("4", "64"):
+        for rate in ("1Mbit", "100Tbit"):  # all exposed, nothing exposed
+            flags = [*shared, "--local-steps", steps, "--rtt-ms", "0"]
+            event = project(capsys, *flags, "--bandwidth", rate)
+            (swept,) = project(capsys, *flags, "--sweep", f"bandwidth={rate}")
+            assert (event["time_model"], swept["time_model"]) == ("event", "analytic")
+            assert event["round_time_s"] == pytest.approx(swept["round_time_s"], rel=2e-3)
+            assert event["exposed_s_per_round"] >= 0
+
+
+def test_a_sync_costs_once_however_many_fragments_share_its_step(capsys):
+    shared = ["--model", "olmoe-1b-7b", "--bandwidth", "1Mbit", "--local-steps", "1"]
+    one = project(capsys, *shared)
+    many = project(capsys, *shared, "--sweep", "fragments=16")[0]
+    assert many["round_time_s"] == pytest.approx(one["round_time_s"])
+
+
+@pytest.mark.parametrize("rate", ["10Mbit", "1Gbit", "100Gbit", "10Tbit"])
+def test_fsdp_costs_the_same_alone_and_in_a_sweep(capsys, rate):
+    shared = ["--model", "olmoe-1b-7b", "--method", "fsdp"]
+    alone = project(capsys, *shared, "--bandwidth", rate)
+    (swept,) = project(capsys, *shared, "--sweep", f"bandwidth={rate}")
+    assert alone["round_time_s"] == pytest.approx(swept["round_time_s"])
+
+
+def fitted(tmp_path, **changes):
+    """A calibration file."""
+    values = {
+        "runs": ("run",),
+        "step_time_s": 0.02,
+        "effective_bps": 1e8,
+        "sync_fixed_s": 0.01,
+        "separated": True,
+        "num_rounds": 4,
+        "bandwidth_bps": 2e8,
+        "link_efficiency": 0.5,
+    }
+    path = str(tmp_path / "fitted.json")
+    save_calibration(Calibration(**(values | changes)), path)
+    return path
+
+
+def test_a_swept_or_solved_link_has_the_fitted_efficiency(capsys, config, tmp_path):
+    flags = ["--config", config, "--calibration", fitted(tmp_path)]
+    alone = project(capsys, *flags, "--bandwidth", "20Mbit")
+    (swept,) = project(capsys, *flags, "--sweep", "bandwidth=20Mbit")
+    assert swept["round_time_s"] == pytest.approx(alone["round_time_s"])
+    target = str(alone["utilisation"])
+    solved = project(capsys, *flags, "--solve", "bandwidth", "--utilisation", target)
+    assert solved["bandwidth_bps"] == pytest.approx(2e7, rel=2e-3)
+    lacking = fitted(tmp_path, link_efficiency=None, bandwidth_bps=None)
+    words = refusal(
+        capsys, "--config", config, "--calibration", lacking, "--sweep", "bandwidth=1e8"
+    )
+    assert "has no link efficiency" in words
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--rtt-ms 10", "--rtt-ms 10.0 contradicts --calibration"),
+        ("--mfu 0.3", "--mfu 0.3 contradicts --calibration"),
+        ("--accelerator A100", "--accelerator A100 contradicts --calibration"),
+        ("--accelerators 2", "--accelerators 2 contradicts --calibration"),
+        ("--step-time 1", "--step-time 1.0 contradicts --calibration"),
+        ("--recompute full", "--recompute full contradicts --calibration"),
+    ],
+)
+def test_what_a_calibration_fixes_is_not_asked_again(capsys, config, tmp_path, flags, words):
+    path = fitted(tmp_path)
+    assert words in refusal(capsys, "--config", config, "--calibration", path, *flags.split())
+
+
+def test_plan_refuses_what_project_refuses(capsys):
+    shared = ["--model", "dbrx", "--sites", "2"]
+    for flags, words in (
+        (["--replication", "4"], "--replication 4 exceeds the 2 sites"),
+        (["--method", "ddp", "--fragments", "4"], "has no meaning for ddp"),
+        (["--method", "spes", "--topology", "star"], "has no meaning for spes"),
+        (["--method", "dilco"], "nearest: diloco"),
+        (["--fragments", "400"], "exceeds the 40 layers"),
+    ):
+        assert words in refusal(capsys, *shared, *flags, command="plan")

@@ -155,6 +155,18 @@ def test_every_topology_sends_the_vector_2n_minus_2_times(topology, num_sites):
     assert hops(topology, num_sites) >= 2
 
 
+@pytest.mark.parametrize(
+    ("num_holders", "depth"), [(2, 1), (3, 1), (4, 2), (5, 2), (7, 2), (8, 3), (15, 3), (16, 4)]
+)
+def test_a_trees_messages_follow_its_depth(num_holders, depth):
+    """Holder i's parent is (i - 1) // 2, so the last one is the deepest."""
+    position, steps = num_holders - 1, 0
+    while position:
+        position, steps = (position - 1) // 2, steps + 1
+    assert steps == depth
+    assert hops("tree", num_holders) == 2 * depth
+
+
 def test_ring_equals_the_trainers_wire_elements():
     shape, traffic = proxy("diloco", num_sites=3, replication=1)
     full = [wire_elements(shape.shared_total, 3, i) for i in range(3)]
