@@ -21,7 +21,7 @@ from fomoe.model.elementwise import RMSNorm, rotate
 from fomoe.model.matmul import Linear, linear
 
 # Longest sequence for which blocks are at least as fast; rows of a block; bytes of its scores.
-_LONGEST, _BLOCK_ROWS, _BLOCK_BYTES = 1024, 64, 2 << 20
+_LONGEST, _BLOCK_ROWS, _BLOCK_BYTES = 512, 64, 2 << 20
 
 
 class Attention(nn.Module):
