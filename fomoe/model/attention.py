@@ -101,11 +101,11 @@ class _Blocks(torch.autograd.Function):
             seen = slice(0, rows.stop)
             q, grad, k = q_MSH[heads, rows], grad_MSH[heads, rows], k_MSH[heads, seen]
             share = _shares(q, k)
-            dv_MSH[heads, seen].baddbmm_(share.transpose(1, 2), grad)
+            dv_MSH[heads, seen] += torch.bmm(share.transpose(1, 2), grad)
             dscore = torch.bmm(grad, v_MSH[heads, seen].transpose(1, 2))
             dscore.sub_(pull_MS1[heads, rows]).mul_(share)
             dq_MSH[heads, rows] = torch.bmm(dscore, k)
-            dk_MSH[heads, seen].baddbmm_(dscore.transpose(1, 2), q)
+            dk_MSH[heads, seen] += torch.bmm(dscore.transpose(1, 2), q)
         return dq_MSH.mul_(q_MSH.shape[-1] ** -0.5), dk_MSH, dv_MSH
 
 
