@@ -20,7 +20,7 @@ from fomoe.segments import build_plan, sync_traffic
 from fomoe.shapes import parameter_specs
 from fomoe_sim import calibrate
 from fomoe_sim.calibrate import Calibration, fit, load_calibration, split_rounds
-from fomoe_sim.runs import read_run, read_runs
+from fomoe_sim.runs import Round, read_run, read_runs
 
 STEP_S, FIXED_S, LINK_BPS = 0.1, 0.07, 80e6
 
@@ -122,6 +122,41 @@ def test_a_run_that_syncs_every_step_pays_the_fixed_cost_every_step(tmp_path):
     found = fit(rounds, [])
     assert found.sync_fixed_s == pytest.approx(FIXED_S)
     assert found.effective_bps == pytest.approx(LINK_BPS)
+
+
+def rounds_of(flops, step_s):
+    """Three rounds whose steps execute so many FLOPs and take so long."""
+    return [
+        Round(
+            run=f"{flops}",
+            index=index,
+            local_steps=4,
+            num_syncs=1,
+            train_s=4 * step_s,
+            sync_s=1.0,
+            wire_bytes=1000,
+            payload_bytes=1000,
+            step_flops=flops,
+        )
+        for index in range(3)
+    ]
+
+
+def test_steps_of_different_work_separate_their_fixed_part():
+    """A run of fewer executed assignments is predicted from its FLOPs, not at the same time."""
+    found = fit(rounds_of(2e9, 0.3) + rounds_of(6e9, 0.5), rounds_of(4e9, 0.4))
+    assert found.step_time_s == pytest.approx(0.5)
+    assert found.step_flops == 6e9
+    assert found.step_fixed_s == pytest.approx(0.2)
+    assert found.step_s(4e9) == pytest.approx(0.4)
+    assert found.round_error == pytest.approx(0, abs=1e-6)
+
+
+def test_steps_of_equal_work_scale_with_it():
+    found = fit(rounds_of(2e9, 0.3), [])
+    assert found.step_fixed_s == 0
+    assert found.step_s(1e9) == pytest.approx(0.15)
+    assert found.step_s(None) == pytest.approx(0.3)
 
 
 def test_a_link_too_fast_to_be_seen_has_no_bandwidth(tmp_path):
