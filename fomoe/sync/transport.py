@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -25,8 +24,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fomoe.errors import FomoeError, SyncError
-from fomoe.segments import Bucket, chunk_bounds, wire_elements
+from fomoe.segments import Bucket, wire_elements
 from fomoe.sync.aggregate import Contribution, sum_in_order
+from fomoe.sync.bucketsum import BucketSum, Message
 
 _NOT_COMMITTED = (
     "; a sync that fails is committed nowhere, --resume continues from the newest checkpoint"
@@ -165,61 +165,6 @@ class InMemoryTransport:
         pass
 
 
-# A peer, what it is sent, and where what it sends goes.
-Message = tuple[int, Tensor, Tensor]
-
-
-class _BucketSum:
-    """One bucket on its way: contributions come in by chunks, sums go out by chunks.
-
-    Every holder sums one chunk, in site order, and sends the sum to the others. The own
-    contribution's memory takes the sums; until all have come nothing else is touched.
-    """
-
-    def __init__(self, bucket: Bucket, site: int, own: Contribution) -> None:
-        self.bucket, self.contribution, self._site = bucket, own, site
-        bounds = chunk_bounds(bucket.numel, len(bucket.holders))
-        parts = zip(bucket.holders, own.values.split(_sizes(bounds)), strict=True)
-        self._chunks = dict(parts)
-        self._peers = [holder for holder in bucket.holders if holder != site]
-        mine = self._chunks[site]
-        self._values = {peer: torch.empty_like(mine) for peer in self._peers}
-        self._weights = {peer: torch.empty_like(own.weights) for peer in self._peers}
-
-    @property
-    def wire_bytes(self) -> int:
-        """Of values: each peer's chunk to that peer, and the own sum to every peer."""
-        sent = sum(self._chunks[peer].nbytes for peer in self._peers)
-        return sent + len(self._peers) * self._chunks[self._site].nbytes
-
-    def parts(self) -> Iterator[Message]:
-        """Values that each peer sums, and the weights."""
-        for peer in self._peers:
-            yield peer, self._chunks[peer], self._values[peer]
-            yield peer, self.contribution.weights, self._weights[peer]
-
-    def add(self) -> None:
-        """Sum the own chunk."""
-        mine = self._chunks[self._site]
-        self._values[self._site] = mine
-        mine.copy_(sum_in_order([self._values[holder] for holder in self.bucket.holders]))
-        self._values.clear()
-
-    def totals(self) -> Iterator[Message]:
-        """The own chunk's sum, for those of the others."""
-        for peer in self._peers:
-            yield peer, self._chunks[self._site], self._chunks[peer]
-
-    def total(self) -> Contribution:
-        weights = {**self._weights, self._site: self.contribution.weights}
-        ordered = [weights[holder] for holder in self.bucket.holders]
-        return Contribution(self.contribution.values, sum_in_order(ordered))
-
-
-def _sizes(bounds: list[int]) -> list[int]:
-    return [stop - start for start, stop in pairwise(bounds)]
-
-
 class GlooTransport:
     """One site of a distributed run; its peers are other processes (or threads, in tests).
 
@@ -263,7 +208,7 @@ class GlooTransport:
 
     def sum_over_holders(self, buckets: Sequence[Bucket], contribute: Contribute) -> Sums:
         held = [bucket for bucket in buckets if self._site in bucket.holders]
-        sums = [_BucketSum(b, self._site, contribute(b, self._site)) for b in held]
+        sums = [BucketSum(b, self._site, contribute(b, self._site)) for b in held]
         with _named("summing over the holders"):
             # Every site sends its buckets in the plan's order, two messages a peer and bucket; a
             # tag names the bucket and the message.
