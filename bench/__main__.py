@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--clock cpu counts the waiting of threads for each other; add --threads 1")
     machine = find_machine(args.device, args.threads, args.clock)
     result = measure(machine, args.only or PARTS)
-    print_tables(result)
+    print_tables(result, args.only or PARTS)
     LATEST.write_text(json.dumps(result, indent=1) + "\n")
     if args.plot and result["growth"]:
         args.plot.write_text(growth_svg(result["growth"]))
@@ -80,11 +80,13 @@ def measure(machine: Machine, parts: tuple[str, ...] | list[str]) -> dict[str, A
     return result
 
 
-def print_tables(result: dict[str, Any]) -> None:
+def print_tables(result: dict[str, Any], parts: Sequence[str]) -> None:
     """The rows of every part as aligned text."""
     peak = ", ".join(f"{name} {rate:.0f}" for name, rate in result["peak_gflops"].items())
     print(f"{result['kind']}, torch {result['torch']}; matrix peak {peak} GFLOP/s")
     print(f"load average {result['load_before']:.1f} before, {result['load_after']:.1f} after")
+    if "proxy" in parts and not result["proxy"]:
+        print("proxy: left out, it needs an accelerator")
     for part in PARTS:
         if result[part]:
             print(f"\n{part}")

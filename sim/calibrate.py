@@ -22,6 +22,8 @@ from fomoe_sim.fit import fit_link, fit_step
 from fomoe_sim.hardware import read_rate
 from fomoe_sim.runs import Round, read_runs
 
+LARGE_ERROR = 0.2  # of the held-out rounds' time: the user is told
+
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
@@ -106,6 +108,16 @@ def split_rounds(rounds: list[Round]) -> tuple[list[Round], list[Round]]:
     return fitted, held_out
 
 
+def without_first(rounds: list[Round]) -> list[Round]:
+    """Rounds without each run's first, in which kernels are built and connections are slow.
+
+    A run of one round keeps it.
+    """
+    later = [r for r in rounds if r.index > 0]
+    alone = [r for r in rounds if r.index == 0 and all(o.run != r.run for o in later)]
+    return alone + later
+
+
 def fit(
     rounds: list[Round], held_out: list[Round], *, bandwidth_bps: float | None = None
 ) -> Calibration:
@@ -119,6 +131,7 @@ def fit(
     Raises:
         ConfigError: if the runs moved more bits than the stated bandwidth allows.
     """
+    rounds = without_first(rounds)
     fixed, effective, separated, note = fit_link(rounds)
     step_time_s, step_flops, step_fixed_s = fit_step(rounds)
     missing = sorted({site for r in rounds + held_out for site in r.missing_sites})
@@ -271,6 +284,11 @@ def text(calibration: Calibration, out: Path) -> str:
         lines.append(
             f"held out: {c.held_out_rounds} rounds of {c.held_out}: median error of the round time "
             f"{c.round_error:.1%}, of the sync time {c.sync_error:.1%}"
+        )
+    if c.round_error is not None and c.round_error > LARGE_ERROR:
+        lines.append(
+            f"note: above {LARGE_ERROR:.0%} the rounds vary by more than their links; calibrate "
+            "from 8 rounds or more, on machines that do nothing else"
         )
     if c.payload_error_bytes is not None:
         lines.append(f"held out: planned payload is off by {c.payload_error_bytes} bytes")

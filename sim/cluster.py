@@ -277,5 +277,7 @@ def _problem(error: ValidationError) -> ConfigError:
         return ConfigError(field, "", f"is not an option of a cluster; did you mean {near}?")
     if problem["type"] == "missing":
         return ConfigError(field, "", "is needed")
+    if problem["type"] == "too_short":
+        return ConfigError(field, "[]", "must have at least one entry")
     rule = problem["msg"].replace("Input should be", "must be").replace("'", "")
     return ConfigError(field, problem["input"], rule)

@@ -46,8 +46,7 @@ class Line:
 def fit_line(points: list[tuple[float, float, float]]) -> Line:
     """The line through (count, amount, time) that minimises the relative error.
 
-    Points of equal count and amount are first reduced to their median, so that a slow first round
-    does not count.
+    Points of equal count and amount are first reduced to their median.
     """
     groups: dict[tuple[float, float], list[float]] = {}
     for count, amount, time_s in points:

@@ -26,16 +26,17 @@ def formulas_of(method: str, config: Config | None) -> str:
     return COSTED_AS.get(method, method)
 
 
-def check_method(method: str, *, config: bool = False) -> str:
+def check_method(method: str, *, config: bool = False, flag: str = "--method") -> str:
     """The method, or an error that lists the nearest.
 
     Args:
         config: whether a config is asked about, which has more methods than a preset.
+        flag: that named it.
     """
-    known = [*METHODS, *(name for name in CONFIG_METHODS if name not in METHODS)]
-    if method not in known:
-        near = nearest(method, known)
-        raise ConfigError("--method", method, f"is not a method; nearest: {near}")
+    more = [name for name in CONFIG_METHODS if name not in METHODS]
+    if method not in [*METHODS, *more]:
+        near = nearest(method, [*METHODS, *(more if config else [])])
+        raise ConfigError(flag, method, f"is not a method; nearest: {near}")
     if method not in METHODS and not config:
-        raise ConfigError("--method", method, "is a method of the trainer's: it needs --config")
+        raise ConfigError(flag, method, "is a method of the trainer's: it needs --config")
     return method

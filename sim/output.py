@@ -9,6 +9,7 @@ from typing import Any
 
 from fomoe.errors import ConfigError
 from fomoe_sim.answer import Row
+from fomoe_sim.hardware import ACCELERATORS
 from fomoe_sim.scenario import SOURCES
 
 # name -> (unit, meaning); the order of the CSV and of --explain.
@@ -141,11 +142,23 @@ def explain() -> str:
     for head, columns in (("Columns", COLUMNS), ("In JSON only", NESTED)):
         lines.append(f"{head} (unit): meaning")
         lines += [f"  {n:<{wide}}  ({unit or '-'}) {text}" for n, (unit, text) in columns.items()]
-    return "\n".join([*lines, "", *sources_lines()])
+    return "\n".join([*lines, "", *sources_lines(), "", *accelerator_lines()])
 
 
-def sources_lines() -> list[str]:
-    return ["Defaults and their sources:", *(f"  {n}: {text}" for n, text in SOURCES.items())]
+def sources_lines(without: frozenset[str] = frozenset()) -> list[str]:
+    """Our defaults; `without` names those that the question replaced."""
+    shown = {name: text for name, text in SOURCES.items() if name not in without}
+    return ["Defaults and their sources:", *(f"  {n}: {text}" for n, text in shown.items())]
+
+
+def accelerator_lines() -> list[str]:
+    """The accelerators by name, with their figures' source."""
+    lines = ["Accelerators (USD per hour, GB, bf16 TFLOP/s):"]
+    for device in ACCELERATORS.values():
+        low, high = device.price_per_hour
+        figures = f"{low:g}-{high:g}, {device.memory_bytes / 1e9:g}, {device.peak_flops / 1e12:g}"
+        lines.append(f"  {device.name}: {figures}; {device.source}")
+    return lines
 
 
 def scaled(value: float, unit: str = "") -> str:

@@ -88,8 +88,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(report, indent=2))
     else:
         rows = sorted((c.row for c in front), key=lambda row: row["cost_usd"])
-        print(f"{len(candidates)} configurations, {len(allowed)} allowed, {len(front)} in the")
-        print("Pareto set (days, cost, local steps, executed share), cheapest first:")
+        print(f"{len(candidates)} configurations, {len(allowed)} allowed; the {len(front)} that no")
+        print("other beats in days, cost, local steps and executed share at once, cheapest first:")
         print(to_table(rows, limit=15))
         print("\nbest (cheapest):", describe(best.row))
         print("\n".join(f"  {reason}" for reason in reasons))

@@ -63,6 +63,8 @@ def add_command(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Answer and print; 0, or 1 if a stated cluster can hold none of the answers."""
     if args.explain:
+        if args.json or args.csv:
+            raise ConfigError("--explain", "", "is text: leave --json and --csv out")
         print(explain())
         return 0
     check_question(args)
@@ -82,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
     for reason in refused:
         print(f"left out: {reason}", file=sys.stderr)
     if args.cluster and not any(row["fits"] for row in rows):
-        print(f"error: {rows[0]['memory_verdict']} (--cluster {args.cluster})", file=sys.stderr)
+        verdict = rows[0]["memory_verdict"]
+        print(f"fomoe: --cluster {args.cluster}: {verdict}", file=sys.stderr)
         return 1
     return 0
 
@@ -193,4 +196,16 @@ def _print(args: argparse.Namespace, rows: list[Row], *, single: bool) -> None:
         if args.sweep:
             print("units, meanings, and the source of every default: fomoe project --explain")
         else:
-            print("\n".join(["", *risk_lines(rows), "", *sources_lines()]))
+            print("\n".join(["", *risk_lines(rows), "", *sources_lines(_replaced(args))]))
+
+
+def _replaced(args: argparse.Namespace) -> frozenset[str]:
+    """Defaults that this question does not use."""
+    names: set[str] = set()
+    if args.config:
+        names |= {"sites", "batch tokens", "tokens of the run"}
+    if args.calibration:
+        names |= {"link efficiency, fixed cost", "rtt"}
+    if args.mfu or args.step_time or (args.calibration and args.config):
+        names |= {"mfu (MoE)", "mfu (dense)"}
+    return frozenset(names)

@@ -249,7 +249,8 @@ def methods_asked(args: argparse.Namespace) -> list[str]:
     """Methods of --compare or --method; else the config's own, else FoMoE."""
     config = args.config is not None
     if args.compare:
-        return [check_method(name.strip(), config=config) for name in args.compare.split(",")]
+        names = [name.strip() for name in args.compare.split(",")]
+        return [check_method(name, config=config, flag="--compare") for name in names]
     if args.method:
         return [check_method(args.method, config=config)]
     return [_load(args.config, ()).method if args.config else "fomoe"]

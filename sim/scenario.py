@@ -27,6 +27,10 @@ SOURCES = {
     "H800-hours per 1e12 tokens imply (arXiv 2412.19437) and which computes in FP8",
     "mfu (dense)": "0.40, range 0.38-0.43: Llama-3 405B, 380-430 of 989 TFLOP/s "
     "(arXiv 2407.21783, table 4)",
+    "sites": "4 sites, each expert at 2 of them, H = 32, 1 Gbit/s both ways; a preset of 1e9 "
+    "parameters or more has 64 H100 per site, else one: choices to start from, no figures",
+    "failures": "one per 50,700 accelerator-hours, repaired in 0.28 h: Llama-3 405B's 419 in 54 "
+    "days on 16,384 (arXiv 2407.21783, table 5) and its effective training time",
     "batch tokens": "4 Mi tokens per step over all sites: the first batch size of Llama-3 405B "
     "(arXiv 2407.21783, section 3.4)",
     "bits": "32: the trainer sends fp32; streaming 4 (arXiv 2501.18512)",

@@ -290,7 +290,7 @@ def test_a_real_run_is_calibrated_and_its_last_rounds_predicted(real_run, tmp_pa
     out = tmp_path / "calibration.json"
     assert run_command(str(real_run), "--out", str(out)) == 0
     found = load_calibration(out)
-    assert (found.num_rounds, found.held_out_rounds) == (4, 2)
+    assert (found.num_rounds, found.held_out_rounds) == (3, 2), "the first is not fitted"
     assert found.payload_error_bytes == 0
     assert found.step_time_s > 0
     assert found.effective_bps > 0
@@ -387,3 +387,15 @@ def test_a_calibration_file_round_trips_and_refuses_others(tmp_path):
             load_calibration(out)
     with pytest.raises(ConfigError, match="does not exist"):
         load_calibration(tmp_path / "none.json")
+
+
+def test_a_slow_first_round_is_not_fitted_and_large_errors_are_told(tmp_path, capsys):
+    """Also with few rounds, in which a median does not help."""
+    run = write_run(tmp_path / "a", local_steps=8, wire_bytes=1_000_000, rounds=3)
+    found = fit(read_run(run), [])
+    assert found.num_rounds == 2
+    assert found.sync_s(1_000_000) == pytest.approx(FIXED_S + 8e6 / LINK_BPS)
+    only = write_run(tmp_path / "b", local_steps=8, wire_bytes=1_000_000, rounds=1)
+    assert fit(read_run(only), []).num_rounds == 1
+    assert run_command(run, "--hold-out", only) == 0
+    assert "calibrate from 8 rounds or more" in capsys.readouterr().out
