@@ -354,6 +354,8 @@ BAD_INPUT = {
     "--model dbrx --sweep replication=9,10": "leaves nothing",
     "--model dbrx --replication 2 --sweep replication=1,2": "contradicts --sweep",
     "--model dbrx --json --csv": "contradicts --json",
+    "--model dbrx --explain --json": "--explain is text",
+    "--model dbrx --compare ddp,dilco": "--compare dilco is not a method",
     "--model dbrx --plot out.png": "must end in .svg",
     "--model dbrx --mfu 1.5": "--mfu 1.5 must be at most 1",
     "--model dbrx --mfu nan": "--mfu nan must be a number",
