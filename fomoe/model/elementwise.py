@@ -46,12 +46,20 @@ class _RMSNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, None]:
         x_ND, weight_D, scale_N1 = ctx.saved_tensors
-        product_ND = grad_ND * x_ND
-        weight_grad_D = product_ND.t() @ scale_N1.squeeze(-1)
-        along_N = product_ND @ weight_D  # how much the gradient would change the norm
-        pull_N1 = along_N.unsqueeze(-1) * scale_N1.pow(3) / -x_ND.shape[-1]
-        torch.mul(grad_ND, weight_D, out=product_ND)
-        return product_ND.mul_(scale_N1).addcmul_(x_ND, pull_N1), weight_grad_D, None
+        size = x_ND.shape[-1]
+        # LayerNorm's kernel with a mean of 0, which also takes each row's mean gradient away.
+        x_grad_ND, weight_grad_D, _ = torch.ops.aten.native_layer_norm_backward(
+            grad_ND,
+            x_ND,
+            [size],
+            torch.zeros_like(scale_N1),
+            scale_N1,
+            weight_D,
+            None,
+            [True, True, False],
+        )
+        mean_N1 = (grad_ND @ weight_D).unsqueeze(-1) / size
+        return x_grad_ND.add_(mean_N1 * scale_N1), weight_grad_D, None
 
 
 def rotate(x: Tensor, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
@@ -66,19 +74,23 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
         ctx.save_for_backward(cos_SH, sin_SH)
-        return _turn(x, cos_SH, sin_SH, 1)
+        return _turn(x, cos_SH, sin_SH, 1, out=x.new_empty(x.shape))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos_SH, sin_SH = ctx.saved_tensors
-        return _turn(grad, cos_SH, sin_SH, -1), None, None
+        out = torch.empty_like(grad)
+        if grad.ndim == 4:  # [B, N, S, H]: lay it out as [B, S, N, H], as the projections read it
+            batch, heads, seq, size = grad.shape
+            out = grad.new_empty(batch, seq, heads, size).transpose(1, 2)
+        return _turn(grad, cos_SH, sin_SH, -1, out=out), None, None
 
 
-def _turn(x: Tensor, cos_SH: Tensor, sin_SH: Tensor, sign: int) -> Tensor:
+def _turn(x: Tensor, cos_SH: Tensor, sin_SH: Tensor, sign: int, *, out: Tensor) -> Tensor:
     """A rotation; its gradient is the rotation back."""
     half = x.shape[-1] // 2
-    out = x * cos_SH
+    torch.mul(x, cos_SH, out=out)
     sin = sin_SH[:, :half]  # both halves of the table are equal
     out[..., :half].addcmul_(x[..., half:], sin, value=-sign)
     out[..., half:].addcmul_(x[..., :half], sin, value=sign)

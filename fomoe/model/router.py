@@ -164,7 +164,8 @@ def choose_experts(
     gate_TK = scores_TE.gather(-1, expert_TK)
     if gate_norm == "selected":
         gate_TK = gate_TK / gate_TK.sum(-1, keepdim=True).clamp_min(1e-20)
-    gate_TK = gate_TK * executed_TK
+    if num_resident < num_experts:
+        gate_TK = gate_TK * executed_TK
     if gate_norm == "survivors":
         gate_TK = gate_TK / gate_TK.sum(-1, keepdim=True).clamp_min(1e-20)
     if skip_scale == "inverse" and num_resident:
