@@ -1,6 +1,6 @@
 """Calibration over shaped links: each site in a network namespace of its own; root, Linux only.
 
-    python -m bench.links            # about 10 minutes; exit status 1 if a target is missed
+    python -m bench.links            # about 6 minutes; exit status 1 if a target is missed
 
 Runs the trainer at several placements and local steps, fits some of the runs with `fomoe
 calibrate`, and predicts the others: round time within 10 %, payload exact (docs/validation.md).
