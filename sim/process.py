@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from fomoe_sim.activations import FLOAT32, activations_per_token, dispatch_per_token
 from fomoe_sim.scenario import Scenario
+from fomoe_sim.shape import ModelShape
 
 # A run of a model of a few thousand parameters takes this above its imports: threads, kernels'
 # workspaces, text and code that is loaded when first used.
@@ -23,6 +24,8 @@ LOGIT_COPIES = 3
 # What the head's matrix keeps beside itself, allocated where logits were freed, so that the next
 # ones need new room: gradient, two moments, anchor, outer momentum.
 HEAD_STATES = 5
+# Attention by blocks on CPU (`fomoe/model/attention.py`): the longest sequence, rows of a block.
+BLOCKS_LONGEST, BLOCK_ROWS = 512, 64
 
 
 def process_peak_bytes(scenario: Scenario, site: int = 0) -> int:
@@ -36,6 +39,20 @@ def process_peak_bytes(scenario: Scenario, site: int = 0) -> int:
     return round(RUNTIME_BYTES + states.total + work)
 
 
+def attention_shares(shape: ModelShape, seq: int) -> float:
+    """fp32 bytes per token that a layer's attention keeps beyond torch's, which stores no scores.
+
+    Where it runs by blocks it keeps each row's shares of the positions that its block sees, and its
+    output once instead of twice.
+    """
+    attention = shape.attention
+    if attention.latent or attention.kv_heads != attention.heads or seq > BLOCKS_LONGEST:
+        return 0.0
+    ends = [min(first + BLOCK_ROWS, seq) for first in range(0, seq, BLOCK_ROWS)]
+    seen = sum((end - start) * end for start, end in zip([0, *ends], ends, strict=False)) / seq
+    return FLOAT32 * attention.heads * (seen - attention.head_dim)
+
+
 def _step_bytes(scenario: Scenario, site: int) -> float:
     """What a micro-batch keeps for the backward pass, one layer's gradients, and the logits."""
     shape, size = scenario.shape, scenario.cpu_compute_bytes
@@ -44,6 +61,9 @@ def _step_bytes(scenario: Scenario, site: int) -> float:
     def kept(recompute: str, *, gathered: bool) -> float:
         sizes = {"executed": executed, "element_bytes": size, "recompute": recompute}
         activations = activations_per_token(shape, **sizes)  # type: ignore[arg-type]
+        if size == FLOAT32:
+            layers = 1 if recompute == "full" else shape.num_layers
+            activations += layers * attention_shares(shape, scenario.seq_len)
         return activations + dispatch_per_token(shape, gathered=gathered, **sizes)  # type: ignore[arg-type]
 
     gradients = kept("none", gathered=True) / shape.num_layers

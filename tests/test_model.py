@@ -730,9 +730,12 @@ def test_attention_by_blocks_equals_torchs_own(seq, heads, size, monkeypatch):
     torch.manual_seed(0)
     inputs = [torch.randn(2, heads, seq, size, requires_grad=True) for _ in range(3)]
     twins = [t.detach().double().requires_grad_() for t in inputs]
-    own = attention.attend(*inputs)
-    assert "Blocks" in str(own.grad_fn.next_functions)
-    expected = F.scaled_dot_product_attention(*twins, is_causal=True)
+    cos_SH, sin_SH = rotary_table(seq_len=seq, head_size=size, theta=1e4)
+    own = attention.attend(*inputs, cos_SH, sin_SH)
+    assert "Blocks" in str(own.grad_fn)
+    angles = cos_SH.double(), sin_SH.double()
+    q, k = (rotated(t, *angles) for t in twins[:2])
+    expected = F.scaled_dot_product_attention(q, k, twins[2], is_causal=True)
     upstream = torch.randn_like(own)
     own.backward(upstream)
     expected.backward(upstream.double())
@@ -741,10 +744,21 @@ def test_attention_by_blocks_equals_torchs_own(seq, heads, size, monkeypatch):
         torch.testing.assert_close(mine.grad, theirs.grad.float(), rtol=1e-4, atol=1e-5)
 
 
+def rotated(x: Tensor, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
+    """Rotary positions by their definition: each pair (x_i, x_{i + H/2}) as a complex number."""
+    left, right = x.chunk(2, dim=-1)
+    half = left.shape[-1]
+    turned = torch.complex(left, right) * torch.complex(cos_SH[:, :half], sin_SH[:, :half])
+    return torch.cat([turned.real, turned.imag], dim=-1)
+
+
 def test_long_grouped_and_untrained_attention_is_torchs_own():
     q, k = torch.randn(1, 4, 9, 8, requires_grad=True), torch.randn(1, 2, 9, 8)
     long = torch.randn(1, 1, attention._LONGEST + 1, 2, requires_grad=True)
     for inputs in ((q, k, k), (long, long, long)):
-        assert "ScaledDotProduct" in str(attention.attend(*inputs).grad_fn)
+        _, _, seq, size = inputs[0].shape
+        angles = rotary_table(seq_len=seq, head_size=size, theta=1e4)
+        assert "ScaledDotProduct" in str(attention.attend(*inputs, *angles).grad_fn)
     with torch.no_grad():
-        assert attention.attend(q, q, q).grad_fn is None
+        angles = rotary_table(seq_len=9, head_size=8, theta=1e4)
+        assert attention.attend(q, q, q, *angles).grad_fn is None

@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from fomoe.cli import main as simulate
 from fomoe.config import load_config
 from fomoe.planning import plan_run, planned_summary
+from fomoe_sim import process
+from fomoe_sim.presets import shape_from_config
 
 pytest.importorskip("fomoe.train", reason="the trainer is not part of this checkout")
 
@@ -148,6 +151,32 @@ def test_answers_equal_the_trainers_plan(capsys, tmp_path, name):
     parts = row["memory_parts"]
     held = sum(parts[state]["bytes"] for state in states if state in parts)
     assert held in {memory.total for memory in run.memory}
+
+
+def test_peak_memory_knows_the_attention_of_the_trainer():
+    from fomoe.model import attention
+
+    assert (process.BLOCKS_LONGEST, process.BLOCK_ROWS) == (
+        attention._LONGEST,
+        attention._BLOCK_ROWS,
+    )
+
+
+@pytest.mark.parametrize(
+    ("seq", "model", "seen"),
+    [
+        (64, "", 64),
+        (130, "", (64 * 64 + 64 * 128 + 2 * 130) / 130),
+        (512, "", 288),
+        (513, "", None),
+        (64, "num_kv_heads: 2, ", None),
+    ],
+)
+def test_kept_attention_shares(tmp_path, seq, model, seen):
+    path = Path(write_config(tmp_path, RUNS["fomoe"]))
+    path.write_text(path.read_text().replace("model: {", "model: {" + model))
+    own = process.attention_shares(shape_from_config(load_config(str(path)), "own"), seq)
+    assert own == (0 if seen is None else pytest.approx(4 * 4 * (seen - 8)))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak from /proc")

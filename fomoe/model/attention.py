@@ -1,10 +1,11 @@
 """Causal grouped-query attention with rotary positions and optional qk-norm.
 
 The products over the sequence are torch's scaled_dot_product_attention. Training in fp32 on CPU
-takes `_Blocks` instead where sequences are short: its kernels are tuned for long ones, and the
-backward pass of theirs takes 1.3 times as long at 512 tokens (docs/performance.md).
+takes `_Blocks` instead where sequences are short: torch's kernel computes every score again in the
+backward pass, which pays for long ones only (docs/performance.md).
 
-Shapes: B batch, S sequence, D model, N heads, G key-value heads, H head size, M = B x N.
+Shapes: B batch, S sequence, D model, N heads, G key-value heads, H head size; M heads of some
+sequences, R rows of a block, C the positions that they see.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fomoe.config import ModelConfig
-from fomoe.model.elementwise import RMSNorm, rotate
+from fomoe.model.elementwise import RMSNorm, rotate, turn
 from fomoe.model.matmul import Linear, linear
 
 # Longest sequence for which blocks are at least as fast; rows of a block; bytes of its scores.
@@ -50,72 +51,104 @@ class Attention(nn.Module):
         q_BSNH, k_BSGH, v_BSGH = (t.view(batch, seq, -1, self.head_size) for t in (q, k, v))
         if self.qk_norm == "head":
             q_BSNH, k_BSGH = self.q_norm(q_BSNH), self.k_norm(k_BSGH)
-        q_BNSH = rotate(q_BSNH.transpose(1, 2), cos_SH, sin_SH)
-        k_BGSH = rotate(k_BSGH.transpose(1, 2), cos_SH, sin_SH)
-        out_BNSH = attend(q_BNSH, k_BGSH, v_BSGH.transpose(1, 2))
+        q_BNSH, k_BGSH, v_BGSH = (t.transpose(1, 2) for t in (q_BSNH, k_BSGH, v_BSGH))
+        out_BNSH = attend(q_BNSH, k_BGSH, v_BGSH, cos_SH, sin_SH)
         return self.o_proj(out_BNSH.transpose(1, 2).reshape(batch, seq, -1))
 
 
-def attend(q_BNSH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor) -> Tensor:
-    """softmax(q k' / sqrt(H)) v over the positions so far, [B, N, S, H]."""
+def attend(
+    q_BNSH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, cos_SH: Tensor, sin_SH: Tensor
+) -> Tensor:
+    """softmax(q k' / sqrt(H)) v over the positions so far, q and k rotated first, [B, N, S, H]."""
     grouped = q_BNSH.shape[1] != k_BGSH.shape[1]
     plain = q_BNSH.device.type == "cpu" and q_BNSH.dtype == v_BGSH.dtype == torch.float32
     trains = torch.is_grad_enabled() and q_BNSH.requires_grad
     if plain and trains and not grouped and q_BNSH.shape[2] <= _LONGEST:
-        flat = (t.reshape(-1, *t.shape[2:]) for t in (q_BNSH, k_BGSH, v_BGSH))
-        out_MSH: Tensor = _Blocks.apply(*flat)
-        return out_MSH.view_as(q_BNSH)
+        out_BNSH: Tensor = _Blocks.apply(q_BNSH, k_BGSH, v_BGSH, cos_SH, sin_SH)
+        return out_BNSH
     return F.scaled_dot_product_attention(
-        q_BNSH, k_BGSH, v_BGSH, is_causal=True, enable_gqa=grouped
+        rotate(q_BNSH, cos_SH, sin_SH),
+        rotate(k_BGSH, cos_SH, sin_SH),
+        v_BGSH,
+        is_causal=True,
+        enable_gqa=grouped,
     )
 
 
 class _Blocks(torch.autograd.Function):
-    """Attention by blocks of queries whose scores fit a cache; the backward pass scores again.
+    """Attention by blocks of queries whose scores fit a cache; it keeps each block's shares.
 
     A block of rows meets all keys up to its last row, so of the scores above the diagonal only
-    those inside a block's own square are computed, and masked.
+    those inside a block's own square are computed, and masked. Whole sequences go together, as
+    many as fill a block; what each needs is rotated and laid out just before.
     """
 
     @staticmethod
-    def forward(ctx: Any, q_MSH: Tensor, k_MSH: Tensor, v_MSH: Tensor) -> Tensor:
-        q_MSH = q_MSH * q_MSH.shape[-1] ** -0.5
-        out_MSH = torch.empty_like(q_MSH)
-        for heads, rows in _blocks(q_MSH):
-            share = _shares(q_MSH[heads, rows], k_MSH[heads, : rows.stop])
-            out_MSH[heads, rows] = torch.bmm(share, v_MSH[heads, : rows.stop])
-        ctx.save_for_backward(q_MSH, k_MSH, v_MSH, out_MSH)
-        return out_MSH
+    def forward(
+        ctx: Any, q_BNSH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, cos_SH: Tensor, sin_SH: Tensor
+    ) -> Tensor:
+        scale = q_BNSH.shape[-1] ** -0.5
+        out_BNSH = _heads_side_by_side(q_BNSH)
+        kept = []
+        for own in _sequences(q_BNSH):
+            out = out_BNSH[own]
+            q = turn(q_BNSH[own], cos_SH * scale, sin_SH * scale, 1, out=out.new_empty(out.shape))
+            k = turn(k_BNSH[own], cos_SH, sin_SH, 1, out=out.new_empty(out.shape))
+            q_MSH, k_MSH, v_MSH = q.flatten(0, 1), k.flatten(0, 1), v_BNSH[own].flatten(0, 1)
+            kept += [q_MSH, k_MSH, v_MSH]
+            for rows in _blocks(q_MSH):
+                share = _shares(q_MSH[:, rows], k_MSH[:, : rows.stop])
+                out_MRH = torch.bmm(share, v_MSH[:, : rows.stop])
+                out[:, :, rows] = out_MRH.unflatten(0, out.shape[:2])
+                kept.append(share)
+        ctx.save_for_backward(cos_SH, sin_SH, *kept)
+        return out_BNSH
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_MSH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q_MSH, k_MSH, v_MSH, out_MSH = ctx.saved_tensors
-        dq_MSH, dk_MSH, dv_MSH = (
-            torch.empty_like(q_MSH),
-            torch.zeros_like(k_MSH),
-            torch.zeros_like(v_MSH),
-        )
-        pull_MS1 = (grad_MSH * out_MSH).sum(-1, keepdim=True)
-        for heads, rows in _blocks(q_MSH):
-            seen = slice(0, rows.stop)
-            q, grad, k = q_MSH[heads, rows], grad_MSH[heads, rows], k_MSH[heads, seen]
-            share = _shares(q, k)
-            dv_MSH[heads, seen] += torch.bmm(share.transpose(1, 2), grad)
-            dscore = torch.bmm(grad, v_MSH[heads, seen].transpose(1, 2))
-            dscore.sub_(pull_MS1[heads, rows]).mul_(share)
-            dq_MSH[heads, rows] = torch.bmm(dscore, k)
-            dk_MSH[heads, seen] += torch.bmm(dscore.transpose(1, 2), q)
-        return dq_MSH.mul_(q_MSH.shape[-1] ** -0.5), dk_MSH, dv_MSH
+    def backward(ctx: Any, grad_BNSH: Tensor) -> tuple[Tensor | None, ...]:
+        cos_SH, sin_SH, *saved = ctx.saved_tensors
+        kept = iter(saved)
+        scale = grad_BNSH.shape[-1] ** -0.5
+        dq_BNSH, dk_BNSH, dv_BNSH = (_heads_side_by_side(grad_BNSH) for _ in range(3))
+        for own in _sequences(grad_BNSH):
+            q_MSH, k_MSH, v_MSH = next(kept), next(kept), next(kept)
+            grad = grad_BNSH[own]
+            grad_MSH, dq_MSH = grad.flatten(0, 1), torch.empty_like(q_MSH)
+            dk_MSH, dv_MSH = torch.zeros_like(k_MSH), torch.zeros_like(v_MSH)
+            for rows in _blocks(q_MSH):
+                seen, share = slice(0, rows.stop), next(kept)
+                dv_MSH[:, seen] += torch.bmm(share.mT, grad_MSH[:, rows])
+                dshare = torch.bmm(grad_MSH[:, rows], v_MSH[:, seen].mT)
+                dscore = torch.ops.aten._softmax_backward_data(dshare, share, -1, share.dtype)
+                dq_MSH[:, rows] = torch.bmm(dscore, k_MSH[:, seen])
+                dk_MSH[:, seen] += torch.bmm(dscore.mT, q_MSH[:, rows])
+            dq, dk, dv = (t.view_as(grad) for t in (dq_MSH, dk_MSH, dv_MSH))
+            turn(dq, cos_SH * scale, sin_SH * scale, -1, out=dq_BNSH[own])
+            turn(dk, cos_SH, sin_SH, -1, out=dk_BNSH[own])
+            dv_BNSH[own] = dv
+        return dq_BNSH, dk_BNSH, dv_BNSH, None, None
 
 
-def _blocks(q_MSH: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Heads and rows of each block."""
-    num_heads, seq, _ = q_MSH.shape
-    together = max(2, _BLOCK_BYTES // (4 * _BLOCK_ROWS * seq))
-    for head in range(0, num_heads, together):
-        for row in range(0, seq, _BLOCK_ROWS):
-            yield slice(head, head + together), slice(row, min(row + _BLOCK_ROWS, seq))
+def _heads_side_by_side(x_BNSH: Tensor) -> Tensor:
+    """Memory for another of its shape, in the order in which the projections read and write."""
+    batch, heads, seq, size = x_BNSH.shape
+    return x_BNSH.new_empty(batch, seq, heads, size).transpose(1, 2)
+
+
+def _sequences(x_BNSH: Tensor) -> Iterator[slice]:
+    """Sequences whose blocks are computed together."""
+    batch, heads, seq, _ = x_BNSH.shape
+    together = max(1, _BLOCK_BYTES // (4 * _BLOCK_ROWS * seq * heads))
+    for first in range(0, batch, together):
+        yield slice(first, first + together)
+
+
+def _blocks(x_MSH: Tensor) -> Iterator[slice]:
+    """Rows of each block."""
+    seq = x_MSH.shape[1]
+    for row in range(0, seq, _BLOCK_ROWS):
+        yield slice(row, min(row + _BLOCK_ROWS, seq))
 
 
 def _shares(q_MRH: Tensor, k_MCH: Tensor) -> Tensor:

@@ -74,21 +74,17 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
         ctx.save_for_backward(cos_SH, sin_SH)
-        return _turn(x, cos_SH, sin_SH, 1, out=x.new_empty(x.shape))
+        return turn(x, cos_SH, sin_SH, 1, out=x.new_empty(x.shape))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos_SH, sin_SH = ctx.saved_tensors
-        out = torch.empty_like(grad)
-        if grad.ndim == 4:  # [B, N, S, H]: lay it out as [B, S, N, H], as the projections read it
-            batch, heads, seq, size = grad.shape
-            out = grad.new_empty(batch, seq, heads, size).transpose(1, 2)
-        return _turn(grad, cos_SH, sin_SH, -1, out=out), None, None
+        return turn(grad, cos_SH, sin_SH, -1, out=torch.empty_like(grad)), None, None
 
 
-def _turn(x: Tensor, cos_SH: Tensor, sin_SH: Tensor, sign: int, *, out: Tensor) -> Tensor:
-    """A rotation; its gradient is the rotation back."""
+def turn(x: Tensor, cos_SH: Tensor, sin_SH: Tensor, sign: int, *, out: Tensor) -> Tensor:
+    """Rotate by the angles (sign 1) or back (-1, which is also the gradient), without a graph."""
     half = x.shape[-1] // 2
     torch.mul(x, cos_SH, out=out)
     sin = sin_SH[:, :half]  # both halves of the table are equal
