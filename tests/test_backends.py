@@ -15,9 +15,8 @@ from fomoe.config import Config
 from fomoe.errors import ConfigError
 from fomoe.model import matmul
 from fomoe.model.backends import choice, megablocks
-from fomoe.model.backends.base import plan_dispatch
-from fomoe.model.backends.split import padded_rows
-from fomoe.model.backends.stacked import stack
+from fomoe.model.backends.base import plan_dispatch, stack
+from fomoe.model.backends.split import lay_out, padded_rows
 from fomoe.model.elementwise import rms_norm, rotate
 from fomoe.model.experts import run_experts
 from fomoe.model.router import Routing
@@ -35,6 +34,7 @@ SHAPES = {
     "64 experts, many empty": (64, tuple(range(0, 64, 3)), 2, 9, 16, 12),
     "one token": (8, (0, 1, 2, 3), 2, 1, 16, 12),
     "many rows": (4, (0, 1, 3), 2, 1301, 8, 20),
+    "small and large": (9, tuple(range(9)), 2, 2900, 8, 12),
 }
 
 
@@ -211,6 +211,32 @@ def test_dispatch_holds_executed_assignments_only() -> None:
     expert_A = chosen_TK.flatten()[dispatch.order_A].tolist()
     assert sorted(zip(dispatch.token_A.tolist(), expert_A, strict=True)) == sorted(executed)
     assert expert_A == sorted(expert_A)
+
+
+def test_split_lays_out_small_experts_in_pairs_of_nearly_equal_size() -> None:
+    counts = [5, 0, 700, 6, 40, 41, 3, 200]
+    torch.manual_seed(0)
+    chosen_T1 = torch.arange(8).repeat_interleave(torch.tensor(counts))[torch.randperm(995), None]
+    everyone = tuple(range(8))
+    routing = routing_of(chosen_T1, everyone, 8, torch.ones(chosen_T1.shape))
+    dispatch = plan_dispatch(routing, torch.arange(8), 8)
+    rows = lay_out(dispatch, matmul.TORCH)
+    token_of = rows.spread(dispatch.token_A + 1) - 1  # -1 where a row is padding
+    held = {}
+    for tile, groups in rows.tiles:
+        for group in groups:
+            own = token_of[tile][group.rows].view(len(group.experts), -1).tolist()
+            held[group.experts] = [sorted(t for t in tokens if t >= 0) for tokens in own]
+    assert set(held) == {(2,), (0, 6), (3,), (4, 5), (7,)}
+    for experts, tokens in held.items():
+        for expert, own in zip(experts, tokens, strict=True):
+            assert own == (chosen_T1[:, 0] == expert).nonzero()[:, 0].tolist()
+    assert len(rows.token_P) == 995 + 2 + 1  # one of each pair is padded to the other
+    value_A = torch.randn(995)
+    assert torch.equal(rows.collect(rows.spread(value_A)), value_A)
+    assert all(
+        len(group.experts) == 1 for _, g in lay_out(dispatch, matmul.ONEDNN).tiles for group in g
+    )
 
 
 # ------------------------------------------------------------------------------ stacked parameters

@@ -34,6 +34,8 @@ class Product(Protocol):
 class Products(NamedTuple):
     """The three products that a linear map needs: forward, input gradient, weight gradient.
 
+    torch's also take a batch of operands, [B, N, I] and [B, O, I].
+
     Attributes:
         forward: x_NI, w_OI -> x @ w.T, [N, O].
         input_grad: y_NO, w_OI -> y @ w, [N, I].
@@ -46,15 +48,19 @@ class Products(NamedTuple):
 
 
 def _torch_forward(x_NI: Tensor, w_OI: Tensor, out: Tensor | None = None) -> Tensor:
-    return torch.mm(x_NI, w_OI.t(), out=out)
+    return _mm(x_NI)(x_NI, w_OI.mT, out=out)
 
 
 def _torch_input_grad(y_NO: Tensor, w_OI: Tensor, out: Tensor | None = None) -> Tensor:
-    return torch.mm(y_NO, w_OI, out=out)
+    return _mm(y_NO)(y_NO, w_OI, out=out)
 
 
 def _torch_weight_grad(y_NO: Tensor, x_NI: Tensor) -> Tensor:
-    return y_NO.t() @ x_NI
+    return _mm(y_NO)(y_NO.mT, x_NI)
+
+
+def _mm(operand: Tensor) -> Callable[..., Tensor]:
+    return torch.mm if operand.ndim == 2 else torch.bmm
 
 
 def _onednn_forward(x_NI: Tensor, w_OI: Tensor, out: Tensor | None = None) -> Tensor:

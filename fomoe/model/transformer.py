@@ -52,6 +52,9 @@ class MoE(nn.Module):
         self.experts = nn.ModuleDict(
             {str(e): SwiGLU(model.d_model, model.expert_width, model.matmul) for e in residents}
         )
+        experts = list(self.experts.values())
+        _allocate_together([expert.gate_up for expert in experts])
+        _allocate_together([expert.down for expert in experts])
         slot_E = _slots(residents, model.num_experts)
         self.register_buffer("_slot_E", slot_E, persistent=False)
         self.register_buffer("_resident_E", slot_E < len(residents), persistent=False)
@@ -239,6 +242,14 @@ def stable_seed(*parts: object) -> int:
 
 def _empty(config: Config) -> Tensor:
     return torch.empty(config.vocab_size, config.model.d_model)
+
+
+def _allocate_together(parameters: list[nn.Parameter]) -> None:
+    """Uninitialised parameters of one shape become views of one buffer, as backends read them."""
+    if parameters:
+        whole = torch.empty(len(parameters), *parameters[0].shape)
+        for own, parameter in zip(whole, parameters, strict=True):
+            parameter.data = own
 
 
 def _slots(experts: tuple[int, ...], num_experts: int) -> Tensor:

@@ -90,6 +90,29 @@ class ExpertWeights:
     recompute: bool
 
 
+@torch.no_grad()
+def stack(parameters: list[nn.Parameter]) -> Tensor:
+    """One [R, ...] buffer whose rows are the parameters; moves them into one if they are not.
+
+    `Module.to`, and whatever else gives a parameter new memory, ends the arrangement; the next call
+    restores it. Values are copied then, in-place updates are never lost.
+    """
+    first = parameters[0]
+    step = first.numel() * first.element_size()
+    in_place = first.is_contiguous() and all(
+        p.data_ptr() == first.data_ptr() + index * step
+        and p.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        for index, p in enumerate(parameters)
+    )
+    if not in_place:
+        whole = torch.stack([p.detach() for p in parameters])
+        for own, parameter in zip(whole, parameters, strict=True):
+            parameter.data = own
+    return first.detach().as_strided(
+        (len(parameters), *first.shape), (first.numel(), *first.stride())
+    )
+
+
 class Backend(Protocol):
     """Sum of gate x expert(x) over each token's executed assignments, [T, D].
 

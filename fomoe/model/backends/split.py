@@ -2,29 +2,35 @@
 
 Experts run in tiles: as many of them as fill a tile's rows share one gather and one activation, so
 that many small experts cost no more calls than a few large ones, and a tile's buffers fit a CPU's
-cache, which those of all experts do not. No gradient is ever zero-filled beyond its own rows.
+cache, which those of all experts do not. Two small experts with nearly equal numbers of rows share
+one batched product, so that each thread has a matrix of its own instead of half of one. No gradient
+is ever zero-filled beyond its own rows.
 
-Shapes: T tokens, D model, F hidden, G = 2F, A executed assignments, P rows of all experts with
-their padding, N rows of one tile.
+Shapes: T tokens, D model, F hidden, G = 2F, R resident experts, A executed assignments, P rows of
+all experts with their padding, N rows of one tile, n rows of one expert.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fomoe.model.activation import swiglu_activation, swiglu_backward
-from fomoe.model.backends.base import Dispatch, ExpertWeights, combine, compute_dtype
-from fomoe.model.matmul import ONEDNN, Product, Products, choose_products
+from fomoe.model.backends.base import Dispatch, ExpertWeights, combine, compute_dtype, stack
+from fomoe.model.matmul import ONEDNN, TORCH, Product, Products, choose_products
 
 # Rows of a tile, unless one expert has more. From 512 to 8192 the times differ by a few per cent.
 TILE_ROWS = 2048
 
-Members = list[tuple[int, slice]]  # experts of a tile, and their rows within it
+# Experts of more rows have a product of their own: its threads are busy enough with one.
+PAIR_ROWS = 640
+
+# Rows by which two of a pair may differ, or an eighth of the smaller.
+_UNEVEN = 8
 
 
 def run_split(x_TD: Tensor, gate_A: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> Tensor:
@@ -32,14 +38,39 @@ def run_split(x_TD: Tensor, gate_A: Tensor, dispatch: Dispatch, weights: ExpertW
     dtype = compute_dtype(x_TD)
     if not len(dispatch.token_A):
         return torch.zeros_like(x_TD, dtype=dtype)
-    pairs = [p for pair in zip(weights.gate_ups, weights.downs, strict=True) for p in pair]
     products = choose_products(weights.matmul, x_TD)
-    rows = lay_out(dispatch, padded=products is ONEDNN)
+    rows = lay_out(dispatch, products)
+    stacks = stack(weights.gate_ups), stack(weights.downs)
+    parameters = (*weights.gate_ups, *weights.downs)
     with torch.autocast(x_TD.device.type, enabled=False):
-        return _Split.apply(x_TD.to(dtype), gate_A, rows, products, weights.recompute, *pairs)
+        return _Split.apply(
+            x_TD.to(dtype), gate_A, rows, products, weights.recompute, *stacks, *parameters
+        )
 
 
 # ------------------------------------------------------------------------------------------- rows
+
+
+class Group(NamedTuple):
+    """Experts of one product, and their rows within a tile: one expert, or two of equal size.
+
+    Attributes:
+        experts: their slots, ascending.
+        rows: those of the first, then those of the second.
+    """
+
+    experts: tuple[int, ...]
+    rows: slice
+
+    def rows_of(self, value_NI: Tensor) -> Tensor:
+        """[n, I], or [2, n, I]."""
+        own = value_NI[self.rows]
+        return own if len(self.experts) == 1 else own.view(2, -1, own.shape[-1])
+
+    def weights_of(self, stack_ROI: Tensor) -> Tensor:
+        """[O, I], or [2, O, I] in place."""
+        first, last = self.experts[0], self.experts[-1]
+        return stack_ROI[first] if first == last else stack_ROI[first : last + 1 : last - first]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +78,13 @@ class Rows:
     """Where every executed assignment's row stands.
 
     Attributes:
-        tiles: rows of a tile, and of each of its experts within it.
+        tiles: rows of a tile, and its groups.
         token_P: token of each row; a padding row repeats some token.
-        place_A: row of each executed assignment; None where there is no padding.
+        place_A: row of each executed assignment; None where each has its own number.
         bags: rows of each token, in the order of its choices, and where each token's rows start.
     """
 
-    tiles: list[tuple[slice, Members]]
+    tiles: list[tuple[slice, list[Group]]]
     token_P: Tensor
     place_A: Tensor | None
     bags: tuple[Tensor, Tensor]
@@ -69,35 +100,56 @@ class Rows:
         return value_P if self.place_A is None else value_P.index_select(0, self.place_A)
 
 
-def lay_out(dispatch: Dispatch, *, padded: bool) -> Rows:
-    """Rows in the order of the experts, each expert's padded up to a size that oneDNN has met."""
-    sizes = [padded_rows(count) if padded and count else count for count in dispatch.counts]
-    tiles = list(_tiles(sizes))
+def lay_out(dispatch: Dispatch, products: Products) -> Rows:
+    """Rows group by group, each expert's padded to its group's size or to one oneDNN has met."""
+    counts = dispatch.counts
+    groups = list(_groups(counts, products))
+    tiles = list(_tiles(groups))
     row_A, start_T = dispatch.bags
-    if sizes == dispatch.counts:
-        return Rows(tiles=tiles, token_P=dispatch.token_A, place_A=None, bags=(row_A, start_T))
+    starts, end = [0] * len(counts), 0
+    for experts, size in groups:
+        for expert in experts:
+            starts[expert], end = end, end + size
     device = dispatch.token_A.device
-    added_R = torch.tensor(sizes, device=device) - dispatch.counts_R
-    shift_A = (added_R.cumsum(0) - added_R).repeat_interleave(
-        dispatch.counts_R, output_size=len(dispatch.token_A)
-    )
+    shift_R = torch.tensor(starts, device=device) - (dispatch.ends_R - dispatch.counts_R)
+    if end == sum(counts) and all(len(experts) == 1 for experts, _ in groups):
+        return Rows(tiles=tiles, token_P=dispatch.token_A, place_A=None, bags=(row_A, start_T))
+    shift_A = shift_R.repeat_interleave(dispatch.counts_R, output_size=len(dispatch.token_A))
     place_A = torch.arange(len(shift_A), device=device) + shift_A
-    token_P = dispatch.token_A.new_zeros(sum(sizes)).index_copy(0, place_A, dispatch.token_A)
+    token_P = dispatch.token_A.new_zeros(end).index_copy(0, place_A, dispatch.token_A)
     bags = (place_A.index_select(0, row_A), start_T)
     return Rows(tiles=tiles, token_P=token_P, place_A=place_A, bags=bags)
 
 
-def _tiles(sizes: list[int]) -> Iterator[tuple[slice, Members]]:
-    """Experts with rows, as many in a row as fill a tile; a larger one has a tile of its own."""
-    members: Members = []
+def _groups(counts: list[int], products: Products) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Experts with rows, by products, and the rows that each of a group runs with."""
+    small: list[int] = []
+    for expert, count in enumerate(counts):
+        if products is TORCH and 0 < count <= PAIR_ROWS:
+            small.append(expert)
+        elif count:
+            yield (expert,), padded_rows(count) if products is ONEDNN else count
+    small.sort(key=counts.__getitem__, reverse=True)
+    while small:
+        first = small.pop()
+        if small and counts[small[-1]] - counts[first] <= max(_UNEVEN, counts[first] // 8):
+            second = small.pop()
+            yield (min(first, second), max(first, second)), counts[second]
+        else:
+            yield (first,), counts[first]
+
+
+def _tiles(groups: list[tuple[tuple[int, ...], int]]) -> Iterator[tuple[slice, list[Group]]]:
+    """Groups, as many in a row as fill a tile; a larger one has a tile of its own."""
+    members: list[Group] = []
     start, rows = 0, 0
-    for expert, size in enumerate(sizes):
+    for experts, size in groups:
+        size *= len(experts)
         if members and rows + size > TILE_ROWS:
             yield slice(start, start + rows), members
             start, members, rows = start + rows, [], 0
-        if size:
-            members.append((expert, slice(rows, rows + size)))
-            rows += size
+        members.append(Group(experts, slice(rows, rows + size)))
+        rows += size
     if members:
         yield slice(start, start + rows), members
 
@@ -124,79 +176,87 @@ class _Split(torch.autograd.Function):
         rows: Rows,
         products: Products,
         recompute: bool,
-        *pairs: Tensor,
+        gate_up_RGD: Tensor,
+        down_RDF: Tensor,
+        *parameters: Tensor,
     ) -> Tensor:
         y_PD = x_TD.new_empty(len(rows.token_P), x_TD.shape[1])
         hidden: list[Tensor] = []
-        for tile, members in rows.tiles:
+        for tile, groups in rows.tiles:
             x_ND = x_TD.index_select(0, rows.token_P[tile])
-            hidden += _forward(x_ND, members, pairs, products, y_PD[tile])
+            hidden += _forward(x_ND, groups, gate_up_RGD, down_RDF, products, y_PD[tile])
         keep = any(ctx.needs_input_grad) and not recompute
         kept = [y_PD, *hidden] if keep else []
-        ctx.save_for_backward(x_TD, gate_A, *pairs, *kept)
-        ctx.rows, ctx.products, ctx.num_kept = rows, products, len(kept)
+        ctx.save_for_backward(x_TD, gate_A, gate_up_RGD, down_RDF, *kept)
+        ctx.rows, ctx.products = rows, products
         return combine(y_PD, rows.bags, rows.spread(gate_A))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         rows, products = ctx.rows, ctx.products
-        x_TD, gate_A, *rest = ctx.saved_tensors
-        pairs, kept = rest[: len(rest) - ctx.num_kept], rest[len(rest) - ctx.num_kept :]
+        x_TD, gate_A, gate_up_RGD, down_RDF, *kept = ctx.saved_tensors
         grad_TD, gate_P = grad_TD.contiguous(), rows.spread(gate_A)
         dx_PD, dgate_P = x_TD.new_empty(len(rows.token_P), x_TD.shape[1]), torch.empty_like(gate_P)
-        grads: list[Tensor | None] = [None] * len(pairs)
-        for index, (tile, members) in enumerate(rows.tiles):
+        num_experts = len(gate_up_RGD)
+        needed = ctx.needs_input_grad[-2 * num_experts :]
+        grads: list[Tensor | None] = [None] * (2 * num_experts)
+        for index, (tile, groups) in enumerate(rows.tiles):
             token_N = rows.token_P[tile]
             x_ND = x_TD.index_select(0, token_N)
             if kept:
                 y_ND, (h_NG, silu_NF) = kept[0][tile], kept[1 + 2 * index : 3 + 2 * index]
             else:
                 y_ND = torch.empty_like(x_ND)
-                h_NG, silu_NF = _forward(x_ND, members, pairs, products, y_ND)
+                h_NG, silu_NF = _forward(x_ND, groups, gate_up_RGD, down_RDF, products, y_ND)
             dy_ND = grad_TD.index_select(0, token_N)
             torch.sum(dy_ND * y_ND, -1, dtype=gate_P.dtype, out=dgate_P[tile])
             dy_ND *= gate_P[tile, None].to(dy_ND.dtype)
-            da_NF = _each(products.input_grad, dy_ND, members, pairs[1::2])
+            da_NF = _each(products.input_grad, dy_ND, groups, down_RDF)
             dh_NG = swiglu_backward(da_NF, h_NG, silu_NF)
             a_NF = silu_NF * h_NG.chunk(2, dim=-1)[1]
-            _each(products.input_grad, dh_NG, members, pairs[::2], dx_PD[tile])
-            for expert, own in members:
-                for number, out, into in ((2 * expert, dh_NG, x_ND), (2 * expert + 1, dy_ND, a_NF)):
-                    if ctx.needs_input_grad[5 + number]:
-                        grad = products.weight_grad(out[own], into[own])
-                        grads[number] = grad.to(pairs[number].dtype)
+            _each(products.input_grad, dh_NG, groups, gate_up_RGD, dx_PD[tile])
+            for group in groups:
+                for first, out_NO, into_NI in ((0, dh_NG, x_ND), (num_experts, dy_ND, a_NF)):
+                    numbers = [first + expert for expert in group.experts]
+                    if not any(needed[number] for number in numbers):
+                        continue
+                    both = products.weight_grad(group.rows_of(out_NO), group.rows_of(into_NI))
+                    both = both.to(gate_up_RGD.dtype).view(len(numbers), *both.shape[-2:])
+                    for number, grad in zip(numbers, both, strict=True):
+                        grads[number] = grad if needed[number] else None
         x_grad_TD = combine(dx_PD, rows.bags, None)
-        return x_grad_TD, rows.collect(dgate_P), None, None, None, *grads
+        return x_grad_TD, rows.collect(dgate_P), *[None] * 5, *grads
 
 
 def _forward(
     x_ND: Tensor,
-    members: Members,
-    pairs: Sequence[Tensor],
+    groups: list[Group],
+    gate_up_RGD: Tensor,
+    down_RDF: Tensor,
     products: Products,
     y_ND: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Fill the outputs of one tile; returns gate and up, and silu of the gate."""
-    h_NG = _each(products.forward, x_ND, members, pairs[::2])
+    h_NG = _each(products.forward, x_ND, groups, gate_up_RGD)
     silu_NF, a_NF = swiglu_activation(h_NG)
-    _each(products.forward, a_NF, members, pairs[1::2], y_ND)
+    _each(products.forward, a_NF, groups, down_RDF, y_ND)
     return h_NG, silu_NF
 
 
 def _each(
     product: Product,
     x_NI: Tensor,
-    members: Members,
-    weights: Sequence[Tensor],
+    groups: list[Group],
+    stack_ROI: Tensor,
     out_NO: Tensor | None = None,
 ) -> Tensor:
-    """One product per expert of a tile, into one buffer."""
-    if out_NO is None and len(members) == 1:
-        return product(x_NI, weights[members[0][0]].to(x_NI.dtype))
+    """One product per group of a tile, into one buffer."""
+    if out_NO is None and len(groups) == len(groups[0].experts) == 1:
+        return product(x_NI, groups[0].weights_of(stack_ROI).to(x_NI.dtype))
     if out_NO is None:
-        first = weights[members[0][0]]
-        out_NO = x_NI.new_empty(len(x_NI), first.numel() // x_NI.shape[1])
-    for expert, own in members:
-        product(x_NI[own], weights[expert].to(x_NI.dtype), out_NO[own])
+        out_NO = x_NI.new_empty(len(x_NI), stack_ROI[0].numel() // x_NI.shape[1])
+    for group in groups:
+        weights = group.weights_of(stack_ROI).to(x_NI.dtype)
+        product(group.rows_of(x_NI), weights, group.rows_of(out_NO))
     return out_NO

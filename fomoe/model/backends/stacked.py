@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fomoe.model.activation import swiglu_activation, swiglu_backward
-from fomoe.model.backends.base import Dispatch, ExpertWeights, combine, compute_dtype
+from fomoe.model.backends.base import Dispatch, ExpertWeights, combine, compute_dtype, stack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,29 +60,6 @@ def run_stacked(
             *weights.gate_ups,
             *weights.downs,
         )
-
-
-@torch.no_grad()
-def stack(parameters: list[nn.Parameter]) -> Tensor:
-    """One [R, ...] buffer whose rows are the parameters; moves them into one if they are not.
-
-    `Module.to`, and whatever else gives a parameter new memory, ends the arrangement; the next call
-    restores it. Values are copied then, in-place updates are never lost.
-    """
-    first = parameters[0]
-    step = first.numel() * first.element_size()
-    in_place = first.is_contiguous() and all(
-        p.data_ptr() == first.data_ptr() + index * step
-        and p.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        for index, p in enumerate(parameters)
-    )
-    if not in_place:
-        whole = torch.stack([p.detach() for p in parameters])
-        for own, parameter in zip(whole, parameters, strict=True):
-            parameter.data = own
-    return first.detach().as_strided(
-        (len(parameters), *first.shape), (first.numel(), *first.stride())
-    )
 
 
 class _Stacked(torch.autograd.Function):
