@@ -213,6 +213,33 @@ def test_dispatch_holds_executed_assignments_only() -> None:
     assert expert_A == sorted(expert_A)
 
 
+@pytest.mark.parametrize("products", ["torch", "onednn"])
+@pytest.mark.parametrize(
+    "counts",
+    [
+        [20, 900],  # one small expert before a large one: alone, and not in its slot's place
+        [90, 3],
+        [900, 20, 21],
+        [0, 0, 7],
+        [700, 0, 650, 640],
+        [1, 2, 3, 4, 50, 60, 70, 800],
+        [2100, 30, 2200, 31, 32],
+    ],
+)
+def test_split_equals_the_oracle_for_any_sizes(counts: list[int], products: str) -> None:
+    num_experts = len(counts)
+    shape = (num_experts, tuple(range(num_experts)), 1, sum(counts), 8, 12)
+    layer = make_layer(layer_config(shape, f"split {products}"), shape[1])
+    torch.manual_seed(0)
+    order_T = torch.randperm(sum(counts))
+    chosen_T1 = torch.arange(num_experts).repeat_interleave(torch.tensor(counts))[order_T, None]
+    own, oracle = (
+        run_and_differentiate(layer, shape[1], chosen_T1, oracle=plain, autocast=False)
+        for plain in (False, True)
+    )
+    assert_close(own, oracle, 1e-4)
+
+
 def test_split_lays_out_small_experts_in_pairs_of_nearly_equal_size() -> None:
     counts = [5, 0, 700, 6, 40, 41, 3, 200]
     torch.manual_seed(0)

@@ -12,6 +12,7 @@ all experts with their padding, N rows of one tile, n rows of one expert.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -106,15 +107,17 @@ def lay_out(dispatch: Dispatch, products: Products) -> Rows:
     groups = list(_groups(counts, products))
     tiles = list(_tiles(groups))
     row_A, start_T = dispatch.bags
-    starts, end = [0] * len(counts), 0
+    shifts, end = [0] * len(counts), 0  # of each expert's rows, from where they stand by slot
+    before = [0, *itertools.accumulate(counts)]
     for experts, size in groups:
         for expert in experts:
-            starts[expert], end = end, end + size
-    device = dispatch.token_A.device
-    shift_R = torch.tensor(starts, device=device) - (dispatch.ends_R - dispatch.counts_R)
-    if end == sum(counts) and all(len(experts) == 1 for experts, _ in groups):
+            shifts[expert], end = end - before[expert], end + size
+    if end == sum(counts) and not any(shifts):
         return Rows(tiles=tiles, token_P=dispatch.token_A, place_A=None, bags=(row_A, start_T))
-    shift_A = shift_R.repeat_interleave(dispatch.counts_R, output_size=len(dispatch.token_A))
+    device = dispatch.token_A.device
+    shift_A = torch.tensor(shifts, device=device).repeat_interleave(
+        dispatch.counts_R, output_size=len(dispatch.token_A)
+    )
     place_A = torch.arange(len(shift_A), device=device) + shift_A
     token_P = dispatch.token_A.new_zeros(end).index_copy(0, place_A, dispatch.token_A)
     bags = (place_A.index_select(0, row_A), start_T)
