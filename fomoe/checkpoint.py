@@ -20,6 +20,9 @@ from torch import Tensor
 
 from fomoe.errors import CheckpointError
 
+# State by kind, key and segment; "/" separates them in a file.
+Tree = dict[str, Any]
+
 _FORMAT = 1
 _ROUND = "round-"
 
@@ -37,7 +40,7 @@ def saved_rounds(run_dir: Path) -> list[int]:
 
 
 def save_part(
-    run_dir: Path, round_idx: int, site: int, tensors: dict[str, Tensor], values: dict[str, Any]
+    run_dir: Path, round_idx: int, site: int, tensors: Tree, values: dict[str, Any]
 ) -> None:
     """Write one site's part; the manifest comes last.
 
@@ -50,7 +53,11 @@ def save_part(
         folder.mkdir(parents=True, exist_ok=True)
         # A manifest of an earlier attempt must not vouch for the files that replace it.
         (folder / f"site-{site}.manifest.json").unlink(missing_ok=True)
-        on_cpu = {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
+        # Segments may share a scalar of their parameter; a file needs one copy each.
+        on_cpu = {
+            name: (tensor.to("cpu").contiguous() if tensor.ndim else tensor.to("cpu", copy=True))
+            for name, tensor in flatten(tensors).items()
+        }
         write_atomically(folder / tensors_name, lambda path: save_file(on_cpu, path))
         _write_text(folder / values_name, json.dumps(values))
         files = {name: _describe(folder / name) for name in _file_names(site)}
@@ -90,7 +97,7 @@ def check_part(run_dir: Path, round_idx: int, site: int) -> str:
     return ""
 
 
-def load_part(run_dir: Path, round_idx: int, site: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_part(run_dir: Path, round_idx: int, site: int) -> tuple[Tree, dict[str, Any]]:
     """Read one site's part after checking it.
 
     Raises:
@@ -101,7 +108,30 @@ def load_part(run_dir: Path, round_idx: int, site: int) -> tuple[dict[str, Tenso
     if problem:
         raise CheckpointError(f"checkpoint {folder}, site {site}: {problem}")
     tensors = load_file(folder / f"site-{site}.safetensors")
-    return tensors, json.loads((folder / f"site-{site}.json").read_text())
+    return unflatten(tensors), json.loads((folder / f"site-{site}.json").read_text())
+
+
+def flatten(tree: Tree, prefix: str = "") -> dict[str, Tensor]:
+    """Tensors of a tree by their path."""
+    flat: dict[str, Tensor] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}/")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def unflatten(flat: dict[str, Tensor]) -> Tree:
+    """The tree whose paths these are."""
+    tree: Tree = {}
+    for path, tensor in flat.items():
+        *kinds, name = path.split("/")
+        node = tree
+        for kind in kinds:
+            node = node.setdefault(kind, {})
+        node[name] = tensor
+    return tree
 
 
 def remove_old(run_dir: Path, newest: int, keep: int, sites: Iterable[int]) -> None:

@@ -21,7 +21,6 @@ from torch import Tensor
 from fomoe.config import Config
 from fomoe.model.experts import Expert, swiglu
 from fomoe.segments import Plan, Segment
-from fomoe.shapes import expert_name
 from fomoe.site import Site
 from fomoe.sync.transport import Item, Transport
 
@@ -163,13 +162,13 @@ def _fetch_layer(
 ) -> dict[int, Expert]:
     """All experts of one layer; local ones are not copied."""
     device = next(iter(sites.values())).device
-    items = [Item(s.parameter, s.shape, s.holders) for s in segments]
-    tensors = transport.fetch(items, lambda site, name: sites[site].parameters[name].detach())
+    by_name = {segment.name: segment for segment in segments}
+    items = [Item(s.name, s.shape, s.holders) for s in segments]
+    tensors = transport.fetch(items, lambda site, name: sites[site].view(by_name[name]))
     experts: dict[int, Expert] = {}
     for expert in range(config.model.num_experts):
-        gate_up, down = (
-            tensors[expert_name(layer, expert, part)].to(device) for part in ("gate_up", "down")
-        )
+        own = {s.parameter.rpartition(".")[2]: s.name for s in segments if s.expert == expert}
+        gate_up, down = (tensors[own[part]].to(device) for part in ("gate_up", "down"))
         experts[expert] = partial(swiglu, gate_up=gate_up, down=down)
     return experts
 

@@ -7,12 +7,9 @@ simulator. A test holds these figures equal to the bytes of the built objects.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
-from fomoe.segments import Bucket, Plan
-
-if TYPE_CHECKING:
-    from fomoe.config import Config
+from fomoe.config import Config
+from fomoe.segments import Bucket, Plan, takes_outer_step, trains
 
 FLOAT32 = 4
 
@@ -56,22 +53,6 @@ def site_memory(config: Config, plan: Plan, site: int) -> SiteMemory:
         anchor=FLOAT32 * sum(bucket.numel for bucket in stepped),
         outer_optimizer=_outer_bytes(config, stepped),
     )
-
-
-def trains(bucket: Bucket, site: int) -> bool:
-    """Whether a site computes gradients for a bucket it holds.
-
-    Only experts can be frozen: a router matrix is one parameter even where the updates of its rows
-    count for some sites only.
-    """
-    return site in bucket.trainers or not bucket.expert_class
-
-
-def takes_outer_step(config: Config, bucket: Bucket) -> bool:
-    """Whether the outer optimizer steps a bucket; if not, it needs no anchor."""
-    if config.sync.average == "gradients":
-        return False
-    return len(bucket.holders) > 1 or config.sync.single_holder == "outer"
 
 
 def _inner_bytes(config: Config, numel: int, num_tensors: int) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from fomoe import checkpoint
@@ -41,17 +43,25 @@ def merge(
     _, values = load_part(run_dir, round_idx, _any_site(run_dir, round_idx))
     config = build_config(values["config"])
     plan = plan_run(config).plan
-    tensors = {}
+    tensors: dict[str, Any] = {}
     for site in range(config.num_sites):
         part, _ = load_part(run_dir, round_idx, site)
         for bucket in plan.buckets:
             if bucket.holders[0] == site:
                 for segment in bucket.segments:
-                    tensors[segment.parameter] = part[f"param/{segment.parameter}"]
+                    own = part["param"][segment.name]
+                    if segment.name == segment.parameter or segment.expert_class:
+                        tensors[segment.name] = own
+                    else:
+                        tensors.setdefault(segment.parameter, {})[segment.start] = own
         if site == 0 and config.router.balance != "loss":
             for layer in config.model.moe_layers:
                 name = f"layers.{layer}.moe.router.balance_bias"
-                tensors[name] = part[f"router/balance_bias/{layer}"]
+                tensors[name] = part["router"]["balance_bias"][str(layer)]
+    tensors = {
+        name: torch.cat([own[row] for row in sorted(own)]) if isinstance(own, dict) else own
+        for name, own in tensors.items()
+    }
     target = out or run_dir / "merged"
     try:
         target.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,14 @@ from typing import Any
 from fomoe.config import Config
 from fomoe.memory import SiteMemory, site_memory
 from fomoe.placement import Placement, build_placement
-from fomoe.segments import Plan, Traffic, build_plan, full_payload, sync_traffic
+from fomoe.segments import (
+    Plan,
+    Traffic,
+    build_plan,
+    full_payload,
+    placement_rule,
+    sync_traffic,
+)
 from fomoe.shapes import parameter_specs
 
 
@@ -41,8 +48,8 @@ class RunPlan:
 def plan_run(config: Config) -> RunPlan:
     """Work out who holds what and what it costs."""
     placement = build_placement(config)
-    specs = parameter_specs(config)
-    plan = build_plan(specs, placement, router_rows=config.sync.router_rows)
+    rule = placement_rule(placement, router_rows=config.sync.router_rows)
+    plan = build_plan(parameter_specs(config), config.num_sites, rule)
     sites = range(config.num_sites)
     return RunPlan(
         config=config,

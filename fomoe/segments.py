@@ -1,29 +1,51 @@
-"""Segments: slices of parameters, who holds them, and the bytes they cost (no torch).
+"""Segments: slices of parameters, who holds them, who contributes, and what they cost (no torch).
 
-A segment is a slice along one dimension of a parameter with one holder set. Segments with equal
-holders (and equal trainers) form a bucket, which is reduced as one flat vector. The trainer's
-counters, `--dry-run` and the simulator all take their bytes from the functions here.
+A rule cuts every parameter into pieces with a holder set each. Segments with equal holders (and
+equal trainers) form a bucket, which is reduced as one flat vector. The trainer's counters,
+`--dry-run` and the simulator all take their bytes from the functions here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
+from fomoe.config import Config
 from fomoe.placement import Placement, Sites
 from fomoe.shapes import ParameterSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
-    """A slice [start, stop) along the first dimension of one parameter.
+class Piece:
+    """What a rule says of the rows [start, stop) of a parameter.
 
     Attributes:
-        name: the parameter's name, with `[start:stop]` where the slice is not the whole.
+        holders: sites that store them, ascending.
+        trainers: holders whose updates may count; none if the rows are frozen.
+        expert: the routed expert that they belong to, if they belong to one.
+    """
+
+    start: int
+    stop: int
+    holders: Sites
+    trainers: Sites
+    expert: int | None = None
+
+
+Rule = Callable[[ParameterSpec], list[Piece]]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Rows [start, stop) of one parameter with one holder set; `Site.view` finds them in memory.
+
+    Attributes:
+        name: the parameter's name; of a routed expert the expert's own, else with `[start:stop]`
+            where the rows are not the whole.
         parameter: the parameter's name.
-        shape: shape of the slice.
+        shape: shape of the rows; of a routed expert its matrix, without the stack's dimension.
         start, stop: rows of the parameter.
         expert_class: whether it belongs to a routed expert (else to the shared parameters).
         layer, expert: of the routed expert (or of the router row), else None.
@@ -69,6 +91,11 @@ class Bucket:
     def numel(self) -> int:
         return sum(segment.numel for segment in self.segments)
 
+    @property
+    def crosses(self) -> bool:
+        """Whether it costs traffic: it has several holders and is not frozen."""
+        return len(self.holders) > 1 and bool(self.trainers)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -89,69 +116,136 @@ class Plan:
             if site in bucket.holders and expert_class in (None, bucket.expert_class)
         )
 
+    def segments_at(self, site: int) -> list[Segment]:
+        """Segments that a site stores, bucket by bucket."""
+        return [s for bucket in self.buckets if site in bucket.holders for s in bucket.segments]
 
-def build_plan(
-    specs: Iterable[ParameterSpec], placement: Placement, *, router_rows: str = "all"
-) -> Plan:
+
+def build_plan(specs: Iterable[ParameterSpec], num_sites: int, rule: Rule) -> Plan:
     """Cut parameters into segments and put segments with equal holders into buckets.
 
     Args:
         specs: every parameter of the model.
-        placement: holders and trainers of every expert.
-        router_rows: `all`: every site's update of a router row counts; `holders`: only those of
-            sites that train the row's expert.
+        num_sites: number of sites, K.
+        rule: the pieces of a parameter, in the order of their rows.
     """
-    specs = list(specs)
-    row_of = {layer: i for i, layer in enumerate(placement.moe_layers)}
-    everyone = tuple(range(placement.num_sites))
     grouped: dict[tuple[bool, Sites, Sites], list[Segment]] = {}
     for spec in specs:
-        for segment in _cut(spec, placement, row_of, everyone, router_rows):
+        pieces = rule(spec)
+        edges = [0, *(piece.stop for piece in pieces)]
+        assert edges[-1] == spec.shape[0], f"the pieces of {spec.name} do not cover it"
+        assert edges[:-1] == [p.start for p in pieces], f"the pieces of {spec.name} have gaps"
+        for piece in pieces:
+            segment = _segment(spec, piece)
             key = (segment.expert_class, segment.holders, segment.trainers)
             grouped.setdefault(key, []).append(segment)
     buckets = tuple(
         Bucket(index=i, expert_class=key[0], holders=key[1], trainers=key[2], segments=tuple(group))
         for i, (key, group) in enumerate(sorted(grouped.items(), key=lambda item: item[0]))
     )
-    plan = Plan(num_sites=placement.num_sites, buckets=buckets)
-    assert plan.numel == sum(spec.numel for spec in specs), "the plan does not cover the model"
-    return plan
+    return Plan(num_sites=num_sites, buckets=buckets)
 
 
-def _cut(
-    spec: ParameterSpec,
-    placement: Placement,
-    row_of: dict[int, int],
-    everyone: Sites,
-    router_rows: str,
-) -> list[Segment]:
-    if spec.expert is not None:
-        assert spec.layer is not None
-        row = row_of[spec.layer]
-        holders = placement.holders[row][spec.expert]
-        trainers = placement.trainers[row][spec.expert]
-        whole = (spec.name, spec.name, spec.shape, 0, spec.shape[0])
-        return [Segment(*whole, True, spec.layer, spec.expert, holders, trainers)]
-    if spec.kind == "router" and router_rows == "holders":
-        assert spec.layer is not None
-        table = placement.trainers[row_of[spec.layer]]
-        return [
-            Segment(
-                f"{spec.name}[{e}:{e + 1}]",
-                spec.name,
-                (1, *spec.shape[1:]),
-                e,
-                e + 1,
-                False,
-                spec.layer,
-                e,
-                everyone,
-                table[e],
-            )
-            for e in range(spec.shape[0])
-        ]
-    whole = (spec.name, spec.name, spec.shape, 0, spec.shape[0])
-    return [Segment(*whole, False, None, None, everyone, everyone)]
+def _segment(spec: ParameterSpec, piece: Piece) -> Segment:
+    expert_class = spec.kind == "expert"
+    rows = (piece.start, piece.stop)
+    if expert_class:
+        assert rows == (piece.expert, piece.start + 1), "an expert is a segment of one row"
+        name, shape = spec.row_name(piece.start), spec.shape[1:]
+    else:
+        whole = rows == (0, spec.shape[0])
+        name = spec.name if whole else f"{spec.name}[{piece.start}:{piece.stop}]"
+        shape = (piece.stop - piece.start, *spec.shape[1:])
+    return Segment(
+        name=name,
+        parameter=spec.name,
+        shape=shape,
+        start=piece.start,
+        stop=piece.stop,
+        expert_class=expert_class,
+        layer=None if piece.expert is None else spec.layer,
+        expert=piece.expert,
+        holders=piece.holders,
+        trainers=piece.trainers,
+    )
+
+
+def placement_rule(placement: Placement, *, router_rows: str = "all") -> Rule:
+    """Experts are held by the placement, everything else by all sites.
+
+    Args:
+        placement: holders and trainers of every expert.
+        router_rows: `all`: every site's update of a router row counts; `holders`: only those of
+            sites that train the row's expert.
+    """
+    everyone = tuple(range(placement.num_sites))
+    index_of = {layer: index for index, layer in enumerate(placement.moe_layers)}
+
+    def rule(spec: ParameterSpec) -> list[Piece]:
+        rows = range(spec.shape[0])
+        if spec.kind == "expert":
+            assert spec.layer is not None
+            holders = placement.holders[index_of[spec.layer]]
+            trainers = placement.trainers[index_of[spec.layer]]
+            return [Piece(e, e + 1, holders[e], trainers[e], e) for e in rows]
+        if spec.kind == "router" and router_rows == "holders":
+            assert spec.layer is not None
+            trainers = placement.trainers[index_of[spec.layer]]
+            return [Piece(e, e + 1, everyone, trainers[e], e) for e in rows]
+        return [Piece(0, spec.shape[0], everyone, everyone)]
+
+    return rule
+
+
+# ----------------------------------------------------------------------------------- contributions
+
+
+@dataclass(frozen=True)
+class RoundCounts:
+    """What a site executed since the last sync.
+
+    Attributes:
+        tokens: tokens trained on.
+        executed: assignments executed per (layer, expert).
+    """
+
+    tokens: int
+    executed: Mapping[tuple[int, int], int]
+
+
+def contribution_weight(segment: Segment, site: int, *, rule: str, counts: RoundCounts) -> float:
+    """How much a site adds to a segment's mean.
+
+    Args:
+        rule: `presence`: 1, or 0 for an expert that executed no token; `tokens`: the tokens (for
+            an expert, the assignments) executed; `uniform`: 1.
+    """
+    if site not in segment.trainers:
+        return 0.0
+    if rule == "uniform":
+        return 1.0
+    executed = counts.tokens
+    if segment.expert_class:
+        assert segment.layer is not None
+        assert segment.expert is not None
+        executed = counts.executed.get((segment.layer, segment.expert), 0)
+    return float(executed) if rule == "tokens" else float(executed > 0)
+
+
+def trains(bucket: Bucket, site: int) -> bool:
+    """Whether a site computes gradients for a bucket it holds.
+
+    Only whole buckets of experts can be frozen at some sites: a router matrix is one parameter even
+    where the updates of its rows count for some sites only.
+    """
+    return site in bucket.trainers or bool(bucket.trainers and not bucket.expert_class)
+
+
+def takes_outer_step(config: Config, bucket: Bucket) -> bool:
+    """Whether the outer optimizer steps a bucket; if not, it needs no anchor."""
+    if config.sync.average == "gradients" or not bucket.trainers:
+        return False
+    return len(bucket.holders) > 1 or config.sync.single_holder == "outer"
 
 
 # ------------------------------------------------------------------------------------------ bytes
@@ -198,10 +292,10 @@ class Traffic:
 
 
 def sync_traffic(plan: Plan, site: int, *, element_bytes: int = 4) -> Traffic:
-    """Planned bytes of one sync at one site; a bucket with one holder costs nothing."""
+    """Planned bytes of one sync at one site; a bucket that no peer needs costs nothing."""
     counts = {"payload_shared": 0, "payload_expert": 0, "wire_shared": 0, "wire_expert": 0}
     for bucket in plan.buckets:
-        if site not in bucket.holders or len(bucket.holders) == 1:
+        if site not in bucket.holders or not bucket.crosses:
             continue
         name = "expert" if bucket.expert_class else "shared"
         position = bucket.holders.index(site)

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from fomoe.config import Config
+from fomoe.config import Config
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,27 +17,31 @@ class ParameterSpec:
     """One parameter.
 
     Attributes:
-        name: the name in the model, the optimizers and checkpoints.
-        shape: sizes; matrices are [out, in] as in torch.nn.Linear.
+        name: the name in the model.
+        shape: sizes; matrices are [out, in] as in torch.nn.Linear. Routed experts are stacked:
+            [E, out, in], one row per expert.
         kind: embedding, attention, norm, router, ffn, shared_expert or expert.
         layer: index of the layer, None outside the layers.
-        expert: id of the routed expert, None for shared parameters.
+        residual: whether its product is added to the residual stream, which scales its start.
     """
 
     name: str
     shape: tuple[int, ...]
     kind: str
     layer: int | None = None
-    expert: int | None = None
+    residual: bool = False
 
     @property
     def numel(self) -> int:
         return prod(self.shape)
 
-
-def expert_name(layer: int, expert: int, part: str) -> str:
-    """Name of one expert's matrix; `part` is gate_up (gate rows, then up rows) or down."""
-    return f"layers.{layer}.moe.experts.{expert}.{part}"
+    def row_name(self, row: int) -> str:
+        """Name of one row as a tensor of its own, in checkpoints and merged files: an expert's
+        matrix, or one row of any other parameter."""
+        if self.kind != "expert":
+            return f"{self.name}[{row}:{row + 1}]"
+        stack, _, part = self.name.rpartition(".")
+        return f"{stack}.{row}.{part}"
 
 
 def parameter_specs(config: Config) -> list[ParameterSpec]:
@@ -55,7 +57,7 @@ def parameter_specs(config: Config) -> list[ParameterSpec]:
             specs += _moe(config, layer)
         else:
             prefix, width = f"layers.{layer}.ffn", model.dense_width(layer)
-            specs += _ffn(prefix, model.d_model, width, "ffn", layer)
+            specs += _ffn(prefix, (), model.d_model, width, "ffn", layer)
     specs.append(ParameterSpec("final_norm.weight", (model.d_model,), "norm"))
     if not model.tie_embeddings:
         shape = (config.vocab_size, model.d_model)
@@ -69,7 +71,9 @@ def _attention(config: Config, layer: int) -> list[ParameterSpec]:
     specs = [
         ParameterSpec(f"{prefix}.attention_norm.weight", (model.d_model,), "norm", layer),
         *(
-            ParameterSpec(f"{prefix}.attention.{name}.weight", shape, "attention", layer)
+            ParameterSpec(
+                f"{prefix}.attention.{name}.weight", shape, "attention", layer, name == "o_proj"
+            )
             for name, shape in (
                 ("q_proj", (q_size, model.d_model)),
                 ("k_proj", (kv_size, model.d_model)),
@@ -92,18 +96,18 @@ def _moe(config: Config, layer: int) -> list[ParameterSpec]:
     specs = [ParameterSpec(f"{prefix}.router.weight", router, "router", layer)]
     if model.shared_expert_ffn_dim:
         width = model.shared_expert_ffn_dim
-        specs += _ffn(f"{prefix}.shared_expert", model.d_model, width, "shared_expert", layer)
-    for expert in range(model.num_experts):
-        prefix = expert_name(layer, expert, "").rstrip(".")
-        specs += _ffn(prefix, model.d_model, model.expert_width, "expert", layer, expert)
+        specs += _ffn(f"{prefix}.shared_expert", (), model.d_model, width, "shared_expert", layer)
+    experts = (model.num_experts,)
+    specs += _ffn(f"{prefix}.experts", experts, model.d_model, model.expert_width, "expert", layer)
     return specs
 
 
 def _ffn(
-    prefix: str, d_model: int, width: int, kind: str, layer: int, expert: int | None = None
+    prefix: str, stacked: tuple[int, ...], d_model: int, width: int, kind: str, layer: int
 ) -> list[ParameterSpec]:
-    """A SwiGLU FFN: gate and up in one matrix, so that one product serves both."""
+    """A SwiGLU FFN, or a stack of them: gate and up in one matrix, so that one product serves
+    both."""
     return [
-        ParameterSpec(f"{prefix}.gate_up", (2 * width, d_model), kind, layer, expert),
-        ParameterSpec(f"{prefix}.down", (d_model, width), kind, layer, expert),
+        ParameterSpec(f"{prefix}.gate_up", (*stacked, 2 * width, d_model), kind, layer),
+        ParameterSpec(f"{prefix}.down", (*stacked, d_model, width), kind, layer, residual=True),
     ]

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fomoe.config import Config, InnerConfig
+from fomoe.checkpoint import Tree
+from fomoe.config import InnerConfig
 from fomoe.data.stream import Stream
 from fomoe.errors import DataError
 from fomoe.model.backends.choice import choose_backend
 from fomoe.model.router import RouterStats
-from fomoe.model.transformer import Residents, Transformer
-from fomoe.sync.aggregate import RoundCounts
+from fomoe.model.transformer import Transformer
+from fomoe.planning import RunPlan
+from fomoe.segments import RoundCounts, Segment
 
 STEP_FIELDS = ("loss", "lb_loss", "z_loss", "grad_norm", "skipped_fraction", "executed_fraction")
 
@@ -48,34 +50,28 @@ class Site:
     """A site's model, optimizer and data.
 
     Args:
-        config: the experiment.
+        plan: the experiment, and which site holds and trains what.
         site: this site's id.
-        residents: experts stored here, per MoE layer.
-        trained: experts trained here, per MoE layer; the others are frozen.
         stream: this site's token sequences.
         device: where the model lives.
+
+    Attributes:
+        segments: what this site holds.
+        parameters: the model's parameters by name; `trainable` are those with gradients.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        site: int,
-        *,
-        residents: Residents,
-        trained: Residents,
-        stream: Stream,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, plan: RunPlan, site: int, *, stream: Stream, device: torch.device) -> None:
+        config = plan.config
         self.config, self.site, self.stream, self.device = config, site, stream, device
         bf16 = uses_bf16(config.inner.precision, device)
         # Before anything is built: a backend that cannot run here is the user's mistake.
         self.expert_backend = choose_backend(
             config.model, device, torch.bfloat16 if bf16 else torch.float32
         )
-        self.model = Transformer(config, residents).to(device)
-        for layer, experts in residents.items():
-            for expert in set(experts) - set(trained[layer]):
-                self.model.moe(layer).experts[str(expert)].requires_grad_(False)
+        placement = plan.placement
+        self.model = Transformer(config, placement.residents(site), placement.trained(site))
+        self.model.to(device)
+        self.segments = plan.plan.segments_at(site)
         self.parameters = dict(self.model.named_parameters())
         self.trainable = {n: p for n, p in self.parameters.items() if p.requires_grad}
         self.optimizer = build_inner_optimizer(config.inner, self.trainable)
@@ -140,6 +136,36 @@ class Site:
         self.step_idx += 1
         shares = self._steer_and_reset_step()
         return torch.cat([losses, grad_norm.detach().reshape(1), shares])
+
+    # ---------------------------------------------------------------------------------- segments
+
+    def view(self, segment: Segment) -> Tensor:
+        """The memory of a segment held here, without a graph; writing to it changes the model."""
+        name, rows = self._place(segment)
+        return self.parameters[name].detach()[rows]
+
+    def grad_view(self, segment: Segment) -> Tensor:
+        """The memory of a trained segment's gradient."""
+        name, rows = self._place(segment)
+        grad = self.parameters[name].grad
+        assert grad is not None, f"{segment.name} has no gradient"
+        return grad[rows]
+
+    def inner_views(self, segment: Segment) -> dict[str, Tensor]:
+        """The inner optimizer's state of a segment by key; scalars are its whole parameter's."""
+        name, rows = self._place(segment)
+        state = self.optimizer.state.get(self.parameters[name], {})
+        return {k: v[rows] if v.ndim else v for k, v in state.items() if v is not None}
+
+    def _place(self, segment: Segment) -> tuple[str, int | slice]:
+        """The parameter that holds a segment, and its rows there; known nowhere else."""
+        if segment.expert_class:
+            assert segment.layer is not None
+            assert segment.expert is not None
+            stack, _, part = segment.parameter.rpartition(".")
+            place, row = self.model.moe(segment.layer).experts.place(part, segment.expert)
+            return f"{stack}.{place}", row
+        return segment.parameter, slice(segment.start, segment.stop)
 
     # ---------------------------------------------------------------------------------- counting
 
@@ -238,37 +264,51 @@ class Site:
 
     # -------------------------------------------------------------------------------- checkpoint
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors by name and small values: everything that the next round depends on."""
-        tensors = {f"param/{name}": p.detach() for name, p in self.parameters.items()}
-        for name, parameter in self.trainable.items():
-            for key, value in self.optimizer.state[parameter].items():
-                if value is not None:
-                    tensors[f"inner/{key}/{name}"] = value
-        for layer in self.config.model.moe_layers:
-            router = self.model.moe(layer).router
-            tensors[f"router/balance_bias/{layer}"] = router.balance_bias_E
-            tensors[f"router/execute_bias/{layer}"] = router.execute_bias
+    def state(self) -> tuple[Tree, dict[str, Any]]:
+        """Tensors and small values: everything that the next round depends on.
+
+        Segments without trainers never change and are left out.
+        """
+        own = [segment for segment in self.segments if segment.trainers]
+        inner: dict[str, dict[str, Tensor]] = {}
+        for segment in own:
+            for key, value in self.inner_views(segment).items():
+                inner.setdefault(key, {})[segment.name] = value
+        routers = {layer: self.model.moe(layer).router for layer in self.config.model.moe_layers}
+        tensors: Tree = {
+            "param": {segment.name: self.view(segment) for segment in own},
+            "inner": inner,
+            "router": {
+                "balance_bias": {str(k): router.balance_bias_E for k, router in routers.items()},
+                "execute_bias": {str(k): router.execute_bias for k, router in routers.items()},
+            },
+        }
         return tensors, {"step_idx": self.step_idx, "data": self.stream.state()}
 
     @torch.no_grad()
-    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    def load_state(self, tensors: Tree, values: dict[str, Any]) -> None:
         """Bring back what `state` returned."""
-        for name, parameter in self.parameters.items():
-            parameter.copy_(tensors[f"param/{name}"])
-        for name, parameter in self.trainable.items():
-            suffix = f"/{name}"
-            self.optimizer.state[parameter] = {
-                key.removeprefix("inner/").removesuffix(suffix): (
-                    value.clone() if value.ndim == 0 else value.clone().to(self.device)
-                )
-                for key, value in tensors.items()
-                if key.startswith("inner/") and key.endswith(suffix) and key.count("/") == 2
-            }
+        self.optimizer.state.clear()
+        for segment in self.segments:
+            if not segment.trainers:
+                continue
+            self.view(segment).copy_(tensors["param"][segment.name])
+            name, rows = self._place(segment)
+            if name not in self.trainable:
+                continue
+            state = self.optimizer.state[self.trainable[name]]
+            for key, saved in tensors.get("inner", {}).items():
+                value = saved[segment.name]
+                if not value.ndim:
+                    state[key] = value.clone()
+                    continue
+                if key not in state:
+                    state[key] = torch.zeros_like(self.parameters[name])
+                state[key][rows].copy_(value)
         for layer in self.config.model.moe_layers:
             router = self.model.moe(layer).router
-            router.balance_bias_E.copy_(tensors[f"router/balance_bias/{layer}"])
-            router.execute_bias.copy_(tensors[f"router/execute_bias/{layer}"])
+            router.balance_bias_E.copy_(tensors["router"]["balance_bias"][str(layer)])
+            router.execute_bias.copy_(tensors["router"]["execute_bias"][str(layer)])
         self.step_idx = values["step_idx"]
         self.stream.load_state(values["data"])
 

@@ -144,8 +144,7 @@ def build_run(
     data = agreed(transport, read)
     compare_fingerprints(data.fingerprints, transport)
     sites, parkings = build_sites(config, plan, data, transport.sites, device)
-    parameters = {site: s.parameters for site, s in sites.items()}
-    outer = OuterOptimizer(config, plan.plan, parameters, pin=device.type == "cuda")
+    outer = OuterOptimizer(config, plan.plan, sites, pin=device.type == "cuda")
     progress = Progress(config, num_local_sites=len(sites), show=show and transport.sites[0] == 0)
     if config.model.moe_layers:
         progress.notes.append(f"experts: {sites[transport.sites[0]].expert_backend}")
@@ -171,14 +170,7 @@ def build_sites(
     sites, parkings = {}, {}
     parking = parks(config, [plan.memory[site] for site in own], device)
     for site in own:
-        sites[site] = Site(
-            config,
-            site,
-            residents=plan.placement.residents(site),
-            trained=plan.placement.trained(site),
-            stream=data.streams[site],
-            device=device,
-        )
+        sites[site] = Site(plan, site, stream=data.streams[site], device=device)
         if parking:
             parkings[site] = Parking(sites[site], pin=device.type == "cuda")
             parkings[site].park()
@@ -260,8 +252,7 @@ def run_local_steps(
             seconds[site_idx] += time.perf_counter() - started
         if together:
             started = time.perf_counter()
-            parameters = {site: s.parameters for site, s in run.sites.items()}
-            average_gradients(run.plan.plan, parameters, run.transport)
+            average_gradients(run.plan.plan, run.sites, run.transport)
             averaged_s += time.perf_counter() - started
             for site_idx, site in run.sites.items():
                 started = time.perf_counter()
@@ -299,8 +290,7 @@ def synchronize(run: Run) -> dict[int, RoundRouting]:
         means = average_pseudo_gradients(config, run.plan.plan, run.outer, run.transport, counts)
         run.outer.step(means)
     else:  # gradients were averaged at every step; the parameters are what they are
-        parameters = {site: s.parameters for site, s in run.sites.items()}
-        check_agreement(run.transport, lambda site: divergence(parameters[site]))
+        check_agreement(run.transport, lambda site: divergence(run.sites[site].parameters))
     if config.router.balance != "loss" and config.model.moe_layers:
         selected = [
             torch.frombuffer(bytearray(message), dtype=torch.int64)
@@ -318,8 +308,7 @@ def verify_replicas(run: Run) -> dict[int, str]:
     """Hashes of the replicas held here, equal at all holders or the run stops."""
     if not run.config.sync.verify_replicas:
         return {}
-    parameters = {site: s.parameters for site, s in run.sites.items()}
-    return check_replicas(run.plan.plan, parameters, run.transport)
+    return check_replicas(run.plan.plan, run.sites, run.transport)
 
 
 def evaluate_sites(run: Run, round_idx: int) -> dict[int, float]:

@@ -91,8 +91,9 @@ def answers(folder: Path) -> Iterator[tuple[str, Any]]:
     yield "resume", _resume(config, folder / "run")
     for name, words in DISTRIBUTED.items():
         yield f"distributed: {name}", _distributed(config, words, folder / "run")
-    yield "compare", _of(
-        fomoe("compare", config, "--methods", "diloco,fomoe,single", "--json", "--overwrite")
+    yield (
+        "compare",
+        _of(fomoe("compare", config, "--methods", "diloco,fomoe,single", "--json", "--overwrite")),
     )
 
 

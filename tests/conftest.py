@@ -121,15 +121,8 @@ class RandomStream:
 
 def make_site(config: Config, site: int = 0, *, seed: int | None = None) -> Site:
     """One site on random text."""
-    placement = plan_run(config).placement
-    return Site(
-        config,
-        site,
-        residents=placement.residents(site),
-        trained=placement.trained(site),
-        stream=RandomStream(config, 100 + site if seed is None else seed),
-        device=torch.device("cpu"),
-    )
+    stream = RandomStream(config, 100 + site if seed is None else seed)
+    return Site(plan_run(config), site, stream=stream, device=torch.device("cpu"))
 
 
 class Silent:
@@ -155,7 +148,7 @@ def make_run(config: Config, transport: Transport | None = None) -> Run:
         transport=transport,
         data=data,
         sites=sites,
-        outer=OuterOptimizer(config, plan.plan, {s: x.parameters for s, x in sites.items()}),
+        outer=OuterOptimizer(config, plan.plan, sites),
         progress=Silent(),  # type: ignore[arg-type]
         totals={site: Totals() for site in sites},
     )

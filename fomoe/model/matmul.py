@@ -44,7 +44,7 @@ class Products(NamedTuple):
 
     forward: Product
     input_grad: Product
-    weight_grad: Callable[[Tensor, Tensor], Tensor]
+    weight_grad: Product
 
 
 def _torch_forward(x_NI: Tensor, w_OI: Tensor, out: Tensor | None = None) -> Tensor:
@@ -55,8 +55,8 @@ def _torch_input_grad(y_NO: Tensor, w_OI: Tensor, out: Tensor | None = None) -> 
     return _mm(y_NO)(y_NO, w_OI, out=out)
 
 
-def _torch_weight_grad(y_NO: Tensor, x_NI: Tensor) -> Tensor:
-    return _mm(y_NO)(y_NO.mT, x_NI)
+def _torch_weight_grad(y_NO: Tensor, x_NI: Tensor, out: Tensor | None = None) -> Tensor:
+    return _mm(y_NO)(y_NO.mT, x_NI, out=out)
 
 
 def _mm(operand: Tensor) -> Callable[..., Tensor]:
@@ -74,13 +74,14 @@ def _onednn_input_grad(y_NO: Tensor, w_OI: Tensor, out: Tensor | None = None) ->
     return _onednn_forward(y_NO, w_OI.t(), out)
 
 
-def _onednn_weight_grad(y_NO: Tensor, x_NI: Tensor) -> Tensor:
+def _onednn_weight_grad(y_NO: Tensor, x_NI: Tensor, out: Tensor | None = None) -> Tensor:
     """oneDNN copies its first operand into rows: give it the narrower one where that pays."""
     if not x_NI.shape[0]:
-        return x_NI.new_zeros(y_NO.shape[1], x_NI.shape[1])
+        return y_NO.new_zeros(y_NO.shape[1], x_NI.shape[1]) if out is None else out.zero_()
     if y_NO.shape[1] > x_NI.shape[1] and x_NI.shape[0] >= _MANY_ROWS:
-        return _onednn_forward(x_NI.t(), y_NO.t()).t().contiguous()
-    return _onednn_forward(y_NO.t(), x_NI.t())
+        grad_OI = _onednn_forward(x_NI.t(), y_NO.t()).t()
+        return grad_OI.contiguous() if out is None else out.copy_(grad_OI)
+    return _onednn_forward(y_NO.t(), x_NI.t(), out)
 
 
 TORCH = Products(_torch_forward, _torch_input_grad, _torch_weight_grad)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 from fomoe.config import Config
 from fomoe.model.attention import Attention
-from fomoe.model.backends.base import ExpertWeights, compute_dtype, plan_dispatch
-from fomoe.model.backends.choice import BACKENDS, choose_backend
 from fomoe.model.elementwise import RMSNorm
-from fomoe.model.experts import Expert, SwiGLU, run_experts
+from fomoe.model.experts import Expert, Experts, SwiGLU, run_experts, slots
 from fomoe.model.matmul import Linear, check_matmul, linear
 from fomoe.model.router import Router, RouterStats, Routing
+from fomoe.shapes import ParameterSpec, parameter_specs
 
 Residents = Mapping[int, tuple[int, ...]]
 
@@ -33,10 +32,12 @@ Residents = Mapping[int, tuple[int, ...]]
 class MoE(nn.Module):
     """Router, resident experts and, if there is one, the shared expert."""
 
-    def __init__(self, config: Config, residents: tuple[int, ...]) -> None:
+    def __init__(
+        self, config: Config, residents: tuple[int, ...], trained: tuple[int, ...] | None = None
+    ) -> None:
         super().__init__()
         model = config.model
-        self.options, self.num_experts = model, model.num_experts
+        self.num_experts = model.num_experts
         self.router = Router(
             d_model=model.d_model,
             num_experts=model.num_experts,
@@ -49,52 +50,34 @@ class MoE(nn.Module):
             if model.shared_expert_ffn_dim
             else None
         )
-        self.experts = nn.ModuleDict(
-            {str(e): SwiGLU(model.d_model, model.expert_width, model.matmul) for e in residents}
-        )
-        experts = list(self.experts.values())
-        _allocate_together([expert.gate_up for expert in experts])
-        _allocate_together([expert.down for expert in experts])
-        slot_E = _slots(residents, model.num_experts)
-        self.register_buffer("_slot_E", slot_E, persistent=False)
-        self.register_buffer("_resident_E", slot_E < len(residents), persistent=False)
+        self.experts = Experts(model, residents, trained)
 
     def forward(
         self, x_TD: Tensor, experts: Mapping[int, Expert] | None = None
     ) -> tuple[Tensor, Routing, RouterStats]:
-        """Route and run T tokens; `experts` stand in for the residents where they are given."""
+        """Route and run T tokens; with `experts`, by those instead of the residents."""
         if experts is None:
-            routing, stats = self.router(x_TD, self._resident_E, len(self.experts))
-            y_TD = self.run_residents(x_TD, routing)
+            routing, stats = self.router(x_TD, self.experts.resident_E, len(self.experts))
+            y_TD = self.experts(x_TD, routing)
         else:
-            slot_E = _slots(tuple(experts), self.num_experts).to(x_TD.device)
+            slot_E = slots(tuple(experts), self.num_experts).to(x_TD.device)
             routing, stats = self.router(x_TD, slot_E < len(experts), len(experts))
             y_TD = run_experts(x_TD, routing, experts, slot_E)
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)
         return y_TD, routing, stats
 
-    def run_residents(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        """Sum of gate x expert(x) over each token's executed assignments, [T, D]."""
-        if not len(self.experts):
-            return torch.zeros_like(x_TD)
-        dispatch = plan_dispatch(routing, self._slot_E, len(self.experts))
-        gate_A = routing.gate_TK.flatten().index_select(0, dispatch.order_A)
-        experts = list(self.experts.values())
-        weights = ExpertWeights(
-            gate_ups=[e.gate_up for e in experts],
-            downs=[e.down for e in experts],
-            matmul=self.options.matmul,
-            recompute=self.options.recompute == "experts",
-        )
-        backend = choose_backend(self.options, x_TD.device, compute_dtype(x_TD))
-        return BACKENDS[backend](x_TD, gate_A, dispatch, weights)
-
 
 class Layer(nn.Module):
     """Pre-norm attention and FFN; the FFN is an MoE or a dense SwiGLU."""
 
-    def __init__(self, config: Config, index: int, residents: tuple[int, ...] | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        index: int,
+        residents: tuple[int, ...] | None,
+        trained: tuple[int, ...] | None,
+    ) -> None:
         super().__init__()
         model = config.model
         self.attention_norm = RMSNorm(model.d_model, model.norm_eps)
@@ -105,7 +88,7 @@ class Layer(nn.Module):
             if residents is not None
             else SwiGLU(model.d_model, model.dense_width(index), model.matmul)
         )
-        self.moe = None if residents is None else MoE(config, residents)
+        self.moe = None if residents is None else MoE(config, residents, trained)
 
     def forward(
         self,
@@ -143,19 +126,22 @@ class Transformer(nn.Module):
     Args:
         config: the experiment.
         residents: expert ids held, per MoE layer.
+        trained: those that are trained, per MoE layer; None: all.
     """
 
     cos_SH: Tensor
     sin_SH: Tensor
 
-    def __init__(self, config: Config, residents: Residents) -> None:
+    def __init__(
+        self, config: Config, residents: Residents, trained: Residents | None = None
+    ) -> None:
         super().__init__()
         model = config.model
         check_matmul(model.matmul)
         self.matmul, self.recompute = model.matmul, model.recompute
         self.embedding = nn.Embedding(config.vocab_size, model.d_model, _weight=_empty(config))
         self.layers = nn.ModuleList(
-            Layer(config, i, residents[i] if i in model.moe_layers else None)
+            Layer(config, i, residents.get(i), None if trained is None else trained.get(i))
             for i in range(model.num_layers)
         )
         self.final_norm = RMSNorm(model.d_model, model.norm_eps)
@@ -167,7 +153,7 @@ class Transformer(nn.Module):
         )
         self.register_buffer("cos_SH", cos_SH, persistent=False)
         self.register_buffer("sin_SH", sin_SH, persistent=False)
-        initialize(self, seed=config.seed, std=model.init_std, num_layers=model.num_layers)
+        initialize(self, config)
 
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor) -> Output:
         x_BSD = self.embed(tokens_BS)
@@ -207,6 +193,22 @@ class Transformer(nn.Module):
         assert isinstance(module, MoE)
         return module
 
+    def places(self, spec: ParameterSpec) -> Iterator[tuple[str, str, int | None]]:
+        """Tensors of a parameter that are held here.
+
+        Yields, for each, its name, the name of the module's parameter that holds it, and its row
+        there (None: the whole).
+        """
+        if spec.kind != "expert":
+            yield spec.name, spec.name, None
+            return
+        assert spec.layer is not None
+        stack, _, part = spec.name.rpartition(".")
+        experts = self.moe(spec.layer).experts
+        for expert in experts.ids:
+            place, row = experts.place(part, expert)
+            yield spec.row_name(expert), f"{stack}.{place}", row
+
 
 def rotary_table(*, seq_len: int, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines [S, H] of the rotary angles, in fp32."""
@@ -216,22 +218,26 @@ def rotary_table(*, seq_len: int, head_size: int, theta: float) -> tuple[Tensor,
     return angle_SH.cos().float(), angle_SH.sin().float()
 
 
-def initialize(model: nn.Module, *, seed: int, std: float, num_layers: int) -> None:
-    """Draw every parameter from a generator of its own, keyed by seed and name, on CPU in fp32.
+@torch.no_grad()
+def initialize(model: Transformer, config: Config) -> None:
+    """Draw every tensor from a generator of its own, keyed by seed and name, on CPU in fp32.
 
     Names carry layer and expert id, so an expert starts the same wherever it is placed, and what
     else a site holds does not matter. Projections into the residual stream are scaled by
     1 / sqrt(2 L) (GPT-2).
     """
-    for name, parameter in model.named_parameters():
-        if name.endswith("norm.weight"):
-            nn.init.ones_(parameter)
-            continue
-        into_residual = name.endswith((".down", "o_proj.weight"))
-        scale = std / math.sqrt(2 * num_layers) if into_residual else std
-        generator = torch.Generator().manual_seed(stable_seed(seed, name))
-        with torch.no_grad():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    parameters = dict(model.named_parameters())
+    for spec in parameter_specs(config):
+        std = config.model.init_std / (
+            math.sqrt(2 * config.model.num_layers) if spec.residual else 1
+        )
+        for name, place, row in model.places(spec):
+            target = parameters[place] if row is None else parameters[place][row]
+            if spec.kind == "norm":
+                target.fill_(1)
+            else:
+                generator = torch.Generator().manual_seed(stable_seed(config.seed, name))
+                target.copy_(torch.randn(target.shape, generator=generator) * std)
 
 
 def stable_seed(*parts: object) -> int:
@@ -242,18 +248,3 @@ def stable_seed(*parts: object) -> int:
 
 def _empty(config: Config) -> Tensor:
     return torch.empty(config.vocab_size, config.model.d_model)
-
-
-def _allocate_together(parameters: list[nn.Parameter]) -> None:
-    """Uninitialised parameters of one shape become views of one buffer, as backends read them."""
-    if parameters:
-        whole = torch.empty(len(parameters), *parameters[0].shape)
-        for own, parameter in zip(whole, parameters, strict=True):
-            parameter.data = own
-
-
-def _slots(experts: tuple[int, ...], num_experts: int) -> Tensor:
-    slot_E = torch.full((num_experts,), len(experts))
-    if experts:
-        slot_E[list(experts)] = torch.arange(len(experts))
-    return slot_E

@@ -7,7 +7,7 @@ would differ between holders of the same expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,38 +31,6 @@ class Contribution:
 
     values: Tensor
     weights: Tensor
-
-
-@dataclass(frozen=True)
-class RoundCounts:
-    """What a site executed since the last sync.
-
-    Attributes:
-        tokens: tokens trained on.
-        executed: assignments executed per (layer, expert).
-    """
-
-    tokens: int
-    executed: Mapping[tuple[int, int], int]
-
-
-def contribution_weight(segment: Segment, site: int, *, rule: str, counts: RoundCounts) -> float:
-    """How much a site adds to a segment's mean.
-
-    Args:
-        rule: `presence`: 1, or 0 for an expert that executed no token; `tokens`: the tokens (for
-            an expert, the assignments) executed; `uniform`: 1.
-    """
-    if site not in segment.trainers:
-        return 0.0
-    if rule == "uniform":
-        return 1.0
-    executed = counts.tokens
-    if segment.expert_class:
-        assert segment.layer is not None
-        assert segment.expert is not None
-        executed = counts.executed.get((segment.layer, segment.expert), 0)
-    return float(executed) if rule == "tokens" else float(executed > 0)
 
 
 def build_contribution(

@@ -9,26 +9,29 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fomoe.checkpoint import Tree
 from fomoe.config import Config
 from fomoe.errors import ConfigError, SyncError
-from fomoe.memory import takes_outer_step
-from fomoe.segments import Bucket, Plan, Segment
+from fomoe.segments import (
+    Bucket,
+    Plan,
+    RoundCounts,
+    Segment,
+    contribution_weight,
+    takes_outer_step,
+)
+from fomoe.site import Site
 from fomoe.sync.aggregate import (
     Contribution,
-    RoundCounts,
     build_contribution,
-    contribution_weight,
     mean_over_holders,
     split_bucket,
 )
 from fomoe.sync.transport import Transport, check_agreement
-
-Parameters = Mapping[str, nn.Parameter]  # of one site, by name
 
 # Need a closure, or work on sparse gradients or matrices only; the outer step is elementwise.
 _REFUSED = {"LBFGS", "SparseAdam", "Muon", "Optimizer", "Adafactor"}
@@ -49,7 +52,7 @@ class OuterOptimizer:
     """
 
     def __init__(
-        self, config: Config, plan: Plan, sites: Mapping[int, Parameters], *, pin: bool = False
+        self, config: Config, plan: Plan, sites: Mapping[int, Site], *, pin: bool = False
     ) -> None:
         self.sites = sites
         self.buckets = [
@@ -63,7 +66,7 @@ class OuterOptimizer:
             for segment in bucket.segments:
                 # A copy even on CPU: the anchor must not change when the parameter does.
                 value = torch.empty(segment.shape, pin_memory=pin)
-                value.copy_(read_segment(sites[site], segment))
+                value.copy_(sites[site].view(segment))
                 self.anchors[segment.name] = nn.Parameter(value, requires_grad=False)
         self.optimizer = build_outer_optimizer(config, list(self.anchors.values()))
 
@@ -84,35 +87,28 @@ class OuterOptimizer:
         for bucket in self.buckets:
             for site in set(bucket.holders) & set(self.sites):
                 for segment in bucket.segments:
-                    target = self.sites[site][segment.parameter][segment.start : segment.stop]
-                    target.copy_(self.anchors[segment.name])
+                    self.sites[site].view(segment).copy_(self.anchors[segment.name])
 
-    def state_of(self, site: int) -> dict[str, Tensor]:
-        """Anchors and outer state of one site's segments, by name, for its checkpoint."""
-        tensors = {}
-        for segment in self._segments_of(site):
-            anchor = self.anchors[segment.name]
-            tensors[f"anchor/{segment.name}"] = anchor.detach()
-            for key, value in self.optimizer.state.get(anchor, {}).items():
+    def state_of(self, site: int) -> Tree:
+        """Anchors and outer state of one site's segments, for its checkpoint."""
+        own = self._segments_of(site)
+        outer: dict[str, dict[str, Tensor]] = {}
+        for segment in own:
+            for key, value in self.optimizer.state.get(self.anchors[segment.name], {}).items():
                 if value is not None:
-                    tensors[f"outer/{key}/{segment.name}"] = torch.as_tensor(value)
-        return tensors
+                    outer.setdefault(key, {})[segment.name] = torch.as_tensor(value)
+        return {"anchor": {s.name: self.anchors[s.name].detach() for s in own}, "outer": outer}
 
     @torch.no_grad()
-    def load_state_of(self, site: int, tensors: Mapping[str, Tensor]) -> None:
+    def load_state_of(self, site: int, tensors: Tree) -> None:
         """Bring back what `state_of` returned; replicas of one process are equal, so order is not
         important."""
-        by_segment: dict[str, dict[str, Any]] = {}
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition("/")
-            if kind == "outer":
-                key, _, segment_name = rest.partition("/")
-                by_segment.setdefault(segment_name, {})[key] = tensor.clone()
         for segment in self._segments_of(site):
             anchor = self.anchors[segment.name]
-            anchor.copy_(tensors[f"anchor/{segment.name}"])
-            if segment.name in by_segment:
-                self.optimizer.state[anchor] = by_segment[segment.name]
+            anchor.copy_(tensors["anchor"][segment.name])
+            own = {k: v[segment.name] for k, v in tensors.get("outer", {}).items()}
+            if own:
+                self.optimizer.state[anchor] = {key: value.clone() for key, value in own.items()}
 
     def _segments_of(self, site: int) -> list[Segment]:
         return [s for bucket in self.buckets if site in bucket.holders for s in bucket.segments]
@@ -139,10 +135,6 @@ def build_outer_optimizer(config: Config, anchors: list[nn.Parameter]) -> torch.
         raise ConfigError("outer.options", config.outer.arguments, reason) from None
 
 
-def read_segment(parameters: Parameters, segment: Segment) -> Tensor:
-    return parameters[segment.parameter].detach()[segment.start : segment.stop]
-
-
 def average_pseudo_gradients(
     config: Config,
     plan: Plan,
@@ -165,16 +157,16 @@ def average_pseudo_gradients(
         return build_contribution(
             bucket,
             weights,
-            lambda s: outer.anchors[s.name].detach() - read_segment(outer.sites[site], s).to("cpu"),
+            lambda s: outer.anchors[s.name].detach() - outer.sites[site].view(s).to("cpu"),
         )
 
     stepped = Plan(num_sites=plan.num_sites, buckets=tuple(outer.buckets))
     means = mean_over_holders(stepped, transport, contribute)
-    check_agreement(transport, lambda site: divergence(outer.sites[site]))
+    check_agreement(transport, lambda site: divergence(outer.sites[site].parameters))
     return means
 
 
-def divergence(parameters: Parameters) -> str:
+def divergence(parameters: Mapping[str, nn.Parameter]) -> str:
     """What is wrong with one site's parameters, those that no peer holds included; or nothing."""
     finite = [torch.isfinite(parameter.detach()).all() for parameter in parameters.values()]
     if torch.stack(finite).all():
@@ -182,30 +174,21 @@ def divergence(parameters: Parameters) -> str:
     return "its parameters are not finite (the local training diverged)"
 
 
-def average_gradients(plan: Plan, sites: Mapping[int, Parameters], transport: Transport) -> None:
+def average_gradients(plan: Plan, sites: Mapping[int, Site], transport: Transport) -> None:
     """Replace every gradient by its mean over all sites (DDP), through the same reduction."""
 
     def contribute(bucket: Bucket, site: int) -> Contribution:
-        def read(segment: Segment) -> Tensor:
-            grad = sites[site][segment.parameter].grad
-            assert grad is not None
-            return grad[segment.start : segment.stop]
-
-        return build_contribution(bucket, [1.0] * len(bucket.segments), read)
+        return build_contribution(bucket, [1.0] * len(bucket.segments), sites[site].grad_view)
 
     means = mean_over_holders(plan, transport, contribute)
     for bucket in plan.buckets:
         parts = split_bucket(bucket, means[bucket.index])
         for site in transport.sites:
             for segment in bucket.segments:
-                grad = sites[site][segment.parameter].grad
-                assert grad is not None
-                grad[segment.start : segment.stop].copy_(parts[segment.name])
+                sites[site].grad_view(segment).copy_(parts[segment.name])
 
 
-def check_replicas(
-    plan: Plan, sites: Mapping[int, Parameters], transport: Transport
-) -> dict[int, str]:
+def check_replicas(plan: Plan, sites: Mapping[int, Site], transport: Transport) -> dict[int, str]:
     """Compare hashes of the sites' own parameters over the holders of every bucket.
 
     Returns:
@@ -233,14 +216,14 @@ def check_replicas(
     return {i: digest.hex() for hashes in own.values() for i, digest in hashes.items()}
 
 
-def _replica_hashes(buckets: list[Bucket], site: int, parameters: Parameters) -> dict[int, bytes]:
+def _replica_hashes(buckets: list[Bucket], index: int, site: Site) -> dict[int, bytes]:
     hashes = {}
     for bucket in buckets:
-        if site not in bucket.holders:
+        if index not in bucket.holders:
             continue
         digest = hashlib.sha256()
         for segment in bucket.segments:
-            value = read_segment(parameters, segment).to("cpu", torch.float32).contiguous()
+            value = site.view(segment).to("cpu", torch.float32).contiguous()
             digest.update(memoryview(value.reshape(-1).numpy()))
         hashes[bucket.index] = digest.digest()
     return hashes

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fomoe.model.router import Routing
 
@@ -73,55 +73,46 @@ def plan_dispatch(routing: Routing, slot_E: Tensor, num_resident: int) -> Dispat
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExpertWeights:
-    """Parameters of a layer's resident experts, in the order of their slots.
+class Stacks(NamedTuple):
+    """Weights of a layer's resident experts, one row per slot; trained experts come first.
 
     Attributes:
-        gate_ups: [2F, D] each.
-        downs: [D, F] each.
-        matmul: model.matmul.
-        recompute: whether the backward pass computes the hidden activations again.
+        gate_up, down: [R, 2F, D] and [R, D, F] of the experts that are trained.
+        frozen: the same of the experts that are stored only, or nothing.
     """
 
-    gate_ups: list[nn.Parameter]
-    downs: list[nn.Parameter]
-    matmul: str
-    recompute: bool
+    gate_up: Tensor
+    down: Tensor
+    frozen: tuple[Tensor, Tensor] | None = None
 
-
-@torch.no_grad()
-def stack(parameters: list[nn.Parameter]) -> Tensor:
-    """One [R, ...] buffer whose rows are the parameters; moves them into one if they are not.
-
-    `Module.to`, and whatever else gives a parameter new memory, ends the arrangement; the next call
-    restores it. Values are copied then, in-place updates are never lost.
-    """
-    first = parameters[0]
-    step = first.numel() * first.element_size()
-    in_place = first.is_contiguous() and all(
-        p.data_ptr() == first.data_ptr() + index * step
-        and p.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        for index, p in enumerate(parameters)
-    )
-    if not in_place:
-        whole = torch.stack([p.detach() for p in parameters])
-        for own, parameter in zip(whole, parameters, strict=True):
-            parameter.data = own
-    return first.detach().as_strided(
-        (len(parameters), *first.shape), (first.numel(), *first.stride())
-    )
+    def whole(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """gate_up and down of all slots; no copy where none is frozen and the dtype is theirs."""
+        both = (self.gate_up, self.down)
+        if self.frozen is not None:
+            both = tuple(torch.cat(pair) for pair in zip(both, self.frozen, strict=True))
+        return both[0].to(dtype), both[1].to(dtype)
 
 
 class Backend(Protocol):
     """Sum of gate x expert(x) over each token's executed assignments, [T, D].
 
-    Differentiable in x_TD, gate_A and every parameter. A token that executes nothing gets exactly
-    0; the gradient of an expert without rows is None or exactly 0.
+    Differentiable in x_TD, gate_A and the trained experts' stacks. A token that executes nothing
+    gets exactly 0, and so does the gradient of an expert without rows.
+
+    Args:
+        matmul: model.matmul.
+        recompute: whether the backward pass computes the hidden activations again.
     """
 
     def __call__(
-        self, x_TD: Tensor, gate_A: Tensor, dispatch: Dispatch, weights: ExpertWeights
+        self,
+        x_TD: Tensor,
+        gate_A: Tensor,
+        dispatch: Dispatch,
+        stacks: Stacks,
+        *,
+        matmul: str,
+        recompute: bool,
     ) -> Tensor: ...
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fomoe.model.backends.base import Dispatch, ExpertWeights
+from fomoe.model.backends.base import Dispatch, Stacks
 from fomoe.model.backends.stacked import GroupedProducts, run_stacked
 
 _grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
@@ -31,7 +31,13 @@ PRODUCTS = GroupedProducts(forward=_forward, input_grad=_input_grad, weight_grad
 
 
 def run_grouped_mm(
-    x_TD: Tensor, gate_A: Tensor, dispatch: Dispatch, weights: ExpertWeights
+    x_TD: Tensor,
+    gate_A: Tensor,
+    dispatch: Dispatch,
+    stacks: Stacks,
+    *,
+    matmul: str,
+    recompute: bool,
 ) -> Tensor:
     """See `Backend`."""
-    return run_stacked(x_TD, gate_A, dispatch, weights, PRODUCTS)
+    return run_stacked(x_TD, gate_A, dispatch, stacks, PRODUCTS, recompute)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fomoe.errors import ConfigError
-from fomoe.model.backends.base import Dispatch, ExpertWeights
+from fomoe.model.backends.base import Dispatch, Stacks
 from fomoe.model.backends.stacked import GroupedProducts, run_stacked
 
 
@@ -62,7 +62,13 @@ PRODUCTS = GroupedProducts(forward=_forward, input_grad=_input_grad, weight_grad
 
 
 def run_megablocks(
-    x_TD: Tensor, gate_A: Tensor, dispatch: Dispatch, weights: ExpertWeights
+    x_TD: Tensor,
+    gate_A: Tensor,
+    dispatch: Dispatch,
+    stacks: Stacks,
+    *,
+    matmul: str,
+    recompute: bool,
 ) -> Tensor:
     """See `Backend`."""
-    return run_stacked(x_TD, gate_A, dispatch, weights, PRODUCTS)
+    return run_stacked(x_TD, gate_A, dispatch, stacks, PRODUCTS, recompute)

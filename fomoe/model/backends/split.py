@@ -1,4 +1,4 @@
-"""Split: one product per expert on its own parameters. The default on CPU, right everywhere.
+"""Split: one product per expert. The default on CPU, right everywhere.
 
 Experts run in tiles: as many of them as fill a tile's rows share one gather and one activation, so
 that many small experts cost no more calls than a few large ones, and a tile's buffers fit a CPU's
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fomoe.model.activation import swiglu_activation, swiglu_backward
-from fomoe.model.backends.base import Dispatch, ExpertWeights, combine, compute_dtype, stack
+from fomoe.model.backends.base import Dispatch, Stacks, combine, compute_dtype
 from fomoe.model.matmul import ONEDNN, TORCH, Product, Products, choose_products
 
 # Rows of a tile, unless one expert has more. From 512 to 8192 the times differ by a few per cent.
@@ -34,19 +34,21 @@ PAIR_ROWS = 640
 _UNEVEN = 8
 
 
-def run_split(x_TD: Tensor, gate_A: Tensor, dispatch: Dispatch, weights: ExpertWeights) -> Tensor:
+def run_split(
+    x_TD: Tensor,
+    gate_A: Tensor,
+    dispatch: Dispatch,
+    stacks: Stacks,
+    *,
+    matmul: str,
+    recompute: bool,
+) -> Tensor:
     """See `Backend`."""
     dtype = compute_dtype(x_TD)
-    if not len(dispatch.token_A):
-        return torch.zeros_like(x_TD, dtype=dtype)
-    products = choose_products(weights.matmul, x_TD)
+    products = choose_products(matmul, x_TD)
     rows = lay_out(dispatch, products)
-    stacks = stack(weights.gate_ups), stack(weights.downs)
-    parameters = (*weights.gate_ups, *weights.downs)
     with torch.autocast(x_TD.device.type, enabled=False):
-        return _Split.apply(
-            x_TD.to(dtype), gate_A, rows, products, weights.recompute, *stacks, *parameters
-        )
+        return _Split.apply(x_TD.to(dtype), gate_A, *stacks, rows, products, recompute)
 
 
 # ------------------------------------------------------------------------------------------- rows
@@ -83,12 +85,14 @@ class Rows:
         token_P: token of each row; a padding row repeats some token.
         place_A: row of each executed assignment; None where each has its own number.
         bags: rows of each token, in the order of its choices, and where each token's rows start.
+        empty: slots of experts without rows.
     """
 
     tiles: list[tuple[slice, list[Group]]]
     token_P: Tensor
     place_A: Tensor | None
     bags: tuple[Tensor, Tensor]
+    empty: list[int]
 
     def spread(self, value_A: Tensor) -> Tensor:
         """One value per row, [P]; 0 for padding, which then adds nothing to any gradient."""
@@ -109,11 +113,13 @@ def lay_out(dispatch: Dispatch, products: Products) -> Rows:
     row_A, start_T = dispatch.bags
     shifts, end = [0] * len(counts), 0  # of each expert's rows, from where they stand by slot
     before = [0, *itertools.accumulate(counts)]
+    empty = [slot for slot, count in enumerate(counts) if not count]
     for experts, size in groups:
         for expert in experts:
             shifts[expert], end = end - before[expert], end + size
     if end == sum(counts) and not any(shifts):
-        return Rows(tiles=tiles, token_P=dispatch.token_A, place_A=None, bags=(row_A, start_T))
+        bags = (row_A, start_T)
+        return Rows(tiles=tiles, token_P=dispatch.token_A, place_A=None, bags=bags, empty=empty)
     device = dispatch.token_A.device
     shift_A = torch.tensor(shifts, device=device).repeat_interleave(
         dispatch.counts_R, output_size=len(dispatch.token_A)
@@ -121,7 +127,7 @@ def lay_out(dispatch: Dispatch, products: Products) -> Rows:
     place_A = torch.arange(len(shift_A), device=device) + shift_A
     token_P = dispatch.token_A.new_zeros(end).index_copy(0, place_A, dispatch.token_A)
     bags = (place_A.index_select(0, row_A), start_T)
-    return Rows(tiles=tiles, token_P=token_P, place_A=place_A, bags=bags)
+    return Rows(tiles=tiles, token_P=token_P, place_A=place_A, bags=bags, empty=empty)
 
 
 def _groups(counts: list[int], products: Products) -> Iterator[tuple[tuple[int, ...], int]]:
@@ -176,34 +182,38 @@ class _Split(torch.autograd.Function):
         ctx: Any,
         x_TD: Tensor,
         gate_A: Tensor,
+        gate_up_RGD: Tensor,
+        down_RDF: Tensor,
+        frozen: tuple[Tensor, Tensor] | None,
         rows: Rows,
         products: Products,
         recompute: bool,
-        gate_up_RGD: Tensor,
-        down_RDF: Tensor,
-        *parameters: Tensor,
     ) -> Tensor:
+        whole = Stacks(gate_up_RGD, down_RDF, frozen).whole(gate_up_RGD.dtype)
         y_PD = x_TD.new_empty(len(rows.token_P), x_TD.shape[1])
         hidden: list[Tensor] = []
         for tile, groups in rows.tiles:
             x_ND = x_TD.index_select(0, rows.token_P[tile])
-            hidden += _forward(x_ND, groups, gate_up_RGD, down_RDF, products, y_PD[tile])
+            hidden += _forward(x_ND, groups, *whole, products, y_PD[tile])
         keep = any(ctx.needs_input_grad) and not recompute
         kept = [y_PD, *hidden] if keep else []
         ctx.save_for_backward(x_TD, gate_A, gate_up_RGD, down_RDF, *kept)
-        ctx.rows, ctx.products = rows, products
+        ctx.frozen, ctx.rows, ctx.products = frozen, rows, products
         return combine(y_PD, rows.bags, rows.spread(gate_A))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         rows, products = ctx.rows, ctx.products
-        x_TD, gate_A, gate_up_RGD, down_RDF, *kept = ctx.saved_tensors
+        x_TD, gate_A, own_gate_up, own_down, *kept = ctx.saved_tensors
+        own = own_gate_up, own_down
+        gate_up_RGD, down_RDF = whole = Stacks(*own, ctx.frozen).whole(own_down.dtype)
         grad_TD, gate_P = grad_TD.contiguous(), rows.spread(gate_A)
         dx_PD, dgate_P = x_TD.new_empty(len(rows.token_P), x_TD.shape[1]), torch.empty_like(gate_P)
-        num_experts = len(gate_up_RGD)
-        needed = ctx.needs_input_grad[-2 * num_experts :]
-        grads: list[Tensor | None] = [None] * (2 * num_experts)
+        grads = [
+            torch.empty_like(stack) if needed else None
+            for stack, needed in zip(own, ctx.needs_input_grad[2:4], strict=True)
+        ]
         for index, (tile, groups) in enumerate(rows.tiles):
             token_N = rows.token_P[tile]
             x_ND = x_TD.index_select(0, token_N)
@@ -211,7 +221,7 @@ class _Split(torch.autograd.Function):
                 y_ND, (h_NG, silu_NF) = kept[0][tile], kept[1 + 2 * index : 3 + 2 * index]
             else:
                 y_ND = torch.empty_like(x_ND)
-                h_NG, silu_NF = _forward(x_ND, groups, gate_up_RGD, down_RDF, products, y_ND)
+                h_NG, silu_NF = _forward(x_ND, groups, *whole, products, y_ND)
             dy_ND = grad_TD.index_select(0, token_N)
             torch.sum(dy_ND * y_ND, -1, dtype=gate_P.dtype, out=dgate_P[tile])
             dy_ND *= gate_P[tile, None].to(dy_ND.dtype)
@@ -219,17 +229,31 @@ class _Split(torch.autograd.Function):
             dh_NG = swiglu_backward(da_NF, h_NG, silu_NF)
             a_NF = silu_NF * h_NG.chunk(2, dim=-1)[1]
             _each(products.input_grad, dh_NG, groups, gate_up_RGD, dx_PD[tile])
-            for group in groups:
-                for first, out_NO, into_NI in ((0, dh_NG, x_ND), (num_experts, dy_ND, a_NF)):
-                    numbers = [first + expert for expert in group.experts]
-                    if not any(needed[number] for number in numbers):
-                        continue
-                    both = products.weight_grad(group.rows_of(out_NO), group.rows_of(into_NI))
-                    both = both.to(gate_up_RGD.dtype).view(len(numbers), *both.shape[-2:])
-                    for number, grad in zip(numbers, both, strict=True):
-                        grads[number] = grad if needed[number] else None
+            for grad, out_NO, into_NI in zip(grads, (dh_NG, dy_ND), (x_ND, a_NF), strict=True):
+                if grad is not None:
+                    _weight_grads(products, groups, out_NO, into_NI, grad)
+        for grad in grads:
+            if grad is not None:
+                grad[[slot for slot in rows.empty if slot < len(grad)]] = 0
         x_grad_TD = combine(dx_PD, rows.bags, None)
-        return x_grad_TD, rows.collect(dgate_P), *[None] * 5, *grads
+        return x_grad_TD, rows.collect(dgate_P), *grads, None, None, None, None
+
+
+def _weight_grads(
+    products: Products, groups: list[Group], out_NO: Tensor, into_NI: Tensor, grad_ROI: Tensor
+) -> None:
+    """Fill the rows of the trained experts among a tile's groups."""
+    for group in groups:
+        own = [slot for slot in group.experts if slot < len(grad_ROI)]
+        if not own:
+            continue
+        pair = group.rows_of(out_NO), group.rows_of(into_NI)
+        if len(group.experts) == 1 and out_NO.dtype == grad_ROI.dtype:
+            products.weight_grad(*pair, grad_ROI[own[0]])
+            continue
+        both = products.weight_grad(*pair)
+        for slot, grad_OI in zip(own, both.view(-1, *both.shape[-2:]), strict=False):
+            grad_ROI[slot] = grad_OI
 
 
 def _forward(

@@ -1,8 +1,5 @@
 """Stacked: all resident experts in a few grouped products. The default on accelerators.
 
-The per-expert parameters are views of one buffer per layer and matrix, so that a kernel reads them
-in place while names, segments, optimizer state and checkpoints stay per expert.
-
 Rows are compacted to executed assignments before the first product: rows past the last group end
 are left uninitialised by grouped kernels, forward and backward, and here there are none.
 
@@ -19,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fomoe.model.activation import swiglu_activation, swiglu_backward
-from fomoe.model.backends.base import Dispatch, ExpertWeights, combine, compute_dtype, stack
+from fomoe.model.backends.base import Dispatch, Stacks, combine, compute_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,24 +38,22 @@ def run_stacked(
     x_TD: Tensor,
     gate_A: Tensor,
     dispatch: Dispatch,
-    weights: ExpertWeights,
+    stacks: Stacks,
     products: GroupedProducts,
+    recompute: bool,
 ) -> Tensor:
     """See `Backend`."""
-    if not len(dispatch.token_A):
-        return torch.zeros_like(x_TD, dtype=compute_dtype(x_TD))
     dtype = compute_dtype(x_TD)
-    stacks = [stack(parameters).to(dtype) for parameters in (weights.gate_ups, weights.downs)]
     with torch.autocast(x_TD.device.type, enabled=False):
         return _Stacked.apply(
             x_TD.to(dtype),
             gate_A,
+            stacks.gate_up,
+            stacks.down,
+            stacks.frozen,
             dispatch,
             products,
-            weights.recompute,
-            *stacks,
-            *weights.gate_ups,
-            *weights.downs,
+            recompute,
         )
 
 
@@ -68,36 +63,42 @@ class _Stacked(torch.autograd.Function):
         ctx: Any,
         x_TD: Tensor,
         gate_A: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        frozen: tuple[Tensor, Tensor] | None,
         dispatch: Dispatch,
         products: GroupedProducts,
         recompute: bool,
-        gate_up: Tensor,
-        down: Tensor,
-        *parameters: Tensor,
     ) -> Tensor:
-        x_AD, h_AG, silu_AF, y_AD = _forward(x_TD, gate_up, down, dispatch, products)
+        whole = Stacks(gate_up, down, frozen).whole(x_TD.dtype)
+        x_AD, h_AG, silu_AF, y_AD = _forward(x_TD, *whole, dispatch, products)
         hidden = [] if recompute else [x_AD, h_AG, silu_AF, y_AD]
         ctx.save_for_backward(x_TD, gate_A, gate_up, down, *hidden)
-        ctx.dispatch, ctx.products, ctx.num = dispatch, products, len(parameters) // 2
+        ctx.frozen, ctx.dispatch, ctx.products = frozen, dispatch, products
         return combine(y_AD, dispatch.bags, gate_A)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         dispatch, products = ctx.dispatch, ctx.products
-        x_TD, gate_A, gate_up, down, *hidden = ctx.saved_tensors
+        x_TD, gate_A, own_gate_up, own_down, *hidden = ctx.saved_tensors
+        gate_up, down = Stacks(own_gate_up, own_down, ctx.frozen).whole(x_TD.dtype)
         x_AD, h_AG, silu_AF, y_AD = hidden or _forward(x_TD, gate_up, down, dispatch, products)
         dy_AD = grad_TD.contiguous().index_select(0, dispatch.token_A)
         gate_grad_A = (dy_AD * y_AD).sum(-1, dtype=gate_A.dtype)
         dy_AD *= gate_A.unsqueeze(-1).to(dy_AD.dtype)
         dh_AG = swiglu_backward(products.input_grad(dy_AD, down, dispatch), h_AG, silu_AF)
         a_AF = silu_AF * h_AG.chunk(2, dim=-1)[1]
-        needs = ctx.needs_input_grad[7:]
-        gate_up_grads = _weight_grads(dh_AG, x_AD, dispatch, products, needs[: ctx.num])
-        down_grads = _weight_grads(dy_AD, a_AF, dispatch, products, needs[ctx.num :])
+        grads = [
+            products.weight_grad(out, into, dispatch)[: len(own)].to(own.dtype) if needed else None
+            for out, into, own, needed in (
+                (dh_AG, x_AD, own_gate_up, ctx.needs_input_grad[2]),
+                (dy_AD, a_AF, own_down, ctx.needs_input_grad[3]),
+            )
+        ]
         dx_AD = products.input_grad(dh_AG, gate_up, dispatch)
         x_grad_TD = combine(dx_AD, dispatch.bags, None)
-        return x_grad_TD, gate_grad_A, *[None] * 5, *gate_up_grads, *down_grads
+        return x_grad_TD, gate_grad_A, *grads, None, None, None, None
 
 
 def _forward(
@@ -107,17 +108,3 @@ def _forward(
     h_AG = products.forward(x_AD, gate_up, dispatch)
     silu_AF, a_AF = swiglu_activation(h_AG)
     return x_AD, h_AG, silu_AF, products.forward(a_AF, down, dispatch)
-
-
-def _weight_grads(
-    y_AO: Tensor,
-    x_AI: Tensor,
-    dispatch: Dispatch,
-    products: GroupedProducts,
-    needed: tuple[bool, ...],
-) -> list[Tensor | None]:
-    if not any(needed):
-        return [None] * len(needed)
-    # Cast as a whole: the parameters are fp32 where the products are bf16.
-    grads = products.weight_grad(y_AO, x_AI, dispatch).float()
-    return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
