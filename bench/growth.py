@@ -78,7 +78,7 @@ def experts_step(
         layer.zero_grad(set_to_none=True)
         x_TD.grad = None
         with torch.autocast(machine.device.type, torch.bfloat16, machine.dtype == torch.bfloat16):
-            y_TD = layer.run_residents(x_TD, routing)
+            y_TD = layer.experts(x_TD, routing)
         y_TD.backward(torch.ones_like(y_TD))
 
     return layer, step

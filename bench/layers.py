@@ -198,7 +198,7 @@ def router_step(layer: MoE, shape: LayerShape, machine: Machine) -> Callable[[],
     def step() -> None:
         layer.zero_grad(set_to_none=True)
         x_TD.grad = None
-        routing, stats = layer.router(x_TD, layer._resident_E, len(layer.experts))
+        routing, stats = layer.router(x_TD, layer.experts.resident_E, len(layer.experts))
         (routing.gate_TK.sum() + stats.lb_loss + stats.z_loss).backward()
 
     return step

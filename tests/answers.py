@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from helpers_cli import Outcome, fomoe, records, write_config  # noqa: E402
+from helpers_cli import Outcome, fomoe, records, write_config
 
 TOLERANCE = 1e-6
 # Neither a clock's reading nor a memory's size is an answer.

@@ -162,12 +162,18 @@ def one_round(run: Run, round_idx: int = 0) -> dict[int, str]:
 
 
 def parameters_of(run: Run) -> dict[tuple[int, str], Tensor]:
-    """Copies of every parameter of every site of a process."""
+    """Copies of every segment of every site of a process."""
     return {
-        (site, name): parameter.detach().clone()
+        (site, segment.name): own.view(segment).clone()
         for site, own in run.sites.items()
-        for name, parameter in own.parameters.items()
+        for segment in own.segments
     }
+
+
+def named_view(site: Site, name: str) -> Tensor:
+    """The memory of a segment that a site holds."""
+    (segment,) = (segment for segment in site.segments if segment.name == name)
+    return site.view(segment)
 
 
 def anchors_of(run: Run) -> dict[str, Tensor]:

@@ -1,5 +1,5 @@
 """Expert backends against one plain oracle: output and every gradient; nothing uninitialised is
-read; parameters that are views of one buffer behave as any others."""
+read; frozen experts are computed and not trained."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from conftest import assert_same_bits, make_run, make_site, one_round, parameters_of, tiny_config
 from torch import Tensor
 
+from fomoe.checkpoint import flatten, unflatten
 from fomoe.config import Config
 from fomoe.errors import ConfigError
 from fomoe.model import matmul
 from fomoe.model.backends import choice, megablocks
-from fomoe.model.backends.base import plan_dispatch, stack
+from fomoe.model.backends.base import plan_dispatch
 from fomoe.model.backends.split import lay_out, padded_rows
 from fomoe.model.elementwise import rms_norm, rotate
 from fomoe.model.experts import run_experts
@@ -68,9 +69,11 @@ def layer_config(shape: tuple[Any, ...], kind: str, **more: Any) -> Config:
     )
 
 
-def make_layer(config: Config, residents: tuple[int, ...]) -> MoE:
+def make_layer(
+    config: Config, residents: tuple[int, ...], trained: tuple[int, ...] | None = None
+) -> MoE:
     torch.manual_seed(1)
-    layer = MoE(config, residents)
+    layer = MoE(config, residents, trained)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return layer
@@ -95,17 +98,17 @@ def run_and_differentiate(
 ) -> dict[str, Tensor]:
     """Output, and gradients of input, gates and parameters (None counts as 0)."""
     generator = torch.Generator().manual_seed(2)
-    tokens, width = len(chosen_TK), layer.options.d_model
+    tokens, width = len(chosen_TK), layer.experts.options.d_model
     x_TD = torch.randn(tokens, width, generator=generator).requires_grad_()
     gate_TK = torch.rand(chosen_TK.shape, generator=generator).requires_grad_()
     routing = routing_of(chosen_TK, residents, layer.num_experts, gate_TK)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         if oracle:
-            plain = {int(e): plain_swiglu(module) for e, module in layer.experts.items()}
-            y_TD = run_experts(x_TD, routing, plain, layer._slot_E)
+            plain = {expert: plain_swiglu(layer, expert) for expert in layer.experts.ids}
+            y_TD = run_experts(x_TD, routing, plain, layer.experts.slot_E)
         else:
-            y_TD = layer.run_residents(x_TD, routing)
-    own = dict(layer.experts.named_parameters())
+            y_TD = layer.experts(x_TD, routing)
+    own = {n: p for n, p in layer.experts.named_parameters() if p.requires_grad}
     wanted = [x_TD, gate_TK, *own.values()]
     weight = torch.randn(y_TD.shape, generator=generator)
     loss = (y_TD.float() * weight).sum() + 0 * sum(w.sum() for w in wanted)
@@ -113,12 +116,15 @@ def run_and_differentiate(
     return dict(zip(["y", "x", "gate", *own], [y_TD.detach().float(), *grads], strict=True))
 
 
-def plain_swiglu(module: Any) -> Any:
-    def expert(x_TD: Tensor) -> Tensor:
-        gate_TF, up_TF = F.linear(x_TD, module.gate_up).chunk(2, dim=-1)
-        return F.linear(F.silu(gate_TF) * up_TF, module.down)
+def plain_swiglu(layer: MoE, expert: int) -> Any:
+    (gate_up, slot), (down, _) = (layer.experts.place(part, expert) for part in ("gate_up", "down"))
 
-    return expert
+    def run(x_TD: Tensor) -> Tensor:
+        own_gate_up, own_down = (getattr(layer.experts, n)[slot] for n in (gate_up, down))
+        gate_TF, up_TF = F.linear(x_TD, own_gate_up).chunk(2, dim=-1)
+        return F.linear(F.silu(gate_TF) * up_TF, own_down)
+
+    return run
 
 
 def choices(shape: tuple[Any, ...]) -> Tensor:
@@ -187,17 +193,22 @@ def test_split_takes_odd_widths(kind: str) -> None:
     assert_close(own, oracle, 2e-5)
 
 
+@pytest.mark.parametrize("recompute", ["none", "experts"])
 @pytest.mark.parametrize("kind", KINDS[:3])
-def test_frozen_experts_get_no_gradient(kind: str) -> None:
+@pytest.mark.parametrize("trained", [(2,), (0, 3, 6), (1, 2, 3, 4, 5, 6, 7), ()])
+def test_frozen_experts_are_computed_and_get_no_gradient(
+    trained: tuple[int, ...], kind: str, recompute: str
+) -> None:
     shape = SHAPES["all resident"]
-    layer = make_layer(layer_config(shape, kind), shape[1])
-    layer.experts["2"].requires_grad_(False)
-    x_TD = torch.randn(24, 16)
-    gate_TK = torch.rand(24, 2)
-    layer.run_residents(x_TD, routing_of(choices(shape), shape[1], 8, gate_TK)).sum().backward()
-    assert layer.experts["2"].gate_up.grad is None
-    assert layer.experts["2"].down.grad is None
-    assert layer.experts["1"].gate_up.grad is not None
+    config = layer_config(shape, kind, model__recompute=recompute)
+    layer = make_layer(config, shape[1], trained)
+    assert layer.experts.ids[: len(trained)] == trained
+    own, oracle = (
+        run_and_differentiate(layer, layer.experts.ids, choices(shape), oracle=o, autocast=False)
+        for o in (False, True)
+    )
+    assert set(own) == {"y", "x", "gate"} | ({"gate_up", "down"} if trained else set())
+    assert_close(own, oracle, 2e-5)
 
 
 def test_dispatch_holds_executed_assignments_only() -> None:
@@ -205,7 +216,7 @@ def test_dispatch_holds_executed_assignments_only() -> None:
     chosen_TK = choices(shape)
     layer = make_layer(layer_config(shape, "split torch"), shape[1])
     routing = routing_of(chosen_TK, shape[1], 8, torch.ones(chosen_TK.shape))
-    dispatch = plan_dispatch(routing, layer._slot_E, 4)
+    dispatch = plan_dispatch(routing, layer.experts.slot_E, 4)
     executed = [(t, e) for t, row in enumerate(chosen_TK.tolist()) for e in row if e in shape[1]]
     assert len(dispatch.token_A) == len(executed) == sum(dispatch.counts)
     expert_A = chosen_TK.flatten()[dispatch.order_A].tolist()
@@ -279,48 +290,23 @@ def test_backends_train_alike_and_hold_the_same_names() -> None:
     ]
     for site in sites:
         site.run_local_steps(4, lambda _: None)
-    left, right = (site.state()[0] for site in sites)
+    left, right = (flatten(site.state()[0]) for site in sites)
     assert left.keys() == right.keys()
     for name, value in left.items():
         torch.testing.assert_close(value, right[name], rtol=1e-4, atol=1e-5)
-
-
-def test_stacked_parameters_are_views_that_the_optimizer_steps() -> None:
-    site = make_site(grouped(), seed=5)
-    site.run_local_steps(1, lambda _: None)
-    experts = list(site.model.moe(0).experts.values())
-    whole = stack([e.gate_up for e in experts])
-    assert whole.data_ptr() == experts[0].gate_up.data_ptr()
-    site.run_local_steps(1, lambda _: None)
-    for row, expert in zip(whole, experts, strict=True):
-        assert torch.equal(row, expert.gate_up)
-
-
-def test_stacking_again_keeps_values_when_parameters_move() -> None:
-    site = make_site(grouped(), seed=5)
-    site.run_local_steps(1, lambda _: None)
-    before = {name: p.detach().clone() for name, p in site.parameters.items()}
-    experts = list(site.model.moe(0).experts.values())
-    moved = experts[1].gate_up
-    value = moved.detach().clone()
-    moved.data = moved.data.clone()
-    whole = stack([e.gate_up for e in experts])
-    assert_same_bits(before, site.parameters)
-    whole[1] += 1
-    assert torch.equal(moved, value + 1)
 
 
 def test_state_returns_to_a_stacked_site() -> None:
     site = make_site(grouped(), seed=5)
     site.run_local_steps(2, lambda _: None)
     tensors, values = site.state()
-    saved = {name: tensor.clone() for name, tensor in tensors.items()}
+    saved = {name: tensor.clone() for name, tensor in flatten(tensors).items()}
     site.run_local_steps(2, lambda _: None)
-    site.load_state(saved, values)
-    assert_same_bits(saved, site.state()[0])
+    site.load_state(unflatten(saved), values)
+    assert_same_bits(saved, flatten(site.state()[0]))
     fresh = make_site(grouped(), seed=6)
-    fresh.load_state(saved, values)
-    assert_same_bits(saved, fresh.state()[0])
+    fresh.load_state(unflatten(saved), values)
+    assert_same_bits(saved, flatten(fresh.state()[0]))
 
 
 def test_a_round_with_stacked_parameters_equals_one_with_split() -> None:

@@ -10,12 +10,22 @@ import torch
 from conftest import LAYOUTS, all_good, make_run, one_round, over_gloo, tiny_config
 from torch import Tensor
 
-from fomoe.memory import SiteMemory
+from fomoe.checkpoint import flatten
+from fomoe.memory import SiteMemory, site_memory
 from fomoe.model.transformer import Transformer
 from fomoe.placement import Placement, cyclic
 from fomoe.planning import plan_run, planned_summary
-from fomoe.segments import build_plan, chunk_bounds, full_payload, sync_traffic, wire_elements
-from fomoe.shapes import ParameterSpec, expert_name, parameter_specs
+from fomoe.segments import (
+    Piece,
+    build_plan,
+    chunk_bounds,
+    full_payload,
+    placement_rule,
+    sync_traffic,
+    takes_outer_step,
+    wire_elements,
+)
+from fomoe.shapes import ParameterSpec, parameter_specs
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -28,7 +38,9 @@ def test_every_element_stands_in_exactly_one_segment(layout):
     for bucket in plan.buckets:
         for segment in bucket.segments:
             rows = painted[segment.parameter][segment.start : segment.stop]
-            assert rows.shape == segment.shape
+            assert (
+                rows.view(segment.shape).shape == (rows[0] if segment.expert_class else rows).shape
+            )
             assert rows.numel() == segment.numel
             rows += 1
     for name, counts in painted.items():
@@ -50,8 +62,11 @@ def test_experts_are_held_by_the_placement_and_the_rest_by_all(layout):
             assert segment.expert_class == bucket.expert_class == (".experts." in segment.parameter)
             if segment.expert_class:
                 row = row_of[segment.layer]
-                parts = [expert_name(segment.layer, segment.expert, p) for p in ("gate_up", "down")]
-                assert segment.parameter in parts
+                prefix = f"layers.{segment.layer}.moe.experts."
+                assert segment.parameter in (f"{prefix}gate_up", f"{prefix}down")
+                part = segment.parameter.removeprefix(prefix)
+                assert segment.name == f"{prefix}{segment.expert}.{part}"
+                assert (segment.start, segment.stop) == (segment.expert, segment.expert + 1)
                 assert segment.holders == run.placement.holders[row][segment.expert]
                 assert segment.trainers == run.placement.trainers[row][segment.expert]
                 continue
@@ -75,13 +90,12 @@ def test_cyclic_placement_gives_at_most_one_bucket_per_site_and_one_shared():
         specs = [ParameterSpec("embedding.weight", (7, 3), "embedding")]
         for layer in layers:
             specs.append(ParameterSpec(f"router.{layer}", (num_experts, 3), "router", layer))
-            specs += [
-                ParameterSpec(expert_name(layer, e, "down"), (3, 2), "expert", layer, e)
-                for e in range(num_experts)
-            ]
-        plan = build_plan(specs, placement)
+            specs.append(
+                ParameterSpec(f"layers.{layer}.down", (num_experts, 3, 2), "expert", layer)
+            )
+        plan = build_plan(specs, num_sites, placement_rule(placement))
         assert len(plan.buckets) <= num_sites + 1
-        rows = build_plan(specs, placement, router_rows="holders")
+        rows = build_plan(specs, num_sites, placement_rule(placement, router_rows="holders"))
         assert len({bucket.holders for bucket in rows.buckets}) <= num_sites + 1
 
 
@@ -89,8 +103,9 @@ def test_bucket_order_is_the_same_at_every_site():
     """Peers meet because the plan does not depend on who makes it, nor on the specs' order."""
     config = tiny_config()
     placement = plan_run(config).placement
-    plan = build_plan(parameter_specs(config), placement)
-    shuffled = build_plan(reversed(parameter_specs(config)), placement)
+    rule = placement_rule(placement)
+    plan = build_plan(parameter_specs(config), 4, rule)
+    shuffled = build_plan(reversed(parameter_specs(config)), 4, rule)
     order = [(b.index, b.expert_class, b.holders, b.trainers) for b in plan.buckets]
     assert order == [(b.index, b.expert_class, b.holders, b.trainers) for b in shuffled.buckets]
     assert [index for index, *_ in order] == list(range(len(plan.buckets)))
@@ -132,7 +147,7 @@ def test_payload_is_shared_plus_the_replicated_share_of_the_experts(r, element_b
     """b (N_s + N_e r / K); with one holder, only the shared part."""
     config = tiny_config(placement__replication_factor=r)
     specs = parameter_specs(config)
-    experts = sum(spec.numel for spec in specs if spec.expert is not None)
+    experts = sum(spec.numel for spec in specs if spec.kind == "expert")
     shared = sum(spec.numel for spec in specs) - experts
     plan = plan_run(config).plan
     for site in range(4):
@@ -181,11 +196,15 @@ def test_a_site_builds_what_the_plan_says_it_holds_and_no_more(layout):
     config = tiny_config(LAYOUTS[layout])
     run = plan_run(config)
     for site in range(config.num_sites):
-        model = Transformer(config, run.placement.residents(site))
+        placement = run.placement
+        model = Transformer(config, placement.residents(site), placement.trained(site))
         held = {s.parameter for b in run.plan.buckets if site in b.holders for s in b.segments}
-        assert {name for name, _ in model.named_parameters()} == held
+        assert {n.replace("frozen_", "") for n, _ in model.named_parameters()} == held
+        frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+        stored = [b for b in run.plan.buckets if site in b.holders and b.expert_class]
+        assert frozen == sum(b.numel for b in stored if site not in b.trainers)
         assert sum(p.numel() for p in model.parameters()) == run.plan.numel_at(site)
-        # Experts are views of shared storages, in which no absent one may hide.
+        # No absent expert may hide in a storage.
         storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in model.parameters()}
         sizes = [storage.nbytes() for storage in storages.values()]
         assert sum(sizes) == sum(p.nbytes for p in model.parameters())
@@ -264,18 +283,55 @@ def test_absent_experts_have_no_bytes_anywhere(layout):
         (site,) = transport.sites
         run = make_run(config, transport)
         one_round(run)
-        tensors, _ = run.sites[site].state()
-        tensors |= run.outer.state_of(site) | run.sites[site].model.state_dict()
-        tensors |= dict(run.sites[site].model.named_buffers()) | dict(run.outer.anchors)
+        own = run.sites[site]
+        saved = flatten(own.state()[0]) | flatten(run.outer.state_of(site))
+        built = own.model.state_dict() | dict(own.model.named_buffers())
+        largest = max(config.model.num_experts, config.vocab_size) * config.model.d_model
         found = set()
-        for name, tensor in tensors.items():
-            if ".experts." in name:
+        for name, tensor in {**saved, **built, **run.outer.anchors}.items():
+            if name.endswith((".experts.gate_up", ".experts.down")):
+                ids = own.model.get_submodule(name.rpartition(".")[0]).ids
+                assert len(tensor) == len(ids)
+                continue
+            if ".experts." in name and name not in built:
                 layer, _, _, expert = name.split("layers.")[1].split(".")[:4]
                 found.add((int(layer), int(expert)))
-            largest = max(config.model.num_experts, config.vocab_size) * config.model.d_model
             assert tensor.numel() <= largest, f"{name} could hide several experts"
         return found
 
     for site, found in enumerate(all_good(over_gloo(config.num_sites, work))):
         residents = placement.residents(site)
         assert found == {(layer, e) for layer, held in residents.items() for e in held}
+
+
+# ------------------------------------------------------------------------------------------ rules
+
+
+def test_frozen_rows_have_no_gradient_anchor_or_traffic():
+    """A rule without trainers: one half of a matrix is trained, the other one stored only."""
+    config = tiny_config()
+    everyone = tuple(range(4))
+
+    def rule(spec: ParameterSpec) -> list[Piece]:
+        half = spec.shape[0] // 2
+        return [Piece(0, half, everyone, everyone), Piece(half, spec.shape[0], everyone, ())]
+
+    plan = build_plan([ParameterSpec("ffn", (6, 5), "ffn")], 4, rule)
+    trained, frozen = sorted(plan.buckets, key=lambda bucket: not bucket.trainers)
+    assert [s.name for b in (trained, frozen) for s in b.segments] == ["ffn[0:3]", "ffn[3:6]"]
+    assert plan.numel == 30
+    assert takes_outer_step(config, trained)
+    assert not takes_outer_step(config, frozen)
+    memory = site_memory(config, plan, 0)
+    assert memory.parameters == 4 * 30
+    assert memory.gradients == memory.anchor == 4 * 15
+    assert sync_traffic(plan, 0).payload == 4 * 15
+
+
+@pytest.mark.parametrize("pieces", [[(0, 2)], [(0, 2), (3, 6)], [(0, 4), (2, 6)], []])
+def test_a_rule_that_leaves_rows_out_or_takes_them_twice_is_refused(pieces):
+    def rule(spec: ParameterSpec) -> list[Piece]:
+        return [Piece(start, stop, (0,), (0,)) for start, stop in pieces]
+
+    with pytest.raises(AssertionError, match="the pieces of ffn"):
+        build_plan([ParameterSpec("ffn", (6, 5), "ffn")], 1, rule)

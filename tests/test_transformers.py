@@ -65,7 +65,7 @@ def translate(name: str, own: dict[str, torch.Tensor]) -> torch.Tensor | None:
     layer = name.split(".")[2] if name.startswith("model.layers.") else ""
     for theirs, part in (("experts.gate_up_proj", "gate_up"), ("experts.down_proj", "down")):
         if name.endswith(theirs):
-            return torch.stack([own[f"layers.{layer}.moe.experts.{e}.{part}"] for e in range(8)])
+            return own[f"layers.{layer}.moe.experts.{part}"]
     for theirs, ours in RENAMED.items():
         name = name.replace(theirs, ours)
     return own.get(name)
