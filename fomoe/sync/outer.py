@@ -1,4 +1,4 @@
-"""The outer optimizer: anchors, pseudo-gradients, and the step that every holder repeats.
+"""Anchors and the outer step that every holder repeats.
 
 Each process keeps one anchor and one outer state per segment that its sites hold (one site in a
 distributed run, all in a proxy run), in fp32 and off the accelerator. Every holder gets the same
@@ -7,44 +7,34 @@ mean and takes the same step, so replicas stay equal without sending parameters.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fomoe.checkpoint import Tree
 from fomoe.config import Config
-from fomoe.errors import ConfigError, SyncError
-from fomoe.segments import (
-    Bucket,
-    Plan,
-    RoundCounts,
-    Segment,
-    contribution_weight,
-    takes_outer_step,
-)
+from fomoe.errors import ConfigError
+from fomoe.segments import Bucket, Segment
 from fomoe.site import Site
-from fomoe.sync.aggregate import (
-    Contribution,
-    build_contribution,
-    mean_over_holders,
-    split_bucket,
-)
-from fomoe.sync.transport import Transport, check_agreement
+from fomoe.state import key, not_finite, of_kind
+from fomoe.sync.buckets import split_bucket
 
 # Need a closure, or work on sparse gradients or matrices only; the outer step is elementwise.
 _REFUSED = {"LBFGS", "SparseAdam", "Muon", "Optimizer", "Adafactor"}
 
 
-class OuterOptimizer:
+class Anchors:
     """Anchors and outer state of the segments that a process's sites hold.
 
     Args:
         config: the experiment.
-        plan: all buckets.
-        sites: parameters of this process's sites, by site; they start equal to the anchors.
-        pin: keep the anchors in pinned memory, for copies from and to an accelerator.
+        buckets: those that take outer steps, at any site.
+        sites: the sites of this process; they start equal to the anchors.
+        pin: keep the anchors in pinned memory.
+
+    Attributes:
+        buckets: those of them that are held here.
+        values: the anchors by segment.
 
     Raises:
         ConfigError: if `outer.optimizer` is no elementwise class of torch.optim, or its options
@@ -52,67 +42,38 @@ class OuterOptimizer:
     """
 
     def __init__(
-        self, config: Config, plan: Plan, sites: Mapping[int, Site], *, pin: bool = False
+        self,
+        config: Config,
+        buckets: Sequence[Bucket],
+        sites: Mapping[int, Site],
+        *,
+        pin: bool = False,
     ) -> None:
-        self.sites = sites
-        self.buckets = [
-            bucket
-            for bucket in plan.buckets
-            if takes_outer_step(config, bucket) and set(bucket.holders) & set(sites)
-        ]
-        self.anchors: dict[str, nn.Parameter] = {}
+        self.config, self.sites = config, sites
+        self.buckets = [bucket for bucket in buckets if set(bucket.holders) & set(sites)]
+        self.values: dict[str, nn.Parameter] = {}
         for bucket in self.buckets:
             site = min(set(bucket.holders) & set(sites))
             for segment in bucket.segments:
                 # A copy even on CPU: the anchor must not change when the parameter does.
                 value = torch.empty(segment.shape, pin_memory=pin)
                 value.copy_(sites[site].view(segment))
-                self.anchors[segment.name] = nn.Parameter(value, requires_grad=False)
-        self.optimizer = build_outer_optimizer(config, list(self.anchors.values()))
+                self.values[segment.name] = nn.Parameter(value, requires_grad=False)
+        self.optimizer = build_outer_optimizer(config, list(self.values.values()))
 
     def step(self, means: Mapping[int, Tensor]) -> None:
-        """Step the anchors with the mean pseudo-gradients and give them to every local holder."""
+        """Step with the mean pseudo-gradients and copy the result to every local holder."""
         for bucket in self.buckets:
             for name, grad in split_bucket(bucket, means[bucket.index]).items():
-                self.anchors[name].grad = grad
-        if self.anchors:
+                self.values[name].grad = grad
+        if self.values:
             self.optimizer.step()
-        for anchor in self.anchors.values():
+        for anchor in self.values.values():
             anchor.grad = None
-        self.publish()
-
-    @torch.no_grad()
-    def publish(self) -> None:
-        """Copy the anchors into the parameters of every local holder."""
         for bucket in self.buckets:
             for site in set(bucket.holders) & set(self.sites):
                 for segment in bucket.segments:
-                    self.sites[site].view(segment).copy_(self.anchors[segment.name])
-
-    def state_of(self, site: int) -> Tree:
-        """Anchors and outer state of one site's segments, for its checkpoint."""
-        own = self._segments_of(site)
-        outer: dict[str, dict[str, Tensor]] = {}
-        for segment in own:
-            for key, value in self.optimizer.state.get(self.anchors[segment.name], {}).items():
-                if value is not None:
-                    outer.setdefault(key, {})[segment.name] = torch.as_tensor(value)
-        return {"anchor": {s.name: self.anchors[s.name].detach() for s in own}, "outer": outer}
-
-    @torch.no_grad()
-    def load_state_of(self, site: int, tensors: Tree) -> None:
-        """Bring back what `state_of` returned; replicas of one process are equal, so order is not
-        important."""
-        for segment in self._segments_of(site):
-            anchor = self.anchors[segment.name]
-            anchor.copy_(tensors["anchor"][segment.name])
-            own = {k: v[segment.name] for k, v in tensors.get("outer", {}).items()}
-            if own:
-                self.optimizer.state[anchor] = {key: value.clone() for key, value in own.items()}
-
-    def _segments_of(self, site: int) -> list[Segment]:
-        return [s for bucket in self.buckets if site in bucket.holders for s in bucket.segments]
-
+                    self.sites[site].view(segment).copy_(self.values[segment.name].detach())
 
 def build_outer_optimizer(config: Config, anchors: list[nn.Parameter]) -> torch.optim.Optimizer:
     """Build the torch.optim class that the config names; unknown names and options are errors."""
@@ -133,97 +94,3 @@ def build_outer_optimizer(config: Config, anchors: list[nn.Parameter]) -> torch.
     except (TypeError, ValueError, LookupError, RuntimeError, AssertionError) as error:
         reason = f"is refused by torch.optim.{name}: {error}"
         raise ConfigError("outer.options", config.outer.arguments, reason) from None
-
-
-def average_pseudo_gradients(
-    config: Config,
-    plan: Plan,
-    outer: OuterOptimizer,
-    transport: Transport,
-    counts: Mapping[int, RoundCounts],
-) -> dict[int, Tensor]:
-    """Mean pseudo-gradient (anchor minus local) of every bucket held here, by bucket index.
-
-    Works on copies and returns only when every site has all its means: nothing is committed here,
-    and if any site failed none commits.
-
-    Raises:
-        SyncError: if the exchange failed or a site's parameters are not finite.
-    """
-
-    def contribute(bucket: Bucket, site: int) -> Contribution:
-        rule, own = config.sync.weight, counts[site]
-        weights = [contribution_weight(s, site, rule=rule, counts=own) for s in bucket.segments]
-        return build_contribution(
-            bucket,
-            weights,
-            lambda s: outer.anchors[s.name].detach() - outer.sites[site].view(s).to("cpu"),
-        )
-
-    stepped = Plan(num_sites=plan.num_sites, buckets=tuple(outer.buckets))
-    means = mean_over_holders(stepped, transport, contribute)
-    check_agreement(transport, lambda site: divergence(outer.sites[site].parameters))
-    return means
-
-
-def divergence(parameters: Mapping[str, nn.Parameter]) -> str:
-    """What is wrong with one site's parameters, those that no peer holds included; or nothing."""
-    finite = [torch.isfinite(parameter.detach()).all() for parameter in parameters.values()]
-    if torch.stack(finite).all():
-        return ""
-    return "its parameters are not finite (the local training diverged)"
-
-
-def average_gradients(plan: Plan, sites: Mapping[int, Site], transport: Transport) -> None:
-    """Replace every gradient by its mean over all sites (DDP), through the same reduction."""
-
-    def contribute(bucket: Bucket, site: int) -> Contribution:
-        return build_contribution(bucket, [1.0] * len(bucket.segments), sites[site].grad_view)
-
-    means = mean_over_holders(plan, transport, contribute)
-    for bucket in plan.buckets:
-        parts = split_bucket(bucket, means[bucket.index])
-        for site in transport.sites:
-            for segment in bucket.segments:
-                sites[site].grad_view(segment).copy_(parts[segment.name])
-
-
-def check_replicas(plan: Plan, sites: Mapping[int, Site], transport: Transport) -> dict[int, str]:
-    """Compare hashes of the sites' own parameters over the holders of every bucket.
-
-    Returns:
-        The hash of each bucket with several holders, of those held here.
-
-    Raises:
-        SyncError: naming the buckets and sites that differ.
-    """
-    shared = [bucket for bucket in plan.buckets if len(bucket.holders) > 1]
-    own = {site: _replica_hashes(shared, site, sites[site]) for site in transport.sites}
-    messages = transport.gather(lambda site: b"".join(own[site].values()))
-    size = hashlib.sha256().digest_size
-    by_bucket: dict[int, dict[int, bytes]] = {bucket.index: {} for bucket in shared}
-    for site, message in zip(transport.members, messages, strict=True):
-        held = [bucket.index for bucket in shared if site in bucket.holders]
-        for position, index in enumerate(held):
-            by_bucket[index][site] = message[position * size : (position + 1) * size]
-    wrong = [b for b in shared if len(set(by_bucket[b.index].values())) > 1]
-    if wrong:
-        bucket = wrong[0]
-        raise SyncError(
-            f"replicas differ after a sync: bucket {bucket.index} ({bucket.segments[0].name}, ...) "
-            f"is not equal at its holders {list(bucket.holders)}"
-        )
-    return {i: digest.hex() for hashes in own.values() for i, digest in hashes.items()}
-
-
-def _replica_hashes(buckets: list[Bucket], index: int, site: Site) -> dict[int, bytes]:
-    hashes = {}
-    for bucket in buckets:
-        if index not in bucket.holders:
-            continue
-        digest = hashlib.sha256()
-        for segment in bucket.segments:
-            value = site.view(segment).to("cpu", torch.float32).contiguous()
-            digest.update(memoryview(value.reshape(-1).numpy()))
-        hashes[bucket.index] = digest.digest()
-    return hashes

@@ -1,0 +1,192 @@
+"""The sync of a round: prepare, exchange, commit.
+
+`prepare` ends the round at every site. `exchange` is everything that can fail: means of values and
+weights, the byte check, finite states, balance counts; it changes nothing. `commit` writes anchors,
+parameters and balance biases, and asks nobody.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fomoe.errors import SyncError
+from fomoe.planning import RunPlan
+from fomoe.segments import (
+    Bucket,
+    Plan,
+    RoundCounts,
+    Segment,
+    contribution_weight,
+    sync_traffic,
+    takes_outer_step,
+)
+from fomoe.site import RoundRouting, Site
+from fomoe.sync.buckets import Contribution
+from fomoe.sync.exchange import Contribute, check_sites, gather, mean_over_holders
+from fomoe.sync.outer import Anchors
+from fomoe.sync.transport import Transport, model_bytes
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a round left at the sites of this process.
+
+    Attributes:
+        routing: its routing, by site.
+        counts: what decides the contribution weights, by site.
+    """
+
+    routing: dict[int, RoundRouting]
+    counts: dict[int, RoundCounts]
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """What all sites agreed on; nothing of it is committed yet.
+
+    Attributes:
+        means: mean pseudo-gradients by bucket index, of the buckets held here.
+        selected_LE: assignments per layer and expert over all sites; None where no bias moves.
+    """
+
+    means: dict[int, Tensor]
+    selected_LE: Tensor | None
+
+
+class Sync:
+    """Averages parameters over their holders and steps the anchors.
+
+    Args:
+        plan: the experiment: its buckets and options.
+        sites: the sites of this process.
+        transport: between all sites.
+        pin: keep the anchors in pinned memory, for copies from and to an accelerator.
+    """
+
+    def __init__(
+        self, plan: RunPlan, sites: Mapping[int, Site], transport: Transport, *, pin: bool = False
+    ) -> None:
+        self.plan, self.sites, self.transport = plan, sites, transport
+        self.buckets = [b for b in plan.plan.buckets if takes_outer_step(plan.config, b)]
+        self.anchors = Anchors(plan.config, self.buckets, sites, pin=pin)
+        self._unplanned = dict.fromkeys(sites, "")
+
+    def prepare(self) -> Prepared:
+        """End the round at every site of this process."""
+        routing = {index: site.end_round() for index, site in self.sites.items()}
+        counts = {i: site.round_counts(routing[i]) for i, site in self.sites.items()}
+        return Prepared(routing, counts)
+
+    def exchange(self, prepared: Prepared) -> Exchanged:
+        """Average, and agree that all is well at every site.
+
+        Raises:
+            SyncError: if an exchange failed, or naming the sites whose state is not finite or whose
+                bytes are not those planned. Nothing is committed at any site then.
+        """
+        means = self.reduce(
+            self.buckets,
+            lambda bucket, site: self._contribute(bucket, site, prepared.counts[site]),
+        )
+        selected_LE = self._balance_counts(prepared)
+        wrong_means = self.anchors.divergence(means)
+        check_sites(
+            self.transport,
+            lambda site: self.sites[site].divergence() or wrong_means or self._unplanned[site],
+        )
+        return Exchanged(means, selected_LE)
+
+    def commit(self, exchanged: Exchanged) -> None:
+        """Step the anchors and give them to every holder of this process."""
+        self.anchors.step(exchanged.means)
+        if exchanged.selected_LE is not None:
+            for site in self.sites.values():
+                site.move_balance_bias(exchanged.selected_LE)
+
+    def reduce(self, buckets: Sequence[Bucket], contribute: Contribute) -> dict[int, Tensor]:
+        """Means of some buckets; bytes that are not the planned ones are told in `exchange`."""
+        counts = self.transport.counts
+        before = {site: model_bytes(counts[site]) for site in self.sites}
+        means = mean_over_holders(self.transport, buckets, contribute)
+        part = Plan(num_sites=self.plan.config.num_sites, buckets=tuple(buckets))
+        for site, earlier in before.items():
+            planned = sync_traffic(part, site)
+            now = model_bytes(counts[site])
+            counted = (now[0] - earlier[0], now[1] - earlier[1])
+            if counted != (planned.payload, planned.wire):
+                self._unplanned[site] = (
+                    f"it sent (payload, wire) = {counted} bytes, but the plan says "
+                    f"{(planned.payload, planned.wire)}"
+                )
+        return means
+
+    def _contribute(self, bucket: Bucket, site: int, counts: RoundCounts) -> Contribution:
+        rule = self.plan.config.sync.weight
+        weights = [contribution_weight(s, site, rule=rule, counts=counts) for s in bucket.segments]
+
+        def pseudo_grad(segment: Segment, start: int, stop: int) -> Tensor:
+            anchor = self.anchors.values[segment.name].detach().view(-1)[start:stop]
+            local = self.sites[site].view(segment).reshape(-1)[start:stop]
+            return anchor - local.to("cpu")
+
+        return Contribution(bucket, weights, pseudo_grad)
+
+    def _balance_counts(self, prepared: Prepared) -> Tensor | None:
+        config = self.plan.config
+        if config.router.balance == "loss" or not config.model.moe_layers:
+            return None
+        own = {site: routing.selected_LE for site, routing in prepared.routing.items()}
+        messages = gather(self.transport, lambda site: own[site].numpy().tobytes())
+        counts = [torch.frombuffer(bytearray(message), dtype=torch.int64) for message in messages]
+        return torch.stack(counts).sum(0).view_as(next(iter(own.values())))
+
+    # ------------------------------------------------------------------------------ replicas
+
+    def check_replicas(self) -> dict[int, str]:
+        """Compare hashes of the sites' own parameters over the holders of every bucket.
+
+        Returns:
+            The hash of each bucket with several holders, of those held here.
+
+        Raises:
+            SyncError: naming the first bucket whose replicas differ, and its holders.
+        """
+        shared = [bucket for bucket in self.plan.plan.buckets if bucket.crosses]
+        own = {
+            index: replica_hashes(shared, index, site.view) for index, site in self.sites.items()
+        }
+        messages = gather(self.transport, lambda site: b"".join(own[site].values()))
+        size = hashlib.sha256().digest_size
+        by_bucket: dict[int, set[bytes]] = {bucket.index: set() for bucket in shared}
+        for site, message in zip(self.transport.members, messages, strict=True):
+            held = [bucket.index for bucket in shared if site in bucket.holders]
+            for position, index in enumerate(held):
+                by_bucket[index].add(message[position * size : (position + 1) * size])
+        wrong = [bucket for bucket in shared if len(by_bucket[bucket.index]) > 1]
+        if wrong:
+            raise SyncError(
+                f"replicas differ after a sync: bucket {wrong[0].index} "
+                f"({wrong[0].segments[0].name}, ...) is not equal at its holders "
+                f"{list(wrong[0].holders)}"
+            )
+        return {i: digest.hex() for hashes in own.values() for i, digest in hashes.items()}
+
+
+def replica_hashes(
+    buckets: Iterable[Bucket], site: int, view: Callable[[Segment], Tensor]
+) -> dict[int, bytes]:
+    """sha256 of a site's values of each of these buckets that it holds, by bucket index."""
+    hashes = {}
+    for bucket in buckets:
+        if site in bucket.holders:
+            digest = hashlib.sha256()
+            for segment in bucket.segments:
+                value = view(segment).to("cpu", torch.float32).contiguous()
+                digest.update(memoryview(value.reshape(-1).numpy()))
+            hashes[bucket.index] = digest.digest()
+    return hashes
