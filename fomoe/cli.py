@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 
 from fomoe import __version__
 from fomoe.errors import ConfigError, FomoeError
+from fomoe.launch import Launch, launch_from_environment, site_label
+from fomoe.sync.waiting import leave_if_blocked
 from fomoe_sim.cli import add_commands
 
 _EXIT_FAILED, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 2, 130
@@ -32,6 +34,10 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, 1 (failed), 2 (wrong input) or 130 (interrupted)."""
+    return leave_if_blocked(_run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     # torch's C++ side prints stack traces of refused connections; our own line says it better.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     words = sys.argv[1:] if argv is None else list(argv)
@@ -154,10 +160,13 @@ def _train(args: argparse.Namespace) -> int:
 
             print_dry_run(run)
         return 0
+    launch = _launch()
     from fomoe.train import train
 
-    summary = train(config, mode=args.mode, device=args.device, interface=args.interface)
-    if int(os.environ.get("RANK", "0")) == 0:
+    summary = train(
+        config, mode=args.mode, device=args.device, interface=args.interface, launch=launch
+    )
+    if launch.rank == 0:
         if args.json:
             print(json.dumps(summary))
         else:
@@ -170,6 +179,10 @@ def _train(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     from fomoe.config import METHODS
 
+    launch = _launch()
+    if launch.distributed:
+        rule = "must be 1 for compare, which trains all sites of a method in one process"
+        raise ConfigError("WORLD_SIZE", launch.world_size, rule)
     methods = args.methods.split(",")
     for method in methods:
         if method not in METHODS:
@@ -188,7 +201,7 @@ def _compare(args: argparse.Namespace) -> int:
     summaries = []
     for config in configs:
         print(f"== {config.method}", file=sys.stderr)
-        summaries.append(train(config, mode=args.mode, device=args.device))
+        summaries.append(train(config, mode=args.mode, device=args.device, launch=launch))
     if args.json:
         print(json.dumps(summaries))
     else:
@@ -230,6 +243,14 @@ def load(
     return config
 
 
+def _launch() -> Launch:
+    """What the environment says, checked; a warning is printed."""
+    launch = launch_from_environment()
+    if launch.warning:
+        print(f"fomoe: warning: {launch.warning}", file=sys.stderr)
+    return launch
+
+
 def _take_overrides(args: argparse.Namespace, rest: list[str]) -> None:
     """argparse gives up on overrides that follow a flag; they are taken here."""
     for word in rest:
@@ -249,7 +270,5 @@ def _interrupt(signum: int, frame: Any) -> NoReturn:
 
 
 def _fail(message: object, status: int) -> int:
-    rank = os.environ.get("RANK")
-    who = f" (site {rank})" if rank is not None else ""
-    print(f"fomoe: error{who}: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"fomoe: error{site_label()}: {' '.join(str(message).split())}", file=sys.stderr)
     return status

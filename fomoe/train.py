@@ -7,8 +7,10 @@ one site): only the transport differs.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from fomoe.data.dataset import Data, build_data
 from fomoe.errors import ConfigError, SyncError
 from fomoe.evaluate import MergedEvaluation, evaluate_local, evaluate_merged, topk_agreement
 from fomoe.hostmemory import keep_freed_memory
+from fomoe.launch import Launch, launch_from_environment
 from fomoe.metrics import Metrics
 from fomoe.parking import Parking, parks, unparked
 from fomoe.planning import RunPlan, plan_run
@@ -35,7 +38,15 @@ from fomoe.rundir import (
     write_run_files,
 )
 from fomoe.site import STEP_FIELDS, RoundRouting, Site, learning_rate
-from fomoe.summary import Totals, merged_record, round_record, summarize
+from fomoe.summary import (
+    Counts,
+    Totals,
+    merged_record,
+    round_record,
+    summarize,
+    unplanned_bytes,
+)
+from fomoe.sync.joining import open_transport
 from fomoe.sync.outer import (
     OuterOptimizer,
     average_gradients,
@@ -43,12 +54,7 @@ from fomoe.sync.outer import (
     check_replicas,
     divergence,
 )
-from fomoe.sync.transport import (
-    Transport,
-    check_agreement,
-    launch_from_environment,
-    open_transport,
-)
+from fomoe.sync.transport import Transport, check_agreement, failure_text
 
 
 @dataclass
@@ -69,6 +75,7 @@ class Run:
     merged: MergedEvaluation | None = None
     first_round: int = 0
     parkings: dict[int, Parking] = field(default_factory=dict)  # of sites that park while waiting
+    counts_before: dict[int, Counts] = field(default_factory=dict)  # at the round's start
 
     def parkings_of(self, site: int) -> list[Parking]:
         return [self.parkings[site]] if site in self.parkings else []
@@ -80,6 +87,7 @@ def train(
     mode: str = "new",
     device: str = "auto",
     interface: str | None = None,
+    launch: Launch | None = None,
     show: bool = True,
 ) -> dict[str, Any]:
     """Run an experiment and return its summary.
@@ -89,29 +97,34 @@ def train(
         mode: new, resume, overwrite or next-free: what to do with the run's folder.
         device: auto, cpu, cuda or cuda:N.
         interface: network interface for traffic between sites.
+        launch: where this process stands, by default what the environment says.
         show: print progress.
 
     Raises:
         FomoeError: for every mistake of a user and every failed sync.
     """
-    launch = launch_from_environment()
+    launch = launch or launch_from_environment()
+    # What is wrong at this site alone is told before it waits for the others.
+    where = choose_device(device, launch.local_rank)
     transport = open_transport(
         launch, config.num_sites, timeout_s=config.sync.timeout_s, interface=interface
     )
     try:
-        where = choose_device(device, launch.local_rank)
         run = build_run(config, transport, mode=mode, device=where, show=show)
         with run.progress:
-            return run_rounds(run)
-    finally:
-        transport.close()
+            summary = run_rounds(run)
+    except BaseException as error:
+        transport.close(failure_text(error))
+        raise
+    transport.close()
+    return summary
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
     """The accelerator of this rank if there is one, else the CPU.
 
     Raises:
-        SyncError: if a device is asked for that this machine does not have.
+        ConfigError: if a device is asked for that this machine does not have.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -121,7 +134,7 @@ def choose_device(name: str, local_rank: int) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError):
-        raise SyncError(f"--device {name}: this machine has no such device") from None
+        raise ConfigError("--device", name, "is no device of this machine") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -191,7 +204,6 @@ def run_rounds(run: Run) -> dict[str, Any]:
     metrics = Metrics(config, run.run_dir, transport.sites, first_round=run.first_round)
     try:
         for round_idx in range(run.first_round, config.rounds):
-            before = {site: transport.counts[site].state() for site in run.sites}
             records, train_s, gradient_s = run_local_steps(run, round_idx)
             started = time.perf_counter()
             routing = synchronize(run)
@@ -207,7 +219,7 @@ def run_rounds(run: Run) -> dict[str, Any]:
                         site,
                         round_idx,
                         routing=routing[site],
-                        counts_before=before[site],
+                        counts_before=run.counts_before[site],
                         counts_after=transport.counts[site].state(),
                         train_s=train_s[site],
                         sync_s=sync_s,
@@ -240,6 +252,7 @@ def run_local_steps(
         Step records, seconds of local training per site, seconds spent averaging gradients.
     """
     config, averaged_s = run.config, 0.0
+    run.counts_before = count_bytes(run)
     vectors: dict[int, list[torch.Tensor]] = {site: [] for site in run.sites}
     seconds = dict.fromkeys(run.sites, 0.0)
     first_step = round_idx * config.local_steps
@@ -291,16 +304,22 @@ def finish_device_work(device: torch.device) -> None:
 
 
 def synchronize(run: Run) -> dict[int, RoundRouting]:
-    """Average over holders, then step the anchors: on all sites, or on none."""
+    """Average over holders, agree that all is well at every site, then step the anchors."""
     config = run.config
     routing = {site: s.end_round() for site, s in run.sites.items()}
     if config.sync.average == "parameters":
         counts = {site: s.round_counts(routing[site]) for site, s in run.sites.items()}
-        means = average_pseudo_gradients(config, run.plan.plan, run.outer, run.transport, counts)
+        run.counts_before = count_bytes(run)
+        # Before a site has said that it is well, no other commits.
+        with _uncommitted("at any site"):
+            means = average_pseudo_gradients(
+                config, run.plan.plan, run.outer, run.transport, counts
+            )
+        with _uncommitted("at this site"):
+            check_agreement(run.transport, partial(problem_of, run))
         run.outer.step(means)
     else:  # gradients were averaged at every step; the parameters are what they are
-        parameters = {site: s.parameters for site, s in run.sites.items()}
-        check_agreement(run.transport, lambda site: divergence(parameters[site]))
+        check_agreement(run.transport, partial(problem_of, run))
     if config.router.balance != "loss" and config.model.moe_layers:
         selected = [
             torch.frombuffer(bytearray(message), dtype=torch.int64)
@@ -312,6 +331,31 @@ def synchronize(run: Run) -> dict[int, RoundRouting]:
         for site in run.sites.values():
             site.move_balance_bias(total_LE)
     return routing
+
+
+def problem_of(run: Run, site: int) -> str:
+    """Why this round must not be committed, seen from one site of this process; or nothing."""
+    after = run.transport.counts[site].state()
+    return divergence(run.sites[site].parameters) or unplanned_bytes(
+        run.plan, site, run.counts_before[site], after
+    )
+
+
+def count_bytes(run: Run) -> dict[int, Counts]:
+    """Bytes counted so far, of the sites of this process."""
+    return {site: run.transport.counts[site].state() for site in run.sites}
+
+
+@contextmanager
+def _uncommitted(where: str) -> Iterator[None]:
+    """Say of a failure that what was being averaged is lost, and that nothing else is."""
+    try:
+        yield
+    except SyncError as error:
+        raise SyncError(
+            f"{error}; nothing of this sync is committed {where}, --resume continues from the "
+            f"newest checkpoint"
+        ) from error
 
 
 def verify_replicas(run: Run) -> dict[int, str]:
