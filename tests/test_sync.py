@@ -185,6 +185,7 @@ def test_rule_2_a_site_whose_expert_saw_no_token_does_not_dilute_but_receives():
     run.outer.step(
         average_pseudo_gradients(config, run.plan.plan, run.outer, run.transport, counts)
     )
+    run.outer.publish()
     expected = anchor - 0.7 * (anchor - local)
     for site in (0, 1):
         torch.testing.assert_close(run.sites[site].parameters[name].detach(), expected)
