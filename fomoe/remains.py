@@ -74,10 +74,15 @@ def look(
         CheckpointError: if a site's folder cannot be read.
     """
 
-    recorded: dict[Path, int] = {}  # read once per process: a proxy run has one file for all sites
-
     def look_here() -> dict[int, Remains]:
-        return {s: _look(run_dir, config, s, fingerprints, recorded) for s in transport.sites}
+        # Read once: the sites of a proxy run have one folder.
+        if run_dir.exists() and not run_dir.is_dir():
+            raise CheckpointError(f"run.dir {run_dir} is a file, not a folder")
+        saved, recorded = _read_config_yaml(run_dir / "config.yaml"), dict[Path, int]()
+        return {
+            site: _look(run_dir, config, site, fingerprints, saved, recorded)
+            for site in transport.sites
+        }
 
     own = agreed(transport, look_here)
     messages = transport.gather(lambda site: json.dumps(asdict(own[site])).encode())
@@ -90,13 +95,11 @@ def _look(
     config: Config,
     site: int,
     fingerprints: dict[str, str] | None,
+    saved: dict[str, Any] | None,
     recorded: dict[Path, int],
 ) -> Remains:
-    if run_dir.exists() and not run_dir.is_dir():
-        raise CheckpointError(f"run.dir {run_dir} is a file, not a folder")
     saved_rounds = checkpoint.saved_rounds(run_dir)
     rounds = [r for r in saved_rounds if checkpoint.has_part(run_dir, r, site)]
-    saved = _read_config_yaml(run_dir / "config.yaml")
     differing = []
     for round_idx in rounds:
         try:
@@ -290,9 +293,9 @@ def by_site(texts: dict[int, str]) -> str:
     sites: dict[str, list[int]] = {}
     for site, text in texts.items():
         sites.setdefault(text, []).append(site)
-    return "; ".join(
-        f"site{'s' * (len(own) > 1)} {_list(own)}: {text}" for text, own in sites.items()
-    )
+    lines = [f"site{'s' * (len(own) > 1)} {_list(own)}: {text}" for text, own in sites.items()]
+    more = sum(map(len, list(sites.values())[4:]))
+    return "; ".join(lines[:4]) + (f"; and {more} more sites" if more else "")
 
 
 def _list(numbers: Iterable[int]) -> str:

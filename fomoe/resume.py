@@ -170,7 +170,7 @@ def _inspect(
     differs = differences(values, config, fingerprints)
     if differs:
         raise CheckpointError(f"it is of another experiment: {differs}")
-    problem = _wrong_value(values, round_idx, site, expected)
+    problem = wrong_value(values, round_idx, site, expected)
     if problem:
         raise CheckpointError(f"site-{site}.json: {problem}")
     tensors = checkpoint.read_tensors(run_dir, round_idx, site)
@@ -191,14 +191,13 @@ def _as_json(own: dict[int, dict[str, Any]], site: int) -> bytes:
     return json.dumps(own[site]).encode()
 
 
-def _wrong_value(values: dict[str, Any], round_idx: int, site: int, expected: Expected) -> str:
+def wrong_value(values: dict[str, Any], round_idx: int, site: int, expected: Expected) -> str:
     """The first small value that a run cannot go on with; empty if all are right."""
-    if values.get("site", site) != site:  # parts of older versions do not say
-        return f"it is of site {values['site']!r}"
-    steps = round_idx * expected.steps_per_round
-    for key, value in (("round", round_idx), ("step_idx", steps)):
-        if type(values.get(key)) is not int or values[key] != value:
-            return f"{key} is {values.get(key)!r:.40}, not {value}"
+    known = {"round": round_idx, "step_idx": round_idx * expected.steps_per_round, "site": site}
+    for key, value in known.items():
+        own = values.get(key, value if key == "site" else None)  # older parts name no site
+        if type(own) is not int or own != value:
+            return f"{key} is {own!r:.40}, not {value}"
     if not _are_counts(values.get("data"), expected.stream):
         return "data is no position in the text"
     if not _are_counts(values.get("totals"), Totals().state(), whole=False):
