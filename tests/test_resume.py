@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -662,3 +663,81 @@ def test_values_of_any_other_kind_are_refused(bench: Bench) -> None:
     allowed |= {(".".join(p), "'missing'") for p in bytes_by_class if len(p) == 3}  # none sent
     allowed |= {(".".join(p), "{}") for p in bytes_by_class if len(p) == 2}
     assert taken == allowed
+
+
+# ------------------------------------------------------------------------------------ the schedule
+
+
+def test_more_rounds_say_how_the_learning_rate_jumps_and_how_to_keep_it(
+    done: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    always = [done / "tiny.yaml", "inner.schedule_steps=null", f"run.dir={run_dir}"]
+    trained(*always, "rounds=2")
+    shutil.copytree(run_dir, tmp_path / "kept")
+    outcome = fomoe("train", *always, "rounds=4", "--resume")
+    assert outcome.status == 0
+    line = (
+        "the learning rate's schedule ends after 8 steps, not after 4 as before: the next step "
+        "takes 0.0055 instead of 0.001; inner.schedule_steps=4 keeps the old schedule"
+    )
+    assert outcome.err.splitlines().count(line) == 1
+    lr = {row["step"]: row["lr"] for row in records(run_dir, "step")}
+    assert lr[4] == pytest.approx(0.0055)
+    # As advised; then the horizon is the checkpoint's own, and there is nothing more to say.
+    kept = [*always[:2], f"run.dir={tmp_path / 'kept'}", "inner.schedule_steps=4", "--resume"]
+    for rounds in (3, 4):
+        outcome = fomoe("train", *kept, f"rounds={rounds}")
+        assert outcome.status == 0
+        assert "schedule" not in outcome.err
+    lr = {row["step"]: row["lr"] for row in records(tmp_path / "kept", "step")}
+    assert [lr[step] for step in (4, 5, 6, 7)] == pytest.approx([0.001] * 4)
+
+
+def test_a_schedule_that_does_not_move_is_not_spoken_of(done: Path, run_dir: Path) -> None:
+    """The tiny experiment sets its horizon: more rounds do not change it."""
+    outcome = resume(done, run_dir, "rounds=3")
+    assert outcome.status == 0
+    assert "schedule" not in outcome.err
+
+
+# ----------------------------------------------------------------------------------------- merging
+
+UNMERGED = {
+    "lacks": (MISFITS["lacks"][0], ""),  # not of the model itself
+    "no parameter": (lambda t, _: t.pop("param/final_norm.weight"), "it lacks param/final_norm"),
+    "a shape": MISFITS["a shape"],
+    "another history": (MISFITS["another history"][0], "replicas are not those of the other sites"),
+    "another seed": (MISFITS["another seed"][0], "seed (was 4, now 0)"),
+    "no config": (MISFITS["no config"][0], "it holds no config"),
+    "no sites": (
+        lambda _, values: values["config"].pop("num_sites"),
+        "num_sites (was 4, now 3)",
+    ),
+    "another text": (MISFITS["another text"][0], "data split"),
+}
+
+
+@pytest.mark.parametrize("site", [0, 1])
+@pytest.mark.parametrize(("change", "reason"), UNMERGED.values(), ids=UNMERGED)
+def test_merge_refuses_what_a_resume_refuses_in_one_line(
+    run_dir: Path, tmp_path: Path, site: int, change: Callable[[dict, dict], Any], reason: str
+) -> None:
+    edit(run_dir, 2, site, change)
+    whole = fomoe("merge", run_dir, "--out", tmp_path / "out")
+    assert whole.status == 0
+    lines = whole.err.splitlines()
+    assert lines[-1] == f"merged the checkpoint of round {1 if reason else 2}"
+    assert len(lines) == (2 if reason else 1)
+    outcome = fomoe("merge", run_dir, "--round", 2, "--out", tmp_path / "two")
+    if not reason:
+        assert outcome.status == 0
+        return
+    assert outcome.status == 1
+    for line in (lines[0], outcome.err):
+        assert re.search(r"site \d: ", line)
+        if site == 1:  # the others are measured by site 0's config
+            assert "site 1: " in line
+            assert reason in line
+    assert outcome.err.startswith("fomoe: error: ")
+    assert outcome.err.count("\n") == 1
