@@ -30,10 +30,21 @@ def round_folder(run_dir: Path, round_idx: int) -> Path:
 
 
 def saved_rounds(run_dir: Path) -> list[int]:
-    """Rounds that have a checkpoint folder, newest first; nothing is said of their wholeness."""
-    folders = (run_dir / "checkpoints").glob(f"{_ROUND}*")
-    numbers = [folder.name.removeprefix(_ROUND) for folder in folders]
-    return sorted((int(number) for number in numbers if number.isdigit()), reverse=True)
+    """Rounds that have a checkpoint folder, newest first; nothing is said of their wholeness.
+
+    Raises:
+        CheckpointError: if the folder is there and cannot be listed, which is not the same as none.
+    """
+    folder = run_dir / "checkpoints"
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}") from None
+    numbers = [name.removeprefix(_ROUND) for name in names if name.startswith(_ROUND)]
+    rounds = [int(number) for number in numbers if number.isascii() and number.isdigit()]
+    return sorted((r for r in rounds if round_folder(run_dir, r).name in names), reverse=True)
 
 
 def save_part(
@@ -72,20 +83,23 @@ def _file_names(site: int) -> tuple[str, str]:
 def check_part(run_dir: Path, round_idx: int, site: int) -> str:
     """Why a part cannot be used; empty if it is whole."""
     folder = round_folder(run_dir, round_idx)
+    name = f"site-{site}.manifest.json"
     try:
-        manifest = json.loads((folder / f"site-{site}.manifest.json").read_text())
+        manifest = read_json(folder / name)
         if manifest["format"] != _FORMAT:
-            return f"has format {manifest['format']}, not {_FORMAT}"
+            return f"has format {manifest['format']!r}, not {_FORMAT}"
         if (manifest["round"], manifest["site"]) != (round_idx, site):
-            return f"its manifest is of round {manifest['round']}, site {manifest['site']}"
+            return f"its manifest is of round {manifest['round']!r}, site {manifest['site']!r}"
         if set(manifest["files"]) != set(_file_names(site)):
             return "its manifest does not name its files"
         for name, expected in manifest["files"].items():
             if _describe(folder / name) != expected:
                 return f"{name} is torn or was altered (its sha256 differs from the manifest)"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror or error}"
+    except (ValueError, KeyError, TypeError, AttributeError):
         return "its manifest is not readable"
     return ""
 
@@ -93,15 +107,74 @@ def check_part(run_dir: Path, round_idx: int, site: int) -> str:
 def load_part(run_dir: Path, round_idx: int, site: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read one site's part after checking it.
 
+    Returns:
+        Its tensors, on the CPU, and its small values.
+
     Raises:
-        CheckpointError: if it is missing, torn or altered.
+        CheckpointError: if it is missing, torn, altered or not readable.
     """
-    folder = round_folder(run_dir, round_idx)
     problem = check_part(run_dir, round_idx, site)
     if problem:
+        folder = round_folder(run_dir, round_idx)
         raise CheckpointError(f"checkpoint {folder}, site {site}: {problem}")
-    tensors = load_file(folder / f"site-{site}.safetensors")
-    return tensors, json.loads((folder / f"site-{site}.json").read_text())
+    return read_tensors(run_dir, round_idx, site), read_values(run_dir, round_idx, site)
+
+
+def read_tensors(run_dir: Path, round_idx: int, site: int) -> dict[str, Tensor]:
+    """The tensors of a part, on the CPU; whether the part is whole is not checked.
+
+    Raises:
+        CheckpointError: if the file is no readable safetensors file.
+    """
+    path = round_folder(run_dir, round_idx) / _file_names(site)[0]
+    try:
+        return load_file(path)
+    except _UNREADABLE as error:
+        raise _not_readable(path, site, error) from None
+
+
+def read_values(run_dir: Path, round_idx: int, site: int) -> dict[str, Any]:
+    """The small values of a part, its `config` among them; wholeness is not checked.
+
+    Raises:
+        CheckpointError: if the file is no readable mapping with a config.
+    """
+    path = round_folder(run_dir, round_idx) / _file_names(site)[1]
+    try:
+        values = read_json(path)
+        if not isinstance(values, dict) or not isinstance(values.get("config"), dict):
+            raise ValueError("it holds no config")
+    except _UNREADABLE as error:
+        raise _not_readable(path, site, error) from None
+    return values
+
+
+# What a damaged file may raise in the readers of JSON and of safetensors.
+_UNREADABLE = (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError)
+
+
+def _not_readable(path: Path, site: int, error: Exception) -> CheckpointError:
+    reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:120]
+    return CheckpointError(f"checkpoint {path.parent}, site {site}: {path.name}: {reason}")
+
+
+def read_json(path: Path) -> Any:
+    """A small JSON file; every kind of damage to its text is a ValueError."""
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def has_part(run_dir: Path, round_idx: int, site: int) -> bool:
+    """Whether any file of a site's part is there, whole or not."""
+    names = (*_file_names(site), f"site-{site}.manifest.json")
+    return any(os.path.lexists(round_folder(run_dir, round_idx) / name) for name in names)
+
+
+def has_manifest(run_dir: Path, round_idx: int, site: int) -> bool:
+    """Whether the save of a part came to its end; nothing is said of its wholeness now."""
+    return os.path.lexists(round_folder(run_dir, round_idx) / f"site-{site}.manifest.json")
 
 
 def remove_old(run_dir: Path, newest: int, keep: int, sites: Iterable[int]) -> None:

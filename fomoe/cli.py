@@ -116,7 +116,15 @@ def _add_train(commands: Any) -> None:
         dest="mode",
         action="store_const",
         const="resume",
-        help="continue run.dir from its newest complete checkpoint; start at round 0 without one",
+        help="continue run.dir from the newest checkpoint that all sites can use; start at round 0 "
+        "only where there is none to lose",
+    )
+    parser.add_argument(
+        "--resume-round",
+        type=int,
+        metavar="N",
+        help="go back: continue from the checkpoint of round N and no other; those of later rounds "
+        "are removed once every site has loaded it",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print who holds what and what it costs, and stop"
@@ -148,6 +156,13 @@ def _add_merge(commands: Any) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
+    if args.resume_round is not None:
+        if args.mode not in ("new", "resume"):
+            rule = f"continues a run; it cannot stand beside --{args.mode}"
+            raise ConfigError("--resume-round", args.resume_round, rule)
+        if args.resume_round < 1:
+            raise ConfigError("--resume-round", args.resume_round, "must be at least 1")
+        args.mode = "resume"
     config = load(args.config, args.overrides)
     if args.dry_run:
         from fomoe.planning import plan_run, planned_summary
@@ -164,9 +179,19 @@ def _train(args: argparse.Namespace) -> int:
     from fomoe.train import train
 
     summary = train(
+<<<<<<< HEAD
         config, mode=args.mode, device=args.device, interface=args.interface, launch=launch
     )
     if launch.rank == 0:
+=======
+        config,
+        mode=args.mode,
+        resume_round=args.resume_round,
+        device=args.device,
+        interface=args.interface,
+    )
+    if int(os.environ.get("RANK", "0")) == 0:
+>>>>>>> resume
         if args.json:
             print(json.dumps(summary))
         else:

@@ -148,7 +148,9 @@ class InnerConfig(Options):
     warmup_fraction: Fraction = 0.05  # of the schedule's steps
     min_lr_fraction: Fraction = 0.1  # of lr, at the end of the cosine
     schedule: Literal["cosine", "constant"] = "cosine"
-    schedule_steps: Positive | None = None  # horizon of the schedule; null: rounds x local_steps
+    # Horizon of the schedule; null: rounds x local_steps. May change on --resume, so that more
+    # rounds can keep the old one.
+    schedule_steps: Positive | None = None
     clip_norm: NonNegativeFloat = 1.0  # of this site's gradients; 0: off
     batch_size: Positive = 8  # sequences per micro-batch at one site
     accumulation_steps: Positive = 1  # micro-batches per inner step

@@ -19,6 +19,7 @@ from fomoe.errors import DataError
 from fomoe.model.backends.choice import choose_backend
 from fomoe.model.router import RouterStats
 from fomoe.model.transformer import Residents, Transformer
+from fomoe.state import Layout, optimizer_layout
 from fomoe.sync.aggregate import RoundCounts
 
 STEP_FIELDS = ("loss", "lb_loss", "z_loss", "grad_norm", "skipped_fraction", "executed_fraction")
@@ -250,6 +251,20 @@ class Site:
             tensors[f"router/balance_bias/{layer}"] = router.balance_bias_E
             tensors[f"router/execute_bias/{layer}"] = router.execute_bias
         return tensors, {"step_idx": self.step_idx, "data": self.stream.state()}
+
+    def state_layout(self) -> Layout:
+        """Shapes and types of the tensors that `state` returns after the first step."""
+        tensors, _ = self.state()
+        layout: Layout = {
+            name: (tuple(tensor.shape), tensor.dtype)
+            for name, tensor in tensors.items()
+            if not name.startswith("inner/")
+        }
+        return layout | optimizer_layout(
+            lambda trial: build_inner_optimizer(self.config.inner, {"trial": trial}),
+            {name: tuple(parameter.shape) for name, parameter in self.trainable.items()},
+            "inner",
+        )
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:

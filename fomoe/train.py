@@ -7,11 +7,15 @@ one site): only the transport differs.
 from __future__ import annotations
 
 import time
+<<<<<<< HEAD
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+=======
+from collections.abc import Sequence
+>>>>>>> resume
 from typing import Any
 
 import torch
@@ -19,25 +23,27 @@ import torch
 from fomoe import checkpoint
 from fomoe.config import Config
 from fomoe.data.dataset import Data, build_data
-from fomoe.errors import ConfigError, SyncError
+from fomoe.errors import SyncError
 from fomoe.evaluate import MergedEvaluation, evaluate_local, evaluate_merged, topk_agreement
 from fomoe.hostmemory import keep_freed_memory
 from fomoe.launch import Launch, launch_from_environment
 from fomoe.metrics import Metrics
 from fomoe.parking import Parking, parks, unparked
 from fomoe.planning import RunPlan, plan_run
+from fomoe.remains import check_resumable
 from fomoe.report import Progress
+from fomoe.resume import resume
+from fomoe.run import Run
 from fomoe.rundir import (
     agreed,
-    check_same_experiment,
     claim_run_dir,
     compare_configs,
     compare_fingerprints,
-    find_checkpoint,
     remove_run,
     write_run_files,
 )
 from fomoe.site import STEP_FIELDS, RoundRouting, Site, learning_rate
+<<<<<<< HEAD
 from fomoe.summary import (
     Counts,
     Totals,
@@ -47,16 +53,20 @@ from fomoe.summary import (
     unplanned_bytes,
 )
 from fomoe.sync.joining import open_transport
+=======
+from fomoe.state import divergence
+from fomoe.summary import Totals, merged_record, round_record, summarize
+>>>>>>> resume
 from fomoe.sync.outer import (
     OuterOptimizer,
     average_gradients,
     average_pseudo_gradients,
     check_replicas,
-    divergence,
 )
 from fomoe.sync.transport import Transport, check_agreement, failure_text
 
 
+<<<<<<< HEAD
 @dataclass
 class Run:
     """Everything a run works with; built once, then changed only by the rounds."""
@@ -81,10 +91,13 @@ class Run:
         return [self.parkings[site]] if site in self.parkings else []
 
 
+=======
+>>>>>>> resume
 def train(
     config: Config,
     *,
     mode: str = "new",
+    resume_round: int | None = None,
     device: str = "auto",
     interface: str | None = None,
     launch: Launch | None = None,
@@ -95,6 +108,7 @@ def train(
     Args:
         config: the experiment; `run.dir` must be set.
         mode: new, resume, overwrite or next-free: what to do with the run's folder.
+        resume_round: with mode resume, go back to this round; None: the newest that all sites have.
         device: auto, cpu, cuda or cuda:N.
         interface: network interface for traffic between sites.
         launch: where this process stands, by default what the environment says.
@@ -110,7 +124,14 @@ def train(
         launch, config.num_sites, timeout_s=config.sync.timeout_s, interface=interface
     )
     try:
+<<<<<<< HEAD
         run = build_run(config, transport, mode=mode, device=where, show=show)
+=======
+        where = choose_device(device, launch.local_rank)
+        run = build_run(
+            config, transport, mode=mode, resume_round=resume_round, device=where, show=show
+        )
+>>>>>>> resume
         with run.progress:
             summary = run_rounds(run)
     except BaseException as error:
@@ -141,10 +162,21 @@ def choose_device(name: str, local_rank: int) -> torch.device:
 
 
 def build_run(
-    config: Config, transport: Transport, *, mode: str, device: torch.device, show: bool
+    config: Config,
+    transport: Transport,
+    *,
+    mode: str,
+    resume_round: int | None = None,
+    device: torch.device,
+    show: bool,
 ) -> Run:
     """Compare what the sites were started with, build data and sites, resume if asked."""
-    compare_configs(config, transport, mode)
+    if resume_round is not None:
+        compare_configs(config, transport, f"resume from round {resume_round}")
+    else:
+        compare_configs(config, transport, mode)
+    if mode == "resume":  # before anything is made or built
+        check_resumable(config, transport, resume_round)
     config, run_dir = claim_run_dir(config, transport, mode)
     plan = plan_run(config)
     if device.type == "cpu":
@@ -168,7 +200,7 @@ def build_run(
     run = Run(config, run_dir, plan, transport, data, sites, outer, progress, totals)
     run.parkings = parkings
     if mode == "resume":
-        agreed(transport, lambda: resume(run))
+        resume(run, resume_round, show=show)
         for parking in parkings.values():
             parking.park()
     elif mode == "overwrite":
@@ -307,8 +339,13 @@ def synchronize(run: Run) -> dict[int, RoundRouting]:
     """Average over holders, agree that all is well at every site, then step the anchors."""
     config = run.config
     routing = {site: s.end_round() for site, s in run.sites.items()}
+
+    def problem(site: int) -> str:
+        return divergence(run.sites[site].state()[0])
+
     if config.sync.average == "parameters":
         counts = {site: s.round_counts(routing[site]) for site, s in run.sites.items()}
+<<<<<<< HEAD
         run.counts_before = count_bytes(run)
         # Before a site has said that it is well, no other commits.
         with _uncommitted("at any site"):
@@ -317,9 +354,21 @@ def synchronize(run: Run) -> dict[int, RoundRouting]:
             )
         with _uncommitted("at this site"):
             check_agreement(run.transport, partial(problem_of, run))
+=======
+        means = average_pseudo_gradients(
+            config, run.plan.plan, run.outer, run.transport, counts, problem
+        )
+>>>>>>> resume
         run.outer.step(means)
+        # A finite mean may still overflow in the step: no site publishes or saves such anchors.
+        check_agreement(run.transport, lambda site: divergence(run.outer.state_of(site)))
+        run.outer.publish()
     else:  # gradients were averaged at every step; the parameters are what they are
+<<<<<<< HEAD
         check_agreement(run.transport, partial(problem_of, run))
+=======
+        check_agreement(run.transport, problem)
+>>>>>>> resume
     if config.router.balance != "loss" and config.model.moe_layers:
         selected = [
             torch.frombuffer(bytearray(message), dtype=torch.int64)
@@ -410,6 +459,7 @@ def save_checkpoint(run: Run, rounds_done: int) -> None:
                 tensors["probe"] = run.probes[site_idx]
             values |= {
                 "round": rounds_done,
+                "site": site_idx,
                 "config": run.config.model_dump(mode="json"),
                 "fingerprints": run.data.fingerprints,
                 "totals": run.totals[site_idx].state(),
@@ -420,29 +470,3 @@ def save_checkpoint(run: Run, rounds_done: int) -> None:
 
     agreed(run.transport, save)
     checkpoint.remove_old(run.run_dir, rounds_done, settings.keep_checkpoints, run.sites)
-
-
-def resume(run: Run) -> None:
-    """Load the newest round that is whole at all sites; without one, start at round 0."""
-    found = find_checkpoint(run.run_dir, run.transport, run.progress.say)
-    if found is None:
-        run.progress.say(f"{run.run_dir} holds no complete checkpoint; starting at round 0")
-        return
-    if found > run.config.rounds:
-        rule = f"is below the {found} rounds that {run.run_dir} has done"
-        raise ConfigError("rounds", run.config.rounds, rule)
-    run.first_round = found
-    for site_idx, site in run.sites.items():
-        tensors, values = checkpoint.load_part(run.run_dir, found, site_idx)
-        folder = checkpoint.round_folder(run.run_dir, found)
-        check_same_experiment(values, run.config, run.data.fingerprints, folder)
-        site.load_state(tensors, values)
-        run.outer.load_state_of(site_idx, tensors)
-        torch.set_rng_state(tensors["rng"])
-        run.totals[site_idx].load_state(values["totals"])
-        run.transport.counts[site_idx].load_state(values["counts"])
-        if "probe" in tensors:
-            run.probes[site_idx] = tensors["probe"]
-        if values["val_loss_local"] is not None:
-            run.local_losses[site_idx] = values["val_loss_local"]
-    run.progress.resumed(found)

@@ -8,7 +8,7 @@ mean and takes the same step, so replicas stay equal without sending parameters.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from fomoe.config import Config
 from fomoe.errors import ConfigError, SyncError
 from fomoe.memory import takes_outer_step
 from fomoe.segments import Bucket, Plan, Segment
+from fomoe.state import Layout, optimizer_layout
 from fomoe.sync.aggregate import (
     Contribution,
     RoundCounts,
@@ -51,7 +52,7 @@ class OuterOptimizer:
     def __init__(
         self, config: Config, plan: Plan, sites: Mapping[int, Parameters], *, pin: bool = False
     ) -> None:
-        self.sites = sites
+        self.config, self.sites = config, sites
         self.buckets = [
             bucket
             for bucket in plan.buckets
@@ -68,7 +69,7 @@ class OuterOptimizer:
         self.optimizer = build_outer_optimizer(config, list(self.anchors.values()))
 
     def step(self, means: Mapping[int, Tensor]) -> None:
-        """Step the anchors with the mean pseudo-gradients and give them to every local holder."""
+        """Step the anchors with the mean pseudo-gradients; `publish` then gives them out."""
         for bucket in self.buckets:
             for name, grad in split_bucket(bucket, means[bucket.index]).items():
                 self.anchors[name].grad = grad
@@ -76,7 +77,6 @@ class OuterOptimizer:
             self.optimizer.step()
         for anchor in self.anchors.values():
             anchor.grad = None
-        self.publish()
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -97,6 +97,14 @@ class OuterOptimizer:
                 if value is not None:
                     tensors[f"outer/{key}/{segment.name}"] = torch.as_tensor(value)
         return tensors
+
+    def state_layout(self, site: int) -> Layout:
+        """Shapes and types of what `state_of` returns after the first step."""
+        shapes = {segment.name: segment.shape for segment in self._segments_of(site)}
+        anchors: Layout = {f"anchor/{name}": (s, torch.float32) for name, s in shapes.items()}
+        return anchors | optimizer_layout(
+            lambda trial: build_outer_optimizer(self.config, [trial]), shapes, "outer"
+        )
 
     @torch.no_grad()
     def load_state_of(self, site: int, tensors: Mapping[str, Tensor]) -> None:
@@ -139,7 +147,7 @@ def build_outer_optimizer(config: Config, anchors: list[nn.Parameter]) -> torch.
         raise ConfigError("outer.options", config.outer.arguments, reason) from None
 
 
-def read_segment(parameters: Parameters, segment: Segment) -> Tensor:
+def read_segment(parameters: Mapping[str, Tensor], segment: Segment) -> Tensor:
     return parameters[segment.parameter].detach()[segment.start : segment.stop]
 
 
@@ -149,13 +157,21 @@ def average_pseudo_gradients(
     outer: OuterOptimizer,
     transport: Transport,
     counts: Mapping[int, RoundCounts],
+    problem: Callable[[int], str] = lambda site: "",
 ) -> dict[int, Tensor]:
     """Mean pseudo-gradient (anchor minus local) of every bucket held here, by bucket index.
 
     Works on copies: nothing is committed here, and no site may commit before all have agreed.
 
+    Args:
+        problem: what is wrong with a site of this process, or nothing.
+
     Raises:
+<<<<<<< HEAD
         SyncError: if the exchange failed.
+=======
+        SyncError: if the exchange failed or a site has a problem.
+>>>>>>> resume
     """
 
     def contribute(bucket: Bucket, site: int) -> Contribution:
@@ -168,15 +184,13 @@ def average_pseudo_gradients(
         )
 
     stepped = Plan(num_sites=plan.num_sites, buckets=tuple(outer.buckets))
+<<<<<<< HEAD
     return mean_over_holders(stepped, transport, contribute)
-
-
-def divergence(parameters: Parameters) -> str:
-    """What is wrong with one site's parameters, those that no peer holds included; or nothing."""
-    finite = [torch.isfinite(parameter.detach()).all() for parameter in parameters.values()]
-    if torch.stack(finite).all():
-        return ""
-    return "its parameters are not finite (the local training diverged)"
+=======
+    means = mean_over_holders(stepped, transport, contribute)
+    check_agreement(transport, problem)
+    return means
+>>>>>>> resume
 
 
 def average_gradients(plan: Plan, sites: Mapping[int, Parameters], transport: Transport) -> None:
@@ -212,7 +226,7 @@ def check_replicas(
         SyncError: naming the buckets and sites that differ.
     """
     shared = [bucket for bucket in plan.buckets if len(bucket.holders) > 1]
-    own = {site: _replica_hashes(shared, site, sites[site]) for site in transport.sites}
+    own = {site: replica_hashes(shared, site, sites[site]) for site in transport.sites}
     messages = transport.gather(lambda site: b"".join(own[site].values()))
     size = hashlib.sha256().digest_size
     by_bucket: dict[int, dict[int, bytes]] = {bucket.index: {} for bucket in shared}
@@ -230,7 +244,10 @@ def check_replicas(
     return {i: digest.hex() for hashes in own.values() for i, digest in hashes.items()}
 
 
-def _replica_hashes(buckets: list[Bucket], site: int, parameters: Parameters) -> dict[int, bytes]:
+def replica_hashes(
+    buckets: list[Bucket], site: int, parameters: Mapping[str, Tensor]
+) -> dict[int, bytes]:
+    """sha256 of one site's values of each of these buckets that it holds, by bucket index."""
     hashes = {}
     for bucket in buckets:
         if site not in bucket.holders:
