@@ -34,6 +34,8 @@ from fomoe.rundir import (
     remove_run,
     write_run_files,
 )
+from fomoe.runlock import RunLock
+from fomoe.services import WandbLog, check_services, open_log
 from fomoe.site import STEP_FIELDS, RoundRouting, Site, learning_rate
 from fomoe.summary import Totals, merged_record, round_record, summarize
 from fomoe.sync.outer import (
@@ -69,6 +71,7 @@ class Run:
     merged: MergedEvaluation | None = None
     first_round: int = 0
     parkings: dict[int, Parking] = field(default_factory=dict)  # of sites that park while waiting
+    log: WandbLog | None = None
 
     def parkings_of(self, site: int) -> list[Parking]:
         return [self.parkings[site]] if site in self.parkings else []
@@ -100,9 +103,12 @@ def train(
     )
     try:
         where = choose_device(device, launch.local_rank)
-        run = build_run(config, transport, mode=mode, device=where, show=show)
-        with run.progress:
-            return run_rounds(run)
+        agreed(transport, lambda: check_services(config, transport.sites, where))
+        compare_configs(config, transport, mode)
+        with claim_run_dir(config, transport, mode) as (claimed, lock):
+            run = build_run(claimed, transport, lock, mode=mode, device=where, show=show)
+            with run.progress:
+                return run_rounds(run)
     finally:
         transport.close()
 
@@ -128,11 +134,16 @@ def choose_device(name: str, local_rank: int) -> torch.device:
 
 
 def build_run(
-    config: Config, transport: Transport, *, mode: str, device: torch.device, show: bool
+    config: Config,
+    transport: Transport,
+    lock: RunLock,
+    *,
+    mode: str,
+    device: torch.device,
+    show: bool,
 ) -> Run:
-    """Compare what the sites were started with, build data and sites, resume if asked."""
-    compare_configs(config, transport, mode)
-    config, run_dir = claim_run_dir(config, transport, mode)
+    """Build data and sites, resume if asked; only then the folder is written to."""
+    run_dir = lock.run_dir
     plan = plan_run(config)
     if device.type == "cpu":
         keep_freed_memory()
@@ -158,9 +169,11 @@ def build_run(
         agreed(transport, lambda: resume(run))
         for parking in parkings.values():
             parking.park()
-    elif mode == "overwrite":
-        remove_run(run_dir, transport.sites)
-    write_run_files(config, run_dir, data, transport)
+    run.log = open_log(config, run_dir, transport)
+    lock.began = True
+    if mode == "overwrite":  # before any site writes
+        agreed(transport, lambda: remove_run(run_dir))
+    agreed(transport, lambda: write_run_files(config, run_dir, data, transport))
     return run
 
 
@@ -188,7 +201,12 @@ def build_sites(
 def run_rounds(run: Run) -> dict[str, Any]:
     """The rounds: local steps, sync, evaluation, metrics, checkpoint."""
     config, transport = run.config, run.transport
-    metrics = Metrics(config, run.run_dir, transport.sites, first_round=run.first_round)
+    metrics = agreed(
+        transport,
+        lambda: Metrics(run.run_dir, transport.sites, first_round=run.first_round, log=run.log),
+    )
+    if metrics.num_damaged:
+        run.progress.warn(f"{metrics.path}: {metrics.num_damaged} damaged lines are left out")
     try:
         for round_idx in range(run.first_round, config.rounds):
             before = {site: transport.counts[site].state() for site in run.sites}
