@@ -1,16 +1,15 @@
 """Checkpoints: one part per site and round, written so that a torn one is never taken for whole.
 
 A part is `site-<k>.safetensors` and `site-<k>.json`; `site-<k>.manifest.json` with their sha256 is
-written last. Every file goes to a temporary name, is flushed to disk and then renamed, so a crash
-or a full disk leaves earlier checkpoints as they were.
+written last. Every file is written atomically, so a crash or a full disk leaves earlier checkpoints
+as they were. Sites may share the folder: each writes and removes its own parts only.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fomoe.errors import CheckpointError
+from fomoe.files import (
+    listing,
+    remove,
+    remove_if_empty,
+    remove_temporaries,
+    write_atomically,
+)
 
 _FORMAT = 1
 _ROUND = "round-"
@@ -30,6 +36,7 @@ def round_folder(run_dir: Path, round_idx: int) -> Path:
 
 
 def saved_rounds(run_dir: Path) -> list[int]:
+<<<<<<< HEAD
     """Rounds that have a checkpoint folder, newest first; nothing is said of their wholeness.
 
     Raises:
@@ -45,6 +52,23 @@ def saved_rounds(run_dir: Path) -> list[int]:
     numbers = [name.removeprefix(_ROUND) for name in names if name.startswith(_ROUND)]
     rounds = [int(number) for number in numbers if number.isascii() and number.isdigit()]
     return sorted((r for r in rounds if round_folder(run_dir, r).name in names), reverse=True)
+=======
+    """Rounds that have a checkpoint folder, newest first; nothing is said of their wholeness."""
+    names = listing(run_dir / "checkpoints")
+    numbers = [name.removeprefix(_ROUND) for name in names if name.startswith(_ROUND)]
+    return sorted((int(number) for number in numbers if number.isdigit()), reverse=True)
+>>>>>>> folder
+
+
+def all_parts(run_dir: Path) -> list[Path]:
+    """Every file of every part, whole or not, of whatever sites."""
+    folders = [round_folder(run_dir, round_idx) for round_idx in saved_rounds(run_dir)]
+    return [
+        folder / name
+        for folder in folders
+        for name in listing(folder)
+        if name.startswith(("site-", ".site-"))
+    ]
 
 
 def save_part(
@@ -58,9 +82,9 @@ def save_part(
     folder = round_folder(run_dir, round_idx)
     tensors_name, values_name = _file_names(site)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         # A manifest of an earlier attempt must not vouch for the files that replace it.
-        (folder / f"site-{site}.manifest.json").unlink(missing_ok=True)
+        remove(folder / f"site-{site}.manifest.json")
+        remove_temporaries(folder, f"site-{site}")
         on_cpu = {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
         write_atomically(folder / tensors_name, lambda path: save_file(on_cpu, path))
         _write_text(folder / values_name, json.dumps(values))
@@ -68,7 +92,6 @@ def save_part(
         manifest = {"format": _FORMAT, "round": round_idx, "site": site, "files": files}
         _write_text(folder / f"site-{site}.manifest.json", json.dumps(manifest, indent=1))
     except (OSError, SafetensorError) as error:
-        _remove_temporaries(folder)
         reason = getattr(error, "strerror", None) or str(error)
         raise CheckpointError(
             f"checkpoint of round {round_idx} could not be written to {folder}: {reason}; "
@@ -189,68 +212,16 @@ def remove_parts(run_dir: Path, round_idx: int, sites: Iterable[int]) -> None:
     folder = round_folder(run_dir, round_idx)
     for site in sites:
         for name in (f"site-{site}.manifest.json", *_file_names(site)):
-            (folder / name).unlink(missing_ok=True)
-            _temporary(folder / name).unlink(missing_ok=True)
-    if folder.exists() and not any(folder.iterdir()):
-        folder.rmdir()
-
-
-# ------------------------------------------------------------------------------------------ files
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write a small file so that readers see the old one or the new one.
-
-    Raises:
-        CheckpointError: naming the file, if it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_text(path, text)
-    except OSError as error:
-        raise not_written(path, error) from error
-
-
-def not_written(path: Path, error: OSError) -> CheckpointError:
-    """The system's own error for a full disk does not say which file it was."""
-    reason = error.strerror or error
-    return CheckpointError(f"{path} cannot be written: {reason}; checkpoints are kept")
+            remove(folder / name)
+        remove_temporaries(folder, f"site-{site}")
+    remove_if_empty(folder)
 
 
 def _write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write through a temporary name: flush, rename, flush the folder."""
-    temporary = _temporary(path)
-    try:
-        write(temporary)
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"sha256": digest, "bytes": path.stat().st_size}
-
-
-def _remove_temporaries(folder: Path) -> None:
-    for temporary in folder.glob(".*.tmp"):
-        temporary.unlink(missing_ok=True)

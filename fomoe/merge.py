@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+<<<<<<< HEAD
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -12,12 +14,23 @@ from torch import Tensor
 from fomoe import checkpoint
 from fomoe.checkpoint import has_manifest, load_part, read_values, round_folder, saved_rounds
 from fomoe.config import Config
+=======
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fomoe.checkpoint import check_part, load_part, round_folder, saved_rounds
+from fomoe.config import Config, build_config
+>>>>>>> folder
 from fomoe.errors import CheckpointError
+from fomoe.files import listing, write_atomically, write_text_atomically
 from fomoe.planning import plan_run
 from fomoe.remains import differences, parse_saved
 from fomoe.shapes import parameter_specs
 from fomoe.state import Layout, misfit
 from fomoe.sync.outer import replica_hashes
+
+_ATTEMPTS = 20
 
 
 def merge(
@@ -43,21 +56,85 @@ def merge(
     """
     if not run_dir.is_dir():
         raise CheckpointError(f"{run_dir} is not a run's folder")
+<<<<<<< HEAD
     round_idx, config, tensors = _newest_complete(run_dir, round_idx, say)
+    target = out or run_dir / "merged"
+=======
+    round_idx, config, tensors = _read_whole(run_dir, round_idx, say)
     target = out or run_dir / "merged"
     try:
         target.mkdir(parents=True, exist_ok=True)
         path = target / "model.safetensors"
         # One key only: the file of equal models is equal to the byte. config.yaml lies beside it.
         metadata = {"rounds": str(round_idx)}
-        checkpoint.write_atomically(path, lambda p: save_file(tensors, p, metadata=metadata))
-        checkpoint.write_text_atomically(target / "config.yaml", config.to_yaml())
+        write_atomically(path, lambda p: save_file(tensors, p, metadata=metadata))
+        write_text_atomically(target / "config.yaml", config.to_yaml())
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error.strerror}") from None
     say(f"merged the checkpoint of round {round_idx}")
     return path
 
 
+def _read_whole(
+    run_dir: Path, asked: int | None, say: Callable[[str], None]
+) -> tuple[int, Config, dict[str, Tensor]]:
+    """Round, config and parameters of the round that is asked for, or of the newest complete one.
+
+    A run that goes on saves rounds and removes old ones meanwhile: then the look begins anew.
+    """
+    for attempt in range(_ATTEMPTS):
+        rounds = saved_rounds(run_dir)
+        refused: list[str] = []
+        try:
+            chosen = _choose_round(run_dir, rounds, asked, refused)
+            config, tensors = _read_round(run_dir, chosen)
+        except CheckpointError as error:
+            if saved_rounds(run_dir) == rounds:
+                raise
+            if attempt == _ATTEMPTS - 1:
+                raise CheckpointError(
+                    f"{run_dir} saves and removes rounds faster than they are read: {error}; a "
+                    f"larger run.keep_checkpoints keeps them longer"
+                ) from None
+        else:
+            break
+    for problem in refused:
+        say(f"refused: {problem}")
+    return chosen, config, tensors
+
+
+def _read_round(run_dir: Path, round_idx: int) -> tuple[Config, dict[str, Tensor]]:
+    """Every parameter from its first holder."""
+    _, values = _load(run_dir, round_idx, _any_site(run_dir, round_idx))
+    config = build_config(values["config"])
+    plan = plan_run(config).plan
+    tensors = {}
+    for site in range(config.num_sites):
+        part, own = _load(run_dir, round_idx, site)
+        if _experiment(own) != _experiment(values):
+            folder = round_folder(run_dir, round_idx)
+            raise CheckpointError(f"{folder}: site {site}'s part is of another run")
+        for bucket in plan.buckets:
+            if bucket.holders[0] == site:
+                for segment in bucket.segments:
+                    tensors[segment.parameter] = part[f"param/{segment.parameter}"]
+        if site == 0 and config.router.balance != "loss":
+            for layer in config.model.moe_layers:
+                name = f"layers.{layer}.moe.router.balance_bias"
+                tensors[name] = part[f"router/balance_bias/{layer}"]
+    return config, tensors
+
+
+def _load(run_dir: Path, round_idx: int, site: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+>>>>>>> folder
+    try:
+        return load_part(run_dir, round_idx, site)
+    except (OSError, SafetensorError) as error:  # removed between the check and the reading
+        folder = round_folder(run_dir, round_idx)
+        raise CheckpointError(f"checkpoint {folder}, site {site}: {error}") from None
+
+
+<<<<<<< HEAD
 def _newest_complete(
     run_dir: Path, round_idx: int | None, say: Callable[[str], None]
 ) -> tuple[int, Config, dict[str, Tensor]]:
@@ -118,6 +195,36 @@ def _read_whole(run_dir: Path, round_idx: int) -> tuple[Config, dict[str, Tensor
             for index, digest in replica_hashes(shared, site, own).items():
                 if hashes.setdefault(index, digest) != digest:
                     problem = "its replicas are not those of the other sites"
+=======
+def _experiment(values: dict[str, Any]) -> tuple[Any, Any]:
+    """What must be equal in all parts: sites may differ in `run`, whose folder is their own."""
+    return {k: v for k, v in values["config"].items() if k != "run"}, values["fingerprints"]
+
+
+def _choose_round(run_dir: Path, rounds: list[int], asked: int | None, refused: list[str]) -> int:
+    if asked is not None:
+        if asked not in rounds:
+            raise CheckpointError(f"{run_dir} has no checkpoint of round {asked}, only {rounds}")
+        rounds = [asked]
+    for candidate in rounds:
+        problem = _why_incomplete(run_dir, candidate)
+        if not problem:
+            return candidate
+        refused.append(problem)
+    of_round = "" if asked is None else f" of round {asked}"
+    reason = f": {refused[0]}" if refused else ""
+    raise CheckpointError(f"{run_dir} holds no complete checkpoint{of_round}{reason}")
+
+
+def _why_incomplete(run_dir: Path, round_idx: int) -> str:
+    """The first site whose part of a round cannot be used; empty if all can."""
+    try:
+        _, values = _load(run_dir, round_idx, _any_site(run_dir, round_idx))
+    except CheckpointError as error:
+        return str(error)
+    for site in range(values["config"]["num_sites"]):
+        problem = check_part(run_dir, round_idx, site)
+>>>>>>> folder
         if problem:
             where = round_folder(run_dir, round_idx)
             raise CheckpointError(f"checkpoint {where}, site {site}: {problem}")
@@ -132,6 +239,7 @@ def _read_whole(run_dir: Path, round_idx: int) -> tuple[Config, dict[str, Tensor
 
 def _any_site(run_dir: Path, round_idx: int) -> int:
     """A site whose part is here; it may be any one where a site's files were not copied yet."""
-    manifests = round_folder(run_dir, round_idx).glob("site-*.manifest.json")
-    numbers = [path.name.removeprefix("site-").split(".")[0] for path in manifests]
-    return min((int(n) for n in numbers if n.isdigit()), default=0)
+    names = listing(round_folder(run_dir, round_idx))
+    manifests = [name for name in names if name.endswith(".manifest.json")]
+    numbers = [name.removeprefix("site-").split(".")[0] for name in manifests]
+    return min((int(number) for number in numbers if number.isdigit()), default=0)

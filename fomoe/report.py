@@ -57,6 +57,13 @@ class Progress:
         """One line, above the bar if there is one."""
         self.console.print(text, markup=False)
 
+    def warn(self, text: str) -> None:
+        """One line at whichever site it happens, also where nothing else is shown."""
+        if self.show:
+            self.say(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
     def resumed(self, round_idx: int) -> None:
         self.say(f"resuming after round {round_idx}")
         done = self._steps_total * round_idx // self.config.rounds

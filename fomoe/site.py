@@ -70,9 +70,7 @@ class Site:
         self.config, self.site, self.stream, self.device = config, site, stream, device
         bf16 = uses_bf16(config.inner.precision, device)
         # Before anything is built: a backend that cannot run here is the user's mistake.
-        self.expert_backend = choose_backend(
-            config.model, device, torch.bfloat16 if bf16 else torch.float32
-        )
+        self.expert_backend = expert_backend(config, device)
         self.model = Transformer(config, residents).to(device)
         for layer, experts in residents.items():
             for expert in set(experts) - set(trained[layer]):
@@ -286,6 +284,16 @@ class Site:
             router.execute_bias.copy_(tensors[f"router/execute_bias/{layer}"])
         self.step_idx = values["step_idx"]
         self.stream.load_state(values["data"])
+
+
+def expert_backend(config: Config, device: torch.device) -> str:
+    """The backend of the experts on a device.
+
+    Raises:
+        ConfigError: if the one that is asked for cannot run there.
+    """
+    bf16 = uses_bf16(config.inner.precision, device)
+    return choose_backend(config.model, device, torch.bfloat16 if bf16 else torch.float32)
 
 
 def build_inner_optimizer(

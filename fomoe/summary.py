@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from fomoe.checkpoint import write_text_atomically
 from fomoe.data.dataset import Data
 from fomoe.evaluate import MergedEvaluation, routing_health
+from fomoe.files import write_text_atomically
 from fomoe.planning import RunPlan, planned_summary, spread
 from fomoe.site import RoundRouting
 from fomoe.sync.transport import Transport

@@ -42,6 +42,8 @@ from fomoe.rundir import (
     remove_run,
     write_run_files,
 )
+from fomoe.runlock import RunLock
+from fomoe.services import WandbLog, check_services, open_log
 from fomoe.site import STEP_FIELDS, RoundRouting, Site, learning_rate
 <<<<<<< HEAD
 from fomoe.summary import (
@@ -85,7 +87,11 @@ class Run:
     merged: MergedEvaluation | None = None
     first_round: int = 0
     parkings: dict[int, Parking] = field(default_factory=dict)  # of sites that park while waiting
+<<<<<<< HEAD
     counts_before: dict[int, Counts] = field(default_factory=dict)  # at the round's start
+=======
+    log: WandbLog | None = None
+>>>>>>> folder
 
     def parkings_of(self, site: int) -> list[Parking]:
         return [self.parkings[site]] if site in self.parkings else []
@@ -125,6 +131,7 @@ def train(
     )
     try:
 <<<<<<< HEAD
+<<<<<<< HEAD
         run = build_run(config, transport, mode=mode, device=where, show=show)
 =======
         where = choose_device(device, launch.local_rank)
@@ -139,6 +146,17 @@ def train(
         raise
     transport.close()
     return summary
+=======
+        where = choose_device(device, launch.local_rank)
+        agreed(transport, lambda: check_services(config, transport.sites, where))
+        compare_configs(config, transport, mode)
+        with claim_run_dir(config, transport, mode) as (claimed, lock):
+            run = build_run(claimed, transport, lock, mode=mode, device=where, show=show)
+            with run.progress:
+                return run_rounds(run)
+    finally:
+        transport.close()
+>>>>>>> folder
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
@@ -164,6 +182,7 @@ def choose_device(name: str, local_rank: int) -> torch.device:
 def build_run(
     config: Config,
     transport: Transport,
+<<<<<<< HEAD
     *,
     mode: str,
     resume_round: int | None = None,
@@ -178,6 +197,16 @@ def build_run(
     if mode == "resume":  # before anything is made or built
         check_resumable(config, transport, resume_round)
     config, run_dir = claim_run_dir(config, transport, mode)
+=======
+    lock: RunLock,
+    *,
+    mode: str,
+    device: torch.device,
+    show: bool,
+) -> Run:
+    """Build data and sites, resume if asked; only then the folder is written to."""
+    run_dir = lock.run_dir
+>>>>>>> folder
     plan = plan_run(config)
     if device.type == "cpu":
         keep_freed_memory()
@@ -203,9 +232,11 @@ def build_run(
         resume(run, resume_round, show=show)
         for parking in parkings.values():
             parking.park()
-    elif mode == "overwrite":
-        remove_run(run_dir, transport.sites)
-    write_run_files(config, run_dir, data, transport)
+    run.log = open_log(config, run_dir, transport)
+    lock.began = True
+    if mode == "overwrite":  # before any site writes
+        agreed(transport, lambda: remove_run(run_dir))
+    agreed(transport, lambda: write_run_files(config, run_dir, data, transport))
     return run
 
 
@@ -233,7 +264,12 @@ def build_sites(
 def run_rounds(run: Run) -> dict[str, Any]:
     """The rounds: local steps, sync, evaluation, metrics, checkpoint."""
     config, transport = run.config, run.transport
-    metrics = Metrics(config, run.run_dir, transport.sites, first_round=run.first_round)
+    metrics = agreed(
+        transport,
+        lambda: Metrics(run.run_dir, transport.sites, first_round=run.first_round, log=run.log),
+    )
+    if metrics.num_damaged:
+        run.progress.warn(f"{metrics.path}: {metrics.num_damaged} damaged lines are left out")
     try:
         for round_idx in range(run.first_round, config.rounds):
             records, train_s, gradient_s = run_local_steps(run, round_idx)

@@ -11,6 +11,7 @@ import hashlib
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -167,18 +168,27 @@ def hub_rows(dataset: Any, source: str) -> Iterator[dict[str, Any]]:
         raise DataError(f"data source {source} cannot be read: {reason}") from None
 
 
+def hub_library(source: str) -> Any:
+    """The library that reads a hub data set.
+
+    Raises:
+        DataError: if the `hub` extra is missing.
+    """
+    try:
+        return import_module("datasets")
+    except ImportError:
+        raise DataError(
+            f"data source {source} needs the datasets library: pip install 'fomoe[hub]'"
+        ) from None
+
+
 def open_hub(source: str, split: str) -> Any:
     """Open a hub data set for streaming; `hf:NAME`, `hf:NAME:CONFIG` or `hf:` and a local folder.
 
     Raises:
         DataError: if the `hub` extra is missing or the data set cannot be opened.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(
-            f"data source {source} needs the datasets library: pip install 'fomoe[hub]'"
-        ) from None
+    datasets = hub_library(source)
     name, _, subset = source.removeprefix(HUB).partition(":")
     try:
         return datasets.load_dataset(name, subset or None, split=split, streaming=True)
