@@ -6,9 +6,9 @@ Heavy imports wait until they are needed.
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -17,8 +17,12 @@ from typing import Any, NoReturn
 
 from fomoe import __version__
 from fomoe.errors import ConfigError, FomoeError
+<<<<<<< HEAD
 from fomoe.launch import Launch, launch_from_environment, site_label
 from fomoe.sync.waiting import leave_if_blocked
+=======
+from fomoe.hints import hint
+>>>>>>> text
 from fomoe_sim.cli import add_commands
 
 _EXIT_FAILED, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 2, 130
@@ -79,6 +83,8 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     _add_compare(commands)
     _add_merge(commands)
     add_commands(commands, chosen)
+    if chosen is not None and chosen not in commands.choices:
+        parser.error(f"{chosen} is not a command; {hint(chosen, commands.choices)}")
     return parser
 
 
@@ -166,7 +172,9 @@ def _train(args: argparse.Namespace) -> int:
     config = load(args.config, args.overrides)
     if args.dry_run:
         from fomoe.planning import plan_run, planned_summary
+        from fomoe.ready import check_ready
 
+        check_ready(config, site=_launched_site(config))
         run = plan_run(config)
         if args.json:
             print(json.dumps(planned_summary(run)))
@@ -211,8 +219,7 @@ def _compare(args: argparse.Namespace) -> int:
     methods = args.methods.split(",")
     for method in methods:
         if method not in METHODS:
-            near = difflib.get_close_matches(method, METHODS, 1) or [METHODS[0]]
-            raise ConfigError("--methods", method, f"is not a method; did you mean {near[0]}?")
+            raise ConfigError("--methods", method, f"is not a method; {hint(method, METHODS)}")
         if methods.count(method) > 1:
             raise ConfigError("--methods", method, "stands twice")
     configs = []
@@ -221,8 +228,11 @@ def _compare(args: argparse.Namespace) -> int:
         assert config.run.dir is not None
         settings = config.run.model_copy(update={"dir": str(Path(config.run.dir) / method)})
         configs.append(config.model_copy(update={"run": settings}))
+    from fomoe.ready import check_ready
     from fomoe.train import train
 
+    for config in configs:
+        check_ready(config)
     summaries = []
     for config in configs:
         print(f"== {config.method}", file=sys.stderr)
@@ -260,12 +270,18 @@ def load(
     from fomoe.config import load_config
 
     config = load_config(path, list(overrides), method=method)
-    if config.run.dir is None:
-        settings = config.run.model_copy(
-            update={"dir": str(Path("runs") / f"{Path(path).stem}{suffix}")}
-        )
-        config = config.model_copy(update={"run": settings})
-    return config
+    run_dir = config.run.dir or str(Path("runs") / f"{Path(path).stem}{suffix}")
+    # Sources keep their `~`: sites may have different homes, but must have equal configs.
+    at_home = os.path.expanduser(run_dir)
+    if at_home.startswith("~"):
+        raise ConfigError("run.dir", run_dir, "names a home that is not known (./~ is a folder ~)")
+    return config.model_copy(update={"run": config.run.model_copy(update={"dir": at_home})})
+
+
+def _launched_site(config: Any) -> int | None:
+    """The site that this process would be, None in a proxy run."""
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() and int(rank) < config.num_sites else None
 
 
 def _launch() -> Launch:
@@ -295,5 +311,12 @@ def _interrupt(signum: int, frame: Any) -> NoReturn:
 
 
 def _fail(message: object, status: int) -> int:
+<<<<<<< HEAD
     print(f"fomoe: error{site_label()}: {' '.join(str(message).split())}", file=sys.stderr)
+=======
+    rank = os.environ.get("RANK")
+    who = f" (site {rank})" if rank is not None else ""
+    line = re.sub(r"\s*[\r\n]\s*", " ", str(message).strip())  # names keep their spaces
+    print(f"fomoe: error{who}: {line}", file=sys.stderr)
+>>>>>>> text
     return status

@@ -17,6 +17,7 @@ from fomoe.config import Config
 from fomoe.planning import RunPlan, memory_by_kind, planned_summary
 from fomoe.segments import full_payload, wire_elements
 
+_NARROWEST, _USUAL, _WIDE = 40, 80, 160  # columns
 _PLAIN_EVERY_S = 15.0  # longest silence where there is no terminal
 
 
@@ -25,7 +26,7 @@ class Progress:
 
     def __init__(self, config: Config, *, num_local_sites: int, show: bool) -> None:
         self.config, self.show = config, show
-        self.console = Console(stderr=True, quiet=not show, soft_wrap=True, highlight=False)
+        self.console = console(stderr=True, quiet=not show)
         self.live = show and self.console.is_terminal and not self.console.is_dumb_terminal
         self.started = self._last_line = time.monotonic()
         self._steps_done = self._tokens = 0
@@ -129,17 +130,17 @@ class Progress:
 
 def print_dry_run(run: RunPlan) -> None:
     """The resolved config, who holds what, parameters, memory and bytes."""
-    console = Console(soft_wrap=True, highlight=False, width=_wide())
-    console.print(run.config.to_yaml(), markup=False)
-    console.print(_holders_table(run))
-    console.print(_sites_table(run))
+    out = console(wide=True)
+    out.print(run.config.to_yaml(), markup=False)
+    out.print(_holders_table(run))
+    out.print(_sites_table(run))
     summary = planned_summary(run)
-    console.print(
+    out.print(
         f"whole model {summary['params_total']:,} parameters; "
         f"{summary['replication_factor']:g} of {summary['num_sites']} sites hold an expert "
         f"on average"
     )
-    console.print(_traffic_table(run))
+    out.print(_traffic_table(run))
 
 
 def _traffic_table(run: RunPlan) -> Table:
@@ -199,7 +200,7 @@ def _sites_table(run: RunPlan) -> Table:
 
 def print_summary(summary: dict[str, Any], config: Config) -> None:
     """The table that ends a run, and where to look next."""
-    console = Console(soft_wrap=True, highlight=False)
+    out = console()
     table = Table("", "value", title=f"{summary['method']}: {summary['num_sites']} sites")
     local = [loss for loss in summary["val_loss_local"] if loss is not None]
     rows = {
@@ -220,11 +221,11 @@ def print_summary(summary: dict[str, Any], config: Config) -> None:
     }
     for name, value in rows.items():
         table.add_row(name, value)
-    console.print(table)
+    out.print(table)
     folder = summary["run_dir"]
-    console.print(f"records   {folder}/metrics.jsonl   (fields: docs/metrics.md)", markup=False)
-    console.print(f"summary   {folder}/summary.json", markup=False)
-    console.print(f"merge     fomoe merge {folder}", markup=False)
+    out.print(f"records   {folder}/metrics.jsonl   (fields: docs/metrics.md)", markup=False)
+    out.print(f"summary   {folder}/summary.json", markup=False)
+    out.print(f"merge     fomoe merge {folder}", markup=False)
 
 
 def print_comparison(summaries: list[dict[str, Any]]) -> None:
@@ -258,12 +259,20 @@ def print_comparison(summaries: list[dict[str, Any]]) -> None:
             _times(summary["ratio_vs_diloco"]),
             bytes_text(summary["memory_bytes_per_site"]),
         )
-    Console(soft_wrap=True, highlight=False, width=_wide()).print(table)
+    console(wide=True).print(table)
 
 
-def _wide() -> int | None:
-    """Without a terminal, wide enough that no cell is cut."""
-    return None if sys.stdout.isatty() else 160
+def console(*, wide: bool = False, **options: Any) -> Console:
+    """A console as wide as its terminal; where that is no width to print in, of the usual one.
+
+    Args:
+        wide: without a terminal, wide enough that no cell of a large table is cut.
+    """
+    made = Console(soft_wrap=True, highlight=False, **options)
+    least = _WIDE if wide and not sys.stdout.isatty() else _NARROWEST
+    if made.width < least:
+        made.width = max(least, _USUAL)
+    return made
 
 
 def ranges_text(numbers: tuple[int, ...]) -> str:

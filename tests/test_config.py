@@ -12,17 +12,11 @@ import yaml
 from helpers_cli import fomoe, tiny_tree, write_config
 from pydantic import ValidationError
 
-from fomoe.config import (
-    METHODS,
-    Config,
-    build_config,
-    load_config,
-    method_settings,
-    option_names,
-    parse_override,
-    set_option,
-)
+from fomoe.config import METHODS, Config, build_config, load_config
 from fomoe.errors import ConfigError
+from fomoe.methods import method_settings
+from fomoe.options import option_names
+from fomoe.overrides import parse_override, set_option
 
 
 @pytest.fixture
@@ -200,7 +194,7 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("override", ["rounds", "=3", ""])
 def test_an_override_needs_a_name_and_a_value(override: str) -> None:
     with pytest.raises(ConfigError, match=r"must have the form section\.option=value"):
-        parse_override(override)
+        parse_override(override, Config)
 
 
 def test_overrides_win_over_the_file_and_the_last_one_wins(tiny: Path) -> None:
