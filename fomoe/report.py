@@ -217,8 +217,12 @@ def print_summary(summary: dict[str, Any], config: Config) -> None:
         f"{_times(summary['ratio_vs_ddp'])}",
         "tokens, all sites": f"{summary['tokens']:,}",
         "tokens/s per site": f"{summary['tokens_per_s']:,.0f}",
-        "peak memory": bytes_text(summary["peak_memory_bytes"]),
+        "peak memory of a process": bytes_text(summary["peak_memory_bytes"]),
     }
+    if summary["peak_accelerator_memory_bytes"]:
+        rows["peak memory of its accelerator"] = bytes_text(
+            summary["peak_accelerator_memory_bytes"]
+        )
     for name, value in rows.items():
         table.add_row(name, value)
     out.print(table)

@@ -6,8 +6,6 @@ docs/metrics.md lists every field.
 from __future__ import annotations
 
 import json
-import resource
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,11 @@ import torch
 
 from fomoe.data.dataset import Data
 from fomoe.evaluate import MergedEvaluation, routing_health
+<<<<<<< HEAD
 from fomoe.files import write_text_atomically
+=======
+from fomoe.hostmemory import resident_peak_bytes
+>>>>>>> memory
 from fomoe.planning import RunPlan, planned_summary, spread
 from fomoe.site import RoundRouting
 from fomoe.sync.transport import Transport
@@ -135,7 +137,7 @@ def summarize(
             "totals": totals[site].state(),
             "counts": transport.counts[site].state(),
             "val_loss_local": local_losses.get(site),
-            "peak": peak_memory_bytes(),
+            "peaks": process_peaks(),
         }
         return json.dumps(own).encode()
 
@@ -180,19 +182,20 @@ def _measured(plan: RunPlan, rows: list[dict[str, Any]], *, proxy: bool) -> dict
         **spread("train_s", [t["train_s"] for t in totals]),
         **spread("sync_s", [t["sync_s"] for t in totals]),
     }
-    # A proxy run has one process, whose peak covers all sites.
-    peaks = [row["peak"] for row in rows]
-    return summary | (
-        {"peak_memory_bytes": peaks[0]} if proxy else spread("peak_memory_bytes", peaks)
-    )
+    for name in rows[0]["peaks"]:
+        by_site = [row["peaks"][name] for row in rows]
+        # A proxy run has one process, whose peak covers all sites.
+        summary |= {name: by_site[0]} if proxy else spread(name, by_site)
+    return summary
 
 
-def peak_memory_bytes() -> int:
-    """Largest memory of this process so far: of the accelerator if it uses one, else resident."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def process_peaks() -> dict[str, int]:
+    """Largest memory of this process so far, on the host and on its accelerator, in bytes."""
+    used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return {
+        "peak_memory_bytes": resident_peak_bytes(),
+        "peak_accelerator_memory_bytes": used,
+    }
 
 
 def _executed(executed: int, selected: int) -> float:
