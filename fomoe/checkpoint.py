@@ -36,7 +36,6 @@ def round_folder(run_dir: Path, round_idx: int) -> Path:
 
 
 def saved_rounds(run_dir: Path) -> list[int]:
-<<<<<<< HEAD
     """Rounds that have a checkpoint folder, newest first; nothing is said of their wholeness.
 
     Raises:
@@ -44,20 +43,12 @@ def saved_rounds(run_dir: Path) -> list[int]:
     """
     folder = run_dir / "checkpoints"
     try:
-        names = os.listdir(folder)
-    except FileNotFoundError:
-        return []
+        names = listing(folder)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}") from None
     numbers = [name.removeprefix(_ROUND) for name in names if name.startswith(_ROUND)]
     rounds = [int(number) for number in numbers if number.isascii() and number.isdigit()]
     return sorted((r for r in rounds if round_folder(run_dir, r).name in names), reverse=True)
-=======
-    """Rounds that have a checkpoint folder, newest first; nothing is said of their wholeness."""
-    names = listing(run_dir / "checkpoints")
-    numbers = [name.removeprefix(_ROUND) for name in names if name.startswith(_ROUND)]
-    return sorted((int(number) for number in numbers if number.isdigit()), reverse=True)
->>>>>>> folder
 
 
 def all_parts(run_dir: Path) -> list[Path]:

@@ -17,12 +17,9 @@ from typing import Any, NoReturn
 
 from fomoe import __version__
 from fomoe.errors import ConfigError, FomoeError
-<<<<<<< HEAD
+from fomoe.hints import hint
 from fomoe.launch import Launch, launch_from_environment, site_label
 from fomoe.sync.waiting import leave_if_blocked
-=======
-from fomoe.hints import hint
->>>>>>> text
 from fomoe_sim.cli import add_commands
 
 _EXIT_FAILED, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 2, 130
@@ -187,19 +184,14 @@ def _train(args: argparse.Namespace) -> int:
     from fomoe.train import train
 
     summary = train(
-<<<<<<< HEAD
-        config, mode=args.mode, device=args.device, interface=args.interface, launch=launch
-    )
-    if launch.rank == 0:
-=======
         config,
         mode=args.mode,
         resume_round=args.resume_round,
         device=args.device,
         interface=args.interface,
+        launch=launch,
     )
-    if int(os.environ.get("RANK", "0")) == 0:
->>>>>>> resume
+    if launch.rank == 0:
         if args.json:
             print(json.dumps(summary))
         else:
@@ -311,12 +303,6 @@ def _interrupt(signum: int, frame: Any) -> NoReturn:
 
 
 def _fail(message: object, status: int) -> int:
-<<<<<<< HEAD
-    print(f"fomoe: error{site_label()}: {' '.join(str(message).split())}", file=sys.stderr)
-=======
-    rank = os.environ.get("RANK")
-    who = f" (site {rank})" if rank is not None else ""
     line = re.sub(r"\s*[\r\n]\s*", " ", str(message).strip())  # names keep their spaces
-    print(f"fomoe: error{who}: {line}", file=sys.stderr)
->>>>>>> text
+    print(f"fomoe: error{site_label()}: {line}", file=sys.stderr)
     return status

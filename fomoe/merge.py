@@ -4,24 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-<<<<<<< HEAD
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fomoe import checkpoint
 from fomoe.checkpoint import has_manifest, load_part, read_values, round_folder, saved_rounds
 from fomoe.config import Config
-=======
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
-
-from fomoe.checkpoint import check_part, load_part, round_folder, saved_rounds
-from fomoe.config import Config, build_config
->>>>>>> folder
 from fomoe.errors import CheckpointError
 from fomoe.files import listing, write_atomically, write_text_atomically
 from fomoe.planning import plan_run
@@ -56,11 +45,7 @@ def merge(
     """
     if not run_dir.is_dir():
         raise CheckpointError(f"{run_dir} is not a run's folder")
-<<<<<<< HEAD
-    round_idx, config, tensors = _newest_complete(run_dir, round_idx, say)
-    target = out or run_dir / "merged"
-=======
-    round_idx, config, tensors = _read_whole(run_dir, round_idx, say)
+    round_idx, config, tensors = _newest_whole(run_dir, round_idx, say)
     target = out or run_dir / "merged"
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -75,89 +60,35 @@ def merge(
     return path
 
 
-def _read_whole(
+def _newest_whole(
     run_dir: Path, asked: int | None, say: Callable[[str], None]
 ) -> tuple[int, Config, dict[str, Tensor]]:
-    """Round, config and parameters of the round that is asked for, or of the newest complete one.
+    """Round, config and parameters of the round that is asked for, or of the newest whole one.
 
-    A run that goes on saves rounds and removes old ones meanwhile: then the look begins anew.
+    A run that goes on saves rounds and removes old ones meanwhile: then the search begins anew.
     """
-    for attempt in range(_ATTEMPTS):
+    for _ in range(_ATTEMPTS):
         rounds = saved_rounds(run_dir)
+        if asked is not None and asked not in rounds:
+            raise CheckpointError(f"{run_dir} has no checkpoint of round {asked}, only {rounds}")
         refused: list[str] = []
-        try:
-            chosen = _choose_round(run_dir, rounds, asked, refused)
-            config, tensors = _read_round(run_dir, chosen)
-        except CheckpointError as error:
-            if saved_rounds(run_dir) == rounds:
-                raise
-            if attempt == _ATTEMPTS - 1:
-                raise CheckpointError(
-                    f"{run_dir} saves and removes rounds faster than they are read: {error}; a "
-                    f"larger run.keep_checkpoints keeps them longer"
-                ) from None
-        else:
-            break
-    for problem in refused:
-        say(f"refused: {problem}")
-    return chosen, config, tensors
-
-
-def _read_round(run_dir: Path, round_idx: int) -> tuple[Config, dict[str, Tensor]]:
-    """Every parameter from its first holder."""
-    _, values = _load(run_dir, round_idx, _any_site(run_dir, round_idx))
-    config = build_config(values["config"])
-    plan = plan_run(config).plan
-    tensors = {}
-    for site in range(config.num_sites):
-        part, own = _load(run_dir, round_idx, site)
-        if _experiment(own) != _experiment(values):
-            folder = round_folder(run_dir, round_idx)
-            raise CheckpointError(f"{folder}: site {site}'s part is of another run")
-        for bucket in plan.buckets:
-            if bucket.holders[0] == site:
-                for segment in bucket.segments:
-                    tensors[segment.parameter] = part[f"param/{segment.parameter}"]
-        if site == 0 and config.router.balance != "loss":
-            for layer in config.model.moe_layers:
-                name = f"layers.{layer}.moe.router.balance_bias"
-                tensors[name] = part[f"router/balance_bias/{layer}"]
-    return config, tensors
-
-
-def _load(run_dir: Path, round_idx: int, site: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
->>>>>>> folder
-    try:
-        return load_part(run_dir, round_idx, site)
-    except (OSError, SafetensorError) as error:  # removed between the check and the reading
-        folder = round_folder(run_dir, round_idx)
-        raise CheckpointError(f"checkpoint {folder}, site {site}: {error}") from None
-
-
-<<<<<<< HEAD
-def _newest_complete(
-    run_dir: Path, round_idx: int | None, say: Callable[[str], None]
-) -> tuple[int, Config, dict[str, Tensor]]:
-    rounds = saved_rounds(run_dir)
-    asked = "" if round_idx is None else f" of round {round_idx}"
-    if round_idx is not None:
-        if round_idx not in rounds:
-            raise CheckpointError(
-                f"{run_dir} has no checkpoint of round {round_idx}, only {rounds}"
-            )
-        rounds = [round_idx]
-    problems: list[str] = []
-    for candidate in rounds:
-        try:
-            config, tensors = _read_whole(run_dir, candidate)
-        except CheckpointError as error:
-            problems.append(str(error))
-            continue
-        for refused in problems:
-            say(f"refused: {refused}")
-        return candidate, config, tensors
-    reason = f": {problems[0]}" if problems else ""
-    raise CheckpointError(f"{run_dir} holds no complete checkpoint{asked}{reason}")
+        for candidate in rounds if asked is None else [asked]:
+            try:
+                config, tensors = _read_whole(run_dir, candidate)
+            except CheckpointError as error:
+                refused.append(str(error))
+                continue
+            for problem in refused:
+                say(f"refused: {problem}")
+            return candidate, config, tensors
+        if saved_rounds(run_dir) == rounds:
+            of_round = "" if asked is None else f" of round {asked}"
+            reason = f": {refused[0]}" if refused else ""
+            raise CheckpointError(f"{run_dir} holds no complete checkpoint{of_round}{reason}")
+    raise CheckpointError(
+        f"{run_dir} saves and removes rounds faster than they are read: {refused[0]}; a larger "
+        f"run.keep_checkpoints keeps them longer"
+    )
 
 
 def _read_whole(run_dir: Path, round_idx: int) -> tuple[Config, dict[str, Tensor]]:
@@ -195,36 +126,6 @@ def _read_whole(run_dir: Path, round_idx: int) -> tuple[Config, dict[str, Tensor
             for index, digest in replica_hashes(shared, site, own).items():
                 if hashes.setdefault(index, digest) != digest:
                     problem = "its replicas are not those of the other sites"
-=======
-def _experiment(values: dict[str, Any]) -> tuple[Any, Any]:
-    """What must be equal in all parts: sites may differ in `run`, whose folder is their own."""
-    return {k: v for k, v in values["config"].items() if k != "run"}, values["fingerprints"]
-
-
-def _choose_round(run_dir: Path, rounds: list[int], asked: int | None, refused: list[str]) -> int:
-    if asked is not None:
-        if asked not in rounds:
-            raise CheckpointError(f"{run_dir} has no checkpoint of round {asked}, only {rounds}")
-        rounds = [asked]
-    for candidate in rounds:
-        problem = _why_incomplete(run_dir, candidate)
-        if not problem:
-            return candidate
-        refused.append(problem)
-    of_round = "" if asked is None else f" of round {asked}"
-    reason = f": {refused[0]}" if refused else ""
-    raise CheckpointError(f"{run_dir} holds no complete checkpoint{of_round}{reason}")
-
-
-def _why_incomplete(run_dir: Path, round_idx: int) -> str:
-    """The first site whose part of a round cannot be used; empty if all can."""
-    try:
-        _, values = _load(run_dir, round_idx, _any_site(run_dir, round_idx))
-    except CheckpointError as error:
-        return str(error)
-    for site in range(values["config"]["num_sites"]):
-        problem = check_part(run_dir, round_idx, site)
->>>>>>> folder
         if problem:
             where = round_folder(run_dir, round_idx)
             raise CheckpointError(f"checkpoint {where}, site {site}: {problem}")

@@ -13,8 +13,9 @@ from fomoe.evaluate import MergedEvaluation
 from fomoe.parking import Parking
 from fomoe.planning import RunPlan
 from fomoe.report import Progress
+from fomoe.services import WandbLog
 from fomoe.site import Site
-from fomoe.summary import Totals
+from fomoe.summary import Counts, Totals
 from fomoe.sync.outer import OuterOptimizer
 from fomoe.sync.transport import Transport
 
@@ -37,6 +38,8 @@ class Run:
     merged: MergedEvaluation | None = None
     first_round: int = 0
     parkings: dict[int, Parking] = field(default_factory=dict)  # of sites that park while waiting
+    counts_before: dict[int, Counts] = field(default_factory=dict)  # at the round's start
+    log: WandbLog | None = None
 
     def parkings_of(self, site: int) -> list[Parking]:
         return [self.parkings[site]] if site in self.parkings else []

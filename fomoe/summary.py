@@ -14,11 +14,8 @@ import torch
 
 from fomoe.data.dataset import Data
 from fomoe.evaluate import MergedEvaluation, routing_health
-<<<<<<< HEAD
 from fomoe.files import write_text_atomically
-=======
 from fomoe.hostmemory import resident_peak_bytes
->>>>>>> memory
 from fomoe.planning import RunPlan, planned_summary, spread
 from fomoe.site import RoundRouting
 from fomoe.sync.transport import Transport

@@ -7,15 +7,9 @@ one site): only the transport differs.
 from __future__ import annotations
 
 import time
-<<<<<<< HEAD
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-=======
-from collections.abc import Sequence
->>>>>>> resume
 from typing import Any
 
 import torch
@@ -23,7 +17,7 @@ import torch
 from fomoe import checkpoint
 from fomoe.config import Config
 from fomoe.data.dataset import Data, build_data
-from fomoe.errors import SyncError
+from fomoe.errors import ConfigError, SyncError
 from fomoe.evaluate import MergedEvaluation, evaluate_local, evaluate_merged, topk_agreement
 from fomoe.hostmemory import keep_freed_memory
 from fomoe.launch import Launch, launch_from_environment
@@ -43,9 +37,9 @@ from fomoe.rundir import (
     write_run_files,
 )
 from fomoe.runlock import RunLock
-from fomoe.services import WandbLog, check_services, open_log
+from fomoe.services import check_services, open_log
 from fomoe.site import STEP_FIELDS, RoundRouting, Site, learning_rate
-<<<<<<< HEAD
+from fomoe.state import divergence
 from fomoe.summary import (
     Counts,
     Totals,
@@ -55,10 +49,6 @@ from fomoe.summary import (
     unplanned_bytes,
 )
 from fomoe.sync.joining import open_transport
-=======
-from fomoe.state import divergence
-from fomoe.summary import Totals, merged_record, round_record, summarize
->>>>>>> resume
 from fomoe.sync.outer import (
     OuterOptimizer,
     average_gradients,
@@ -68,37 +58,6 @@ from fomoe.sync.outer import (
 from fomoe.sync.transport import Transport, check_agreement, failure_text
 
 
-<<<<<<< HEAD
-@dataclass
-class Run:
-    """Everything a run works with; built once, then changed only by the rounds."""
-
-    config: Config
-    run_dir: Path
-    plan: RunPlan
-    transport: Transport
-    data: Data
-    sites: dict[int, Site]
-    outer: OuterOptimizer
-    progress: Progress
-    totals: dict[int, Totals]
-    probes: dict[int, torch.Tensor] = field(default_factory=dict)
-    local_losses: dict[int, float] = field(default_factory=dict)
-    merged: MergedEvaluation | None = None
-    first_round: int = 0
-    parkings: dict[int, Parking] = field(default_factory=dict)  # of sites that park while waiting
-<<<<<<< HEAD
-    counts_before: dict[int, Counts] = field(default_factory=dict)  # at the round's start
-=======
-    log: WandbLog | None = None
->>>>>>> folder
-
-    def parkings_of(self, site: int) -> list[Parking]:
-        return [self.parkings[site]] if site in self.parkings else []
-
-
-=======
->>>>>>> resume
 def train(
     config: Config,
     *,
@@ -130,33 +89,28 @@ def train(
         launch, config.num_sites, timeout_s=config.sync.timeout_s, interface=interface
     )
     try:
-<<<<<<< HEAD
-<<<<<<< HEAD
-        run = build_run(config, transport, mode=mode, device=where, show=show)
-=======
-        where = choose_device(device, launch.local_rank)
-        run = build_run(
-            config, transport, mode=mode, resume_round=resume_round, device=where, show=show
-        )
->>>>>>> resume
-        with run.progress:
-            summary = run_rounds(run)
+        agreed(transport, lambda: check_services(config, transport.sites, where))
+        asked = mode if resume_round is None else f"resume from round {resume_round}"
+        compare_configs(config, transport, asked)
+        if mode == "resume":  # before anything is made or built
+            check_resumable(config, transport, resume_round)
+        with claim_run_dir(config, transport, mode) as (claimed, lock):
+            run = build_run(
+                claimed,
+                transport,
+                lock,
+                mode=mode,
+                resume_round=resume_round,
+                device=where,
+                show=show,
+            )
+            with run.progress:
+                summary = run_rounds(run)
     except BaseException as error:
         transport.close(failure_text(error))
         raise
     transport.close()
     return summary
-=======
-        where = choose_device(device, launch.local_rank)
-        agreed(transport, lambda: check_services(config, transport.sites, where))
-        compare_configs(config, transport, mode)
-        with claim_run_dir(config, transport, mode) as (claimed, lock):
-            run = build_run(claimed, transport, lock, mode=mode, device=where, show=show)
-            with run.progress:
-                return run_rounds(run)
-    finally:
-        transport.close()
->>>>>>> folder
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
@@ -182,31 +136,15 @@ def choose_device(name: str, local_rank: int) -> torch.device:
 def build_run(
     config: Config,
     transport: Transport,
-<<<<<<< HEAD
+    lock: RunLock,
     *,
     mode: str,
     resume_round: int | None = None,
     device: torch.device,
     show: bool,
 ) -> Run:
-    """Compare what the sites were started with, build data and sites, resume if asked."""
-    if resume_round is not None:
-        compare_configs(config, transport, f"resume from round {resume_round}")
-    else:
-        compare_configs(config, transport, mode)
-    if mode == "resume":  # before anything is made or built
-        check_resumable(config, transport, resume_round)
-    config, run_dir = claim_run_dir(config, transport, mode)
-=======
-    lock: RunLock,
-    *,
-    mode: str,
-    device: torch.device,
-    show: bool,
-) -> Run:
     """Build data and sites, resume if asked; only then the folder is written to."""
     run_dir = lock.run_dir
->>>>>>> folder
     plan = plan_run(config)
     if device.type == "cpu":
         keep_freed_memory()
@@ -376,12 +314,8 @@ def synchronize(run: Run) -> dict[int, RoundRouting]:
     config = run.config
     routing = {site: s.end_round() for site, s in run.sites.items()}
 
-    def problem(site: int) -> str:
-        return divergence(run.sites[site].state()[0])
-
     if config.sync.average == "parameters":
         counts = {site: s.round_counts(routing[site]) for site, s in run.sites.items()}
-<<<<<<< HEAD
         run.counts_before = count_bytes(run)
         # Before a site has said that it is well, no other commits.
         with _uncommitted("at any site"):
@@ -390,21 +324,12 @@ def synchronize(run: Run) -> dict[int, RoundRouting]:
             )
         with _uncommitted("at this site"):
             check_agreement(run.transport, partial(problem_of, run))
-=======
-        means = average_pseudo_gradients(
-            config, run.plan.plan, run.outer, run.transport, counts, problem
-        )
->>>>>>> resume
-        run.outer.step(means)
-        # A finite mean may still overflow in the step: no site publishes or saves such anchors.
-        check_agreement(run.transport, lambda site: divergence(run.outer.state_of(site)))
+            run.outer.step(means)
+            # A finite mean may still overflow in the step: no site publishes or saves such anchors.
+            check_agreement(run.transport, lambda site: divergence(run.outer.state_of(site)))
         run.outer.publish()
     else:  # gradients were averaged at every step; the parameters are what they are
-<<<<<<< HEAD
         check_agreement(run.transport, partial(problem_of, run))
-=======
-        check_agreement(run.transport, problem)
->>>>>>> resume
     if config.router.balance != "loss" and config.model.moe_layers:
         selected = [
             torch.frombuffer(bytearray(message), dtype=torch.int64)
@@ -421,7 +346,7 @@ def synchronize(run: Run) -> dict[int, RoundRouting]:
 def problem_of(run: Run, site: int) -> str:
     """Why this round must not be committed, seen from one site of this process; or nothing."""
     after = run.transport.counts[site].state()
-    return divergence(run.sites[site].parameters) or unplanned_bytes(
+    return divergence(run.sites[site].state()[0]) or unplanned_bytes(
         run.plan, site, run.counts_before[site], after
     )
 

@@ -293,30 +293,10 @@ def open_hub(source: str, split: str) -> Any:
     Raises:
         DataError: if the `hub` extra is missing or the data set cannot be opened.
     """
-<<<<<<< HEAD
     datasets = hub_library(source)
-    name, _, subset = source.removeprefix(HUB).partition(":")
+    name, _, subset = os.path.expanduser(source.removeprefix(HUB)).partition(":")
     try:
         return datasets.load_dataset(name, subset or None, split=split, streaming=True)
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"data source {source} cannot be opened: {reason}") from None
-=======
-    load_dataset = _hub_library(source)
-    name, _, subset = os.path.expanduser(source.removeprefix(HUB)).partition(":")
-    try:
-        return load_dataset(name, subset or None, split=split, streaming=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"data source {source} cannot be opened: {reason}") from None
-
-
-def _hub_library(source: str) -> Any:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise DataError(
-            f"data source {source} needs the datasets library: pip install 'fomoe[hub]'"
-        ) from None
-    return load_dataset
->>>>>>> text

@@ -8,7 +8,7 @@ mean and takes the same step, so replicas stay equal without sending parameters.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -151,21 +151,13 @@ def average_pseudo_gradients(
     outer: OuterOptimizer,
     transport: Transport,
     counts: Mapping[int, RoundCounts],
-    problem: Callable[[int], str] = lambda site: "",
 ) -> dict[int, Tensor]:
     """Mean pseudo-gradient (anchor minus local) of every bucket held here, by bucket index.
 
     Works on copies: nothing is committed here, and no site may commit before all have agreed.
 
-    Args:
-        problem: what is wrong with a site of this process, or nothing.
-
     Raises:
-<<<<<<< HEAD
         SyncError: if the exchange failed.
-=======
-        SyncError: if the exchange failed or a site has a problem.
->>>>>>> resume
     """
 
     def contribute(bucket: Bucket, site: int) -> Contribution:
@@ -178,13 +170,7 @@ def average_pseudo_gradients(
         )
 
     stepped = Plan(num_sites=plan.num_sites, buckets=tuple(outer.buckets))
-<<<<<<< HEAD
     return mean_over_holders(stepped, transport, contribute)
-=======
-    means = mean_over_holders(stepped, transport, contribute)
-    check_agreement(transport, problem)
-    return means
->>>>>>> resume
 
 
 def average_gradients(plan: Plan, sites: Mapping[int, Parameters], transport: Transport) -> None:
