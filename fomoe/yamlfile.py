@@ -73,16 +73,28 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def compose_mapping_node(self, anchor: Any) -> Any:
-        """Keys are checked as they stand: merging comes later and may be overridden by them."""
+        """A mapping whose keys are words that stand once, with what it merges in.
+
+        Merging here, where every base is whole, is the same in every version of PyYAML.
+        """
         node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
+        own: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
+        for key, value in node.value:
             if key.tag not in (_TEXT, _MERGE):
                 word = key.value if isinstance(key, yaml.ScalarNode) else "that is no word"
                 raise _problem(f"key {word} must be text", key.start_mark)
-            if key.value in seen:
+            if key.value in own:
                 raise _problem(f"key {key.value!r} stands twice", key.start_mark)
-            seen.add(key.value)
+            own[key.value] = (key, value)
+            if key.tag == _MERGE:
+                bases = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                for base in bases:  # the first one that has a key decides
+                    if not isinstance(base, yaml.MappingNode):
+                        raise _problem("<< must name a mapping, or a list of them", key.start_mark)
+                    merged = {k.value: (k, v) for k, v in base.value} | merged
+        own = {name: pair for name, pair in own.items() if pair[0].tag != _MERGE}
+        node.value = list((merged | own).values())
         return node
 
 

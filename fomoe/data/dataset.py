@@ -101,7 +101,7 @@ def needed_sources(config: Config, sites: Iterable[int]) -> list[str]:
     own = {names[site] for site in sites}
     # At site 0, a tokenizer is trained on every source.
     everywhere = data.held_out is None or (data.tokenizer == "bpe" and 0 in sites)
-    return sorted((set(names) if everywhere else own) | ({data.held_out} - {None}))
+    return sorted({*(names if everywhere else own), *([data.held_out] if data.held_out else [])})
 
 
 def _names(config: Config) -> tuple[str, ...]:
@@ -217,10 +217,12 @@ def _where_it_went(
     """What became of a text that is too small, or too much alike, to give every part some."""
     pieces = held + train
     different = len({document.digest for document in pieces})
-    alike = "all identical" if different == 1 < len(pieces) else f"{different} of them different"
+    what = f"{len(pieces)} documents or pieces, {different} of them different"
+    if different == 1:
+        what = f"{len(pieces)} identical pieces" if len(pieces) > 1 else "a single piece"
     return (
-        f"data source {source} gives {len(pieces)} documents or pieces, {alike}; {len(held)} are "
-        f"held out (identical ones together), which leaves {len(train)} for {num_shards} part(s)"
+        f"data source {source} gives {what}; held out: {len(held)} (identical ones stay "
+        f"together), left for {num_shards} part(s): {len(train)}"
     )
 
 

@@ -101,22 +101,26 @@ def find_files(source: str) -> list[Path]:
         return _stdlib_files()
     home = os.path.expanduser(source)
     named = next((name for name in (source, home) if os.path.lexists(name)), None)
-    names = sorted(glob.glob(home, recursive=True)) if named is None else [named]
-    files = {}
-    for name in names:
-        problem = why_no_file(name)
+    names = [named] if named is not None else glob.glob(home, recursive=True)
+    files: dict[str, str] = {}
+    for name in sorted(names, key=lambda name: (len(name), name)):
+        real = os.path.realpath(name)
+        if real in files:
+            continue
+        # A link to a folder above it gives ever longer names, up to one that no longer opens.
+        problem = why_no_file(real if os.path.exists(real) else name)
         if problem == "is a folder" and named is None:
             continue
-        if problem == "is a folder":
-            problem += "; name its files, as in FOLDER/*.txt"
         _check(Path(name), problem)
-        files.setdefault(os.path.realpath(name), Path(name))
+        files[real] = name
     if not files:
         raise DataError(f"data source {source} {_why_nothing(home, names)}")
-    return list(files.values())
+    return [Path(name) for name in sorted(files.values())]
 
 
 def _check(path: Path, problem: str) -> None:
+    if problem == "is a folder":
+        problem += "; name its files, as in FOLDER/*.txt"
     if not problem and _suffix(path) in _RECORDS:
         problem = (
             "holds records, not text: write the texts as JSON Lines (*.jsonl; data.text_field "
