@@ -81,7 +81,7 @@ def check_source(source: str) -> None:
         DataError: in the words of those who read it.
     """
     if is_hub(source):
-        _hub_library(source)
+        hub_library(source)
     elif is_shards(source):
         open_shards(source)
     else:
