@@ -1,8 +1,8 @@
 """Checkpoints: one part per site and round, written so that a torn one is never taken for whole.
 
 A part is `site-<k>.safetensors` and `site-<k>.json`; `site-<k>.manifest.json` with their sha256 is
-written last. Every file goes to a temporary name, is flushed to disk and then renamed, so a crash
-or a full disk leaves earlier checkpoints as they were.
+written last. Every file is written atomically, so a crash or a full disk leaves earlier checkpoints
+as they were. Sites may share the folder: each writes and removes its own parts only.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fomoe.errors import CheckpointError
-
-# State by kind, key and segment; "/" separates them in a file.
-Tree = dict[str, Any]
+from fomoe.files import (
+    listing,
+    remove,
+    remove_if_empty,
+    remove_temporaries,
+    write_atomically,
+)
 
 _FORMAT = 1
 _ROUND = "round-"
@@ -33,14 +37,34 @@ def round_folder(run_dir: Path, round_idx: int) -> Path:
 
 
 def saved_rounds(run_dir: Path) -> list[int]:
-    """Rounds that have a checkpoint folder, newest first; nothing is said of their wholeness."""
-    folders = (run_dir / "checkpoints").glob(f"{_ROUND}*")
-    numbers = [folder.name.removeprefix(_ROUND) for folder in folders]
-    return sorted((int(number) for number in numbers if number.isdigit()), reverse=True)
+    """Rounds that have a checkpoint folder, newest first; nothing is said of their wholeness.
+
+    Raises:
+        CheckpointError: if the folder is there and cannot be listed, which is not the same as none.
+    """
+    folder = run_dir / "checkpoints"
+    try:
+        names = listing(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}") from None
+    numbers = [name.removeprefix(_ROUND) for name in names if name.startswith(_ROUND)]
+    rounds = [int(number) for number in numbers if number.isascii() and number.isdigit()]
+    return sorted((r for r in rounds if round_folder(run_dir, r).name in names), reverse=True)
+
+
+def all_parts(run_dir: Path) -> list[Path]:
+    """Every file of every part, whole or not, of whatever sites."""
+    folders = [round_folder(run_dir, round_idx) for round_idx in saved_rounds(run_dir)]
+    return [
+        folder / name
+        for folder in folders
+        for name in listing(folder)
+        if name.startswith(("site-", ".site-"))
+    ]
 
 
 def save_part(
-    run_dir: Path, round_idx: int, site: int, tensors: Tree, values: dict[str, Any]
+    run_dir: Path, round_idx: int, site: int, tensors: dict[str, Tensor], values: dict[str, Any]
 ) -> None:
     """Write one site's part; the manifest comes last.
 
@@ -50,13 +74,13 @@ def save_part(
     folder = round_folder(run_dir, round_idx)
     tensors_name, values_name = _file_names(site)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         # A manifest of an earlier attempt must not vouch for the files that replace it.
-        (folder / f"site-{site}.manifest.json").unlink(missing_ok=True)
+        remove(folder / f"site-{site}.manifest.json")
+        remove_temporaries(folder, f"site-{site}")
         # Segments may share a scalar of their parameter; a file needs one copy each.
         on_cpu = {
-            name: (tensor.to("cpu").contiguous() if tensor.ndim else tensor.to("cpu", copy=True))
-            for name, tensor in flatten(tensors).items()
+            name: tensor.to("cpu").contiguous() if tensor.ndim else tensor.to("cpu", copy=True)
+            for name, tensor in tensors.items()
         }
         write_atomically(folder / tensors_name, lambda path: save_file(on_cpu, path))
         _write_text(folder / values_name, json.dumps(values))
@@ -64,7 +88,6 @@ def save_part(
         manifest = {"format": _FORMAT, "round": round_idx, "site": site, "files": files}
         _write_text(folder / f"site-{site}.manifest.json", json.dumps(manifest, indent=1))
     except (OSError, SafetensorError) as error:
-        _remove_temporaries(folder)
         reason = getattr(error, "strerror", None) or str(error)
         raise CheckpointError(
             f"checkpoint of round {round_idx} could not be written to {folder}: {reason}; "
@@ -79,59 +102,98 @@ def _file_names(site: int) -> tuple[str, str]:
 def check_part(run_dir: Path, round_idx: int, site: int) -> str:
     """Why a part cannot be used; empty if it is whole."""
     folder = round_folder(run_dir, round_idx)
+    name = f"site-{site}.manifest.json"
     try:
-        manifest = json.loads((folder / f"site-{site}.manifest.json").read_text())
+        manifest = read_json(folder / name)
         if manifest["format"] != _FORMAT:
-            return f"has format {manifest['format']}, not {_FORMAT}"
+            return f"has format {manifest['format']!r}, not {_FORMAT}"
         if (manifest["round"], manifest["site"]) != (round_idx, site):
-            return f"its manifest is of round {manifest['round']}, site {manifest['site']}"
+            return f"its manifest is of round {manifest['round']!r}, site {manifest['site']!r}"
         if set(manifest["files"]) != set(_file_names(site)):
             return "its manifest does not name its files"
         for name, expected in manifest["files"].items():
             if _describe(folder / name) != expected:
                 return f"{name} is torn or was altered (its sha256 differs from the manifest)"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror or error}"
+    except (ValueError, KeyError, TypeError, AttributeError):
         return "its manifest is not readable"
     return ""
 
 
-def load_part(run_dir: Path, round_idx: int, site: int) -> tuple[Tree, dict[str, Any]]:
+def load_part(run_dir: Path, round_idx: int, site: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read one site's part after checking it.
 
+    Returns:
+        Its tensors, on the CPU, and its small values.
+
     Raises:
-        CheckpointError: if it is missing, torn or altered.
+        CheckpointError: if it is missing, torn, altered or not readable.
     """
-    folder = round_folder(run_dir, round_idx)
     problem = check_part(run_dir, round_idx, site)
     if problem:
+        folder = round_folder(run_dir, round_idx)
         raise CheckpointError(f"checkpoint {folder}, site {site}: {problem}")
-    tensors = load_file(folder / f"site-{site}.safetensors")
-    return unflatten(tensors), json.loads((folder / f"site-{site}.json").read_text())
+    return read_tensors(run_dir, round_idx, site), read_values(run_dir, round_idx, site)
 
 
-def flatten(tree: Tree, prefix: str = "") -> dict[str, Tensor]:
-    """Tensors of a tree by their path."""
-    flat: dict[str, Tensor] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}/")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def read_tensors(run_dir: Path, round_idx: int, site: int) -> dict[str, Tensor]:
+    """The tensors of a part, on the CPU; whether the part is whole is not checked.
+
+    Raises:
+        CheckpointError: if the file is no readable safetensors file.
+    """
+    path = round_folder(run_dir, round_idx) / _file_names(site)[0]
+    try:
+        return load_file(path)
+    except _UNREADABLE as error:
+        raise _not_readable(path, site, error) from None
 
 
-def unflatten(flat: dict[str, Tensor]) -> Tree:
-    """The tree whose paths these are."""
-    tree: Tree = {}
-    for path, tensor in flat.items():
-        *kinds, name = path.split("/")
-        node = tree
-        for kind in kinds:
-            node = node.setdefault(kind, {})
-        node[name] = tensor
-    return tree
+def read_values(run_dir: Path, round_idx: int, site: int) -> dict[str, Any]:
+    """The small values of a part, its `config` among them; wholeness is not checked.
+
+    Raises:
+        CheckpointError: if the file is no readable mapping with a config.
+    """
+    path = round_folder(run_dir, round_idx) / _file_names(site)[1]
+    try:
+        values = read_json(path)
+        if not isinstance(values, dict) or not isinstance(values.get("config"), dict):
+            raise ValueError("it holds no config")
+    except _UNREADABLE as error:
+        raise _not_readable(path, site, error) from None
+    return values
+
+
+# What a damaged file may raise in the readers of JSON and of safetensors.
+_UNREADABLE = (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError)
+
+
+def _not_readable(path: Path, site: int, error: Exception) -> CheckpointError:
+    reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:120]
+    return CheckpointError(f"checkpoint {path.parent}, site {site}: {path.name}: {reason}")
+
+
+def read_json(path: Path) -> Any:
+    """A small JSON file; every kind of damage to its text is a ValueError."""
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def has_part(run_dir: Path, round_idx: int, site: int) -> bool:
+    """Whether any file of a site's part is there, whole or not."""
+    names = (*_file_names(site), f"site-{site}.manifest.json")
+    return any(os.path.lexists(round_folder(run_dir, round_idx) / name) for name in names)
+
+
+def has_manifest(run_dir: Path, round_idx: int, site: int) -> bool:
+    """Whether the save of a part came to its end; nothing is said of its wholeness now."""
+    return os.path.lexists(round_folder(run_dir, round_idx) / f"site-{site}.manifest.json")
 
 
 def remove_old(run_dir: Path, newest: int, keep: int, sites: Iterable[int]) -> None:
@@ -146,68 +208,16 @@ def remove_parts(run_dir: Path, round_idx: int, sites: Iterable[int]) -> None:
     folder = round_folder(run_dir, round_idx)
     for site in sites:
         for name in (f"site-{site}.manifest.json", *_file_names(site)):
-            (folder / name).unlink(missing_ok=True)
-            _temporary(folder / name).unlink(missing_ok=True)
-    if folder.exists() and not any(folder.iterdir()):
-        folder.rmdir()
-
-
-# ------------------------------------------------------------------------------------------ files
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write a small file so that readers see the old one or the new one.
-
-    Raises:
-        CheckpointError: naming the file, if it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_text(path, text)
-    except OSError as error:
-        raise not_written(path, error) from error
-
-
-def not_written(path: Path, error: OSError) -> CheckpointError:
-    """The system's own error for a full disk does not say which file it was."""
-    reason = error.strerror or error
-    return CheckpointError(f"{path} cannot be written: {reason}; checkpoints are kept")
+            remove(folder / name)
+        remove_temporaries(folder, f"site-{site}")
+    remove_if_empty(folder)
 
 
 def _write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write through a temporary name: flush, rename, flush the folder."""
-    temporary = _temporary(path)
-    try:
-        write(temporary)
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"sha256": digest, "bytes": path.stat().st_size}
-
-
-def _remove_temporaries(folder: Path) -> None:
-    for temporary in folder.glob(".*.tmp"):
-        temporary.unlink(missing_ok=True)

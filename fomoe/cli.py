@@ -6,9 +6,9 @@ Heavy imports wait until they are needed.
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -17,6 +17,9 @@ from typing import Any, NoReturn
 
 from fomoe import __version__
 from fomoe.errors import ConfigError, FomoeError
+from fomoe.hints import hint
+from fomoe.launch import Launch, launch_from_environment, site_label
+from fomoe.sync.waiting import leave_if_blocked
 from fomoe_sim.cli import add_commands
 
 _EXIT_FAILED, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 2, 130
@@ -32,6 +35,10 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, 1 (failed), 2 (wrong input) or 130 (interrupted)."""
+    return leave_if_blocked(_run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     # torch's C++ side prints stack traces of refused connections; our own line says it better.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     words = sys.argv[1:] if argv is None else list(argv)
@@ -73,6 +80,8 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     _add_compare(commands)
     _add_merge(commands)
     add_commands(commands, chosen)
+    if chosen is not None and chosen not in commands.choices:
+        parser.error(f"{chosen} is not a command; {hint(chosen, commands.choices)}")
     return parser
 
 
@@ -110,7 +119,15 @@ def _add_train(commands: Any) -> None:
         dest="mode",
         action="store_const",
         const="resume",
-        help="continue run.dir from its newest complete checkpoint; start at round 0 without one",
+        help="continue run.dir from the newest checkpoint that all sites can use; start at round 0 "
+        "only where there is none to lose",
+    )
+    parser.add_argument(
+        "--resume-round",
+        type=int,
+        metavar="N",
+        help="go back: continue from the checkpoint of round N and no other; those of later rounds "
+        "are removed once every site has loaded it",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print who holds what and what it costs, and stop"
@@ -142,10 +159,19 @@ def _add_merge(commands: Any) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
+    if args.resume_round is not None:
+        if args.mode not in ("new", "resume"):
+            rule = f"continues a run; it cannot stand beside --{args.mode}"
+            raise ConfigError("--resume-round", args.resume_round, rule)
+        if args.resume_round < 1:
+            raise ConfigError("--resume-round", args.resume_round, "must be at least 1")
+        args.mode = "resume"
     config = load(args.config, args.overrides)
     if args.dry_run:
         from fomoe.planning import plan_run, planned_summary
+        from fomoe.ready import check_ready
 
+        check_ready(config, site=_launched_site(config))
         run = plan_run(config)
         if args.json:
             print(json.dumps(planned_summary(run)))
@@ -154,10 +180,18 @@ def _train(args: argparse.Namespace) -> int:
 
             print_dry_run(run)
         return 0
+    launch = _launch()
     from fomoe.train import train
 
-    summary = train(config, mode=args.mode, device=args.device, interface=args.interface)
-    if int(os.environ.get("RANK", "0")) == 0:
+    summary = train(
+        config,
+        mode=args.mode,
+        resume_round=args.resume_round,
+        device=args.device,
+        interface=args.interface,
+        launch=launch,
+    )
+    if launch.rank == 0:
         if args.json:
             print(json.dumps(summary))
         else:
@@ -170,11 +204,14 @@ def _train(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     from fomoe.config import METHODS
 
+    launch = _launch()
+    if launch.distributed:
+        rule = "must be 1 for compare, which trains all sites of a method in one process"
+        raise ConfigError("WORLD_SIZE", launch.world_size, rule)
     methods = args.methods.split(",")
     for method in methods:
         if method not in METHODS:
-            near = difflib.get_close_matches(method, METHODS, 1) or [METHODS[0]]
-            raise ConfigError("--methods", method, f"is not a method; did you mean {near[0]}?")
+            raise ConfigError("--methods", method, f"is not a method; {hint(method, METHODS)}")
         if methods.count(method) > 1:
             raise ConfigError("--methods", method, "stands twice")
     configs = []
@@ -183,12 +220,15 @@ def _compare(args: argparse.Namespace) -> int:
         assert config.run.dir is not None
         settings = config.run.model_copy(update={"dir": str(Path(config.run.dir) / method)})
         configs.append(config.model_copy(update={"run": settings}))
+    from fomoe.ready import check_ready
     from fomoe.train import train
 
+    for config in configs:
+        check_ready(config)
     summaries = []
     for config in configs:
         print(f"== {config.method}", file=sys.stderr)
-        summaries.append(train(config, mode=args.mode, device=args.device))
+        summaries.append(train(config, mode=args.mode, device=args.device, launch=launch))
     if args.json:
         print(json.dumps(summaries))
     else:
@@ -222,12 +262,26 @@ def load(
     from fomoe.config import load_config
 
     config = load_config(path, list(overrides), method=method)
-    if config.run.dir is None:
-        settings = config.run.model_copy(
-            update={"dir": str(Path("runs") / f"{Path(path).stem}{suffix}")}
-        )
-        config = config.model_copy(update={"run": settings})
-    return config
+    run_dir = config.run.dir or str(Path("runs") / f"{Path(path).stem}{suffix}")
+    # Sources keep their `~`: sites may have different homes, but must have equal configs.
+    at_home = os.path.expanduser(run_dir)
+    if at_home.startswith("~"):
+        raise ConfigError("run.dir", run_dir, "names a home that is not known (./~ is a folder ~)")
+    return config.model_copy(update={"run": config.run.model_copy(update={"dir": at_home})})
+
+
+def _launched_site(config: Any) -> int | None:
+    """The site that this process would be, None in a proxy run."""
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() and int(rank) < config.num_sites else None
+
+
+def _launch() -> Launch:
+    """What the environment says, checked; a warning is printed."""
+    launch = launch_from_environment()
+    if launch.warning:
+        print(f"fomoe: warning: {launch.warning}", file=sys.stderr)
+    return launch
 
 
 def _take_overrides(args: argparse.Namespace, rest: list[str]) -> None:
@@ -249,7 +303,6 @@ def _interrupt(signum: int, frame: Any) -> NoReturn:
 
 
 def _fail(message: object, status: int) -> int:
-    rank = os.environ.get("RANK")
-    who = f" (site {rank})" if rank is not None else ""
-    print(f"fomoe: error{who}: {' '.join(str(message).split())}", file=sys.stderr)
+    line = re.sub(r"\s*[\r\n]\s*", " ", str(message).strip())  # names keep their spaces
+    print(f"fomoe: error{site_label()}: {line}", file=sys.stderr)
     return status

@@ -9,37 +9,37 @@ value afterwards: what the file leaves out has its default here or is derived by
 from __future__ import annotations
 
 import copy
-import difflib
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from fomoe.errors import ConfigError
 from fomoe.methods import method_settings
+from fomoe.options import (
+    MOST,
+    AnyTuple,
+    Decay,
+    Fraction,
+    IntTuple,
+    NonNegative,
+    NonNegativeFloat,
+    Options,
+    Positive,
+    PositiveFloat,
+    Seconds,
+    Seed,
+    Text,
+    TextTuple,
+    parse_options,
+    yaml_word,
+)
+from fomoe.overrides import parse_override, set_option
 from fomoe.rules import check_config
-from fomoe.yamlfile import parse_override, read_yaml, set_option
-
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]  # of a running mean
-# YAML has lists only; the tree is frozen, so it keeps tuples. Items stay strictly typed.
-IntTuple = Annotated[tuple[int, ...], Field(strict=False)]
-StrTuple = Annotated[tuple[str, ...], Field(strict=False)]
-AnyTuple = Annotated[tuple[Any, ...], Field(strict=False)]
-
-
-class Options(BaseModel):
-    """Base of every section: unknown keys are errors, values are strict and frozen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+from fomoe.yamlfile import read_yaml
 
 
 class ExpertsConfig(Options):
@@ -148,7 +148,9 @@ class InnerConfig(Options):
     warmup_fraction: Fraction = 0.05  # of the schedule's steps
     min_lr_fraction: Fraction = 0.1  # of lr, at the end of the cosine
     schedule: Literal["cosine", "constant"] = "cosine"
-    schedule_steps: Positive | None = None  # horizon of the schedule; null: rounds x local_steps
+    # Horizon of the schedule; null: rounds x local_steps. May change on --resume, so that more
+    # rounds can keep the old one.
+    schedule_steps: Positive | None = None
     clip_norm: NonNegativeFloat = 1.0  # of this site's gradients; 0: off
     batch_size: Positive = 8  # sequences per micro-batch at one site
     accumulation_steps: Positive = 1  # micro-batches per inner step
@@ -158,7 +160,7 @@ class InnerConfig(Options):
 class OuterConfig(Options):
     """The optimizer that steps the anchor with the averaged pseudo-gradient, once per round."""
 
-    optimizer: str = "SGD"  # any elementwise class of torch.optim
+    optimizer: Text = "SGD"  # any elementwise class of torch.optim
     lr: NonNegativeFloat = 0.7
     momentum: Fraction | None = None  # SGD only; null: 0.9
     nesterov: bool | None = None  # SGD only; null: true if there is momentum
@@ -182,24 +184,24 @@ class SyncConfig(Options):
     weight: Literal["presence", "tokens", "uniform"] = "presence"
     router_rows: Literal["all", "holders"] = "all"  # whose updates count for an expert's router row
     single_holder: Literal["outer", "local"] = "outer"  # local: no outer step without a peer
-    timeout_s: PositiveFloat = 600.0  # longest wait for a peer that sends nothing
+    timeout_s: Seconds = 600.0  # longest wait for a peer that sends nothing
     verify_replicas: bool = True  # compare replica hashes over the holders after every sync
 
 
 class DataConfig(Options):
     """Text, tokens and their split over sites."""
 
-    source: str = "python-stdlib"  # python-stdlib, a file or glob, *.bin / *.npy, or hf:NAME
-    sites: StrTuple | None = None  # one source per site, instead of `source`
-    held_out: str | None = None  # a source of its own for the held-out part; null: a fraction
+    source: Text = "python-stdlib"  # or a file or glob, *.bin / *.npy, or hf:NAME
+    sites: TextTuple | None = None  # one source per site (or per part), instead of `source`
+    held_out: Text | None = None  # a source of its own for the held-out part; null: a fraction
     held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05  # of the documents
     held_out_sequences: Positive = 64  # sequences that every evaluation reads
-    tokenizer: str = "byte"  # byte, bpe, none (token shards), or a tokenizer's file or name
-    bpe_vocab_size: Annotated[int, Field(ge=257)] = 4096
-    seq_len: Annotated[int, Field(ge=2)] = 256
+    tokenizer: Text = "byte"  # byte, bpe, none (token shards), or a tokenizer's file or name
+    bpe_vocab_size: Annotated[int, Field(ge=257, le=MOST)] = 4096
+    seq_len: Annotated[int, Field(ge=2, le=MOST)] = 256
     num_shards: Positive | None = None  # parts the training text is split into; null: num_sites
-    text_field: str = "text"  # column of a hub data set
-    hub_split: str = "train"  # split of a hub data set
+    text_field: Text = "text"  # column of a hub data set, field of JSON Lines
+    hub_split: Text = "train"  # split of a hub data set
 
     @property
     def fixed_vocab_size(self) -> int | None:
@@ -212,9 +214,9 @@ class DataConfig(Options):
 class RunConfig(Options):
     """Where a run writes and how often; the numbers that training produces do not depend on it."""
 
-    dir: str | None = None  # null: runs/<name of the config file>
+    dir: Text | None = None  # null: runs/<name of the config file>
     checkpoint_every: NonNegative = 1  # rounds; 0: only at the end
-    keep_checkpoints: Annotated[int, Field(ge=2)] = 3  # newest rounds kept
+    keep_checkpoints: Annotated[int, Field(ge=2, le=MOST)] = 3  # newest rounds kept
     eval_every: NonNegative = 1  # rounds between evaluations of each site's own model; 0: at end
     eval_merged_every: NonNegative = 0  # rounds between evaluations of the merged model; 0: at end
     log_every: Positive = 10  # steps between plain progress lines
@@ -222,7 +224,7 @@ class RunConfig(Options):
     # take more than half of the accelerator's free memory.
     park: Literal["auto", "never", "always"] = "auto"
     wandb: Literal["off", "offline", "online"] = "off"
-    wandb_project: str = "fomoe"
+    wandb_project: Text = "fomoe"
 
 
 Method = Literal[
@@ -246,7 +248,7 @@ class Config(Options):
     num_sites: Positive = 4
     local_steps: Positive = 32  # inner steps per round, H
     rounds: Positive = 10
-    seed: NonNegative = 0
+    seed: Seed = 0
     model: ModelConfig = ModelConfig()
     placement: PlacementConfig = PlacementConfig()
     router: RouterConfig = RouterConfig()
@@ -291,8 +293,7 @@ def load_config(
 
     Args:
         path: the YAML file.
-        overrides: `section.option=value` strings; values are read as YAML. One that contradicts
-            the method is refused.
+        overrides: `section.option=value` strings. One that contradicts the method is refused.
         method: run this method instead of the config's; what it sets wins over the overrides, so
             that one command line serves several methods.
 
@@ -302,7 +303,7 @@ def load_config(
     tree = read_yaml(path)
     explicit: dict[str, Any] = {}
     for override in overrides:
-        field, value = parse_override(override)
+        field, value = parse_override(override, Config)
         set_option(tree, field, value)
         explicit[field] = value
     if method is not None:
@@ -312,92 +313,23 @@ def load_config(
 
 def build_config(tree: dict[str, Any], *, explicit: dict[str, Any] | None = None) -> Config:
     """Build and check a Config from nested dicts; `explicit` are options no method may overrule."""
-    config = _parse(tree)
-    settings = method_settings(config)
-    for field, value in (explicit or {}).items():
-        if field in settings and settings[field] != value:
-            rule = f"contradicts method {config.method}, which sets {_yaml_word(settings[field])}"
-            raise ConfigError(field, value, rule)
+    config = parse_options(tree, Config)
+    given = config.model_dump(mode="json")
     tree = copy.deepcopy(tree)
-    for field, value in settings.items():
+    for field, value in method_settings(config).items():
         set_option(tree, field, value)
-    config = _parse(tree)
+    config = parse_options(tree, Config)
+    taken = config.model_dump(mode="json")
+    for field, value in (explicit or {}).items():
+        if _option(given, field) != (set_to := _option(taken, field)):
+            rule = f"contradicts method {config.method}, which sets {yaml_word(set_to)}"
+            raise ConfigError(field, value, rule)
     check_config(config)
     return config
 
 
-def _parse(tree: dict[str, Any]) -> Config:
-    _refuse_unknown(tree, Config, "")
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise _first_problem(error) from None
-
-
-def _refuse_unknown(tree: Any, section: type[Options], prefix: str) -> None:
-    """An unknown key is an error that names the nearest valid one, wherever that one stands."""
-    for key, value in tree.items():
-        field = f"{prefix}{key}"
-        if key not in section.model_fields:
-            names = list(option_names(Config))
-            if isinstance(value, dict):  # a section's name may be what is misspelled
-                names += {name.partition(".")[0] for name in names if "." in name}
-            near = _nearest(field, sorted(names))
-            raise ConfigError(field, "", f"is not an option; did you mean {near}?")
-        kind = section.model_fields[key].annotation
-        if isinstance(kind, type) and issubclass(kind, Options):
-            if not isinstance(value, dict):
-                shown = "null" if value is None else value
-                raise ConfigError(field, shown, "must be a section of options")
-            _refuse_unknown(value, kind, f"{field}.")
-
-
-def option_names(section: type[Options], prefix: str = "") -> Iterator[str]:
-    """Dotted names of every option of a section."""
-    for name, info in section.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, Options):
-            yield from option_names(info.annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    """Nearest valid option: by its own name first, then by the whole path."""
-    last = name.rsplit(".", 1)[-1]
-
-    def likeness(candidate: str) -> tuple[float, float]:
-        own = difflib.SequenceMatcher(None, last, candidate.rsplit(".", 1)[-1]).ratio()
-        return own, difflib.SequenceMatcher(None, name, candidate).ratio()
-
-    return max(names, key=likeness)
-
-
-_RULES = {
-    "greater_than_equal": "must be at least {ge}",
-    "greater_than": "must be greater than {gt}",
-    "less_than_equal": "must be at most {le}",
-    "less_than": "must be less than {lt}",
-    "int_type": "must be an integer",
-    "int_from_float": "must be an integer",
-    "float_type": "must be a number",
-    "finite_number": "must be a finite number",
-    "bool_type": "must be true or false",
-    "string_type": "must be text",
-    "literal_error": "must be one of {expected}",
-    "tuple_type": "must be a list",
-    "dict_type": "must be a mapping",
-}
-
-
-def _first_problem(error: ValidationError) -> ConfigError:
-    problem = error.errors()[0]
-    field = ".".join(str(part) for part in problem["loc"])
-    rule = _RULES.get(problem["type"], problem["msg"]).format(**problem.get("ctx", {}))
-    return ConfigError(field, _yaml_word(problem["input"]), rule.replace("'", ""))
-
-
-def _yaml_word(value: Any) -> str:
-    """A value as the user would write it in YAML."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return repr(value)
+def _option(tree: dict[str, Any], field: str) -> Any:
+    value: Any = tree
+    for part in field.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value

@@ -23,6 +23,10 @@ class CheckpointError(FomoeError):
     """A checkpoint is missing, torn, altered or of another run."""
 
 
+class ServiceError(FomoeError):
+    """An optional package or service that was asked for cannot be used."""
+
+
 class SyncError(FomoeError, RuntimeError):
     """A sync did not complete; nothing of it was committed at this site."""
 

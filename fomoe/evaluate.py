@@ -22,7 +22,8 @@ from fomoe.config import Config
 from fomoe.model.experts import Expert, swiglu
 from fomoe.segments import Plan, Segment
 from fomoe.site import Site
-from fomoe.sync.transport import Item, Transport
+from fomoe.sync.exchange import Item, fetch, gather
+from fomoe.sync.transport import Transport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +135,7 @@ def _combine(
         own = [index for index, owner in share.items() if owner == site]
         return json.dumps([[index, losses[index], loads[index]] for index in own]).encode()
 
-    rows = sorted(row for part in transport.gather(message) for row in json.loads(part))
+    rows = sorted(row for part in gather(transport, message) for row in json.loads(part))
     loss = sum(size * row[1] for size, row in zip(sizes, rows, strict=True)) / sum(sizes)
     load_LE = np.sum([row[2] for row in rows], axis=0).astype(int).tolist()
     return MergedEvaluation(loss=loss, load_LE=load_LE)
@@ -164,7 +165,7 @@ def _fetch_layer(
     device = next(iter(sites.values())).device
     by_name = {segment.name: segment for segment in segments}
     items = [Item(s.name, s.shape, s.holders) for s in segments]
-    tensors = transport.fetch(items, lambda site, name: sites[site].view(by_name[name]))
+    tensors = fetch(transport, items, lambda site, name: sites[site].view(by_name[name]))
     experts: dict[int, Expert] = {}
     for expert in range(config.model.num_experts):
         own = {s.parameter.rpartition(".")[2]: s.name for s in segments if s.expert == expert}

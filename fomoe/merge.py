@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
-from fomoe import checkpoint
-from fomoe.checkpoint import check_part, load_part, round_folder, saved_rounds
-from fomoe.config import build_config
+from fomoe.checkpoint import has_manifest, load_part, read_values, round_folder, saved_rounds
+from fomoe.config import Config
 from fomoe.errors import CheckpointError
+from fomoe.files import listing, write_atomically, write_text_atomically
 from fomoe.planning import plan_run
+from fomoe.remains import differences, parse_saved
+from fomoe.segments import Plan, Segment
+from fomoe.state import Layout, entry, misfit, of_kind
+from fomoe.sync.sync import replica_hashes
+
+_ATTEMPTS = 20
 
 
 def merge(
@@ -39,79 +46,116 @@ def merge(
     """
     if not run_dir.is_dir():
         raise CheckpointError(f"{run_dir} is not a run's folder")
-    round_idx = _choose_round(run_dir, round_idx, say)
-    _, values = load_part(run_dir, round_idx, _any_site(run_dir, round_idx))
-    config = build_config(values["config"])
-    plan = plan_run(config).plan
-    tensors: dict[str, Any] = {}
-    for site in range(config.num_sites):
-        part, _ = load_part(run_dir, round_idx, site)
-        for bucket in plan.buckets:
-            if bucket.holders[0] == site:
-                for segment in bucket.segments:
-                    own = part["param"][segment.name]
-                    if segment.name == segment.parameter or segment.expert_class:
-                        tensors[segment.name] = own
-                    else:
-                        tensors.setdefault(segment.parameter, {})[segment.start] = own
-        if site == 0 and config.router.balance != "loss":
-            for layer in config.model.moe_layers:
-                name = f"layers.{layer}.moe.router.balance_bias"
-                tensors[name] = part["router"]["balance_bias"][str(layer)]
-    tensors = {
-        name: torch.cat([own[row] for row in sorted(own)]) if isinstance(own, dict) else own
-        for name, own in tensors.items()
-    }
+    round_idx, config, tensors = _newest_whole(run_dir, round_idx, say)
     target = out or run_dir / "merged"
     try:
         target.mkdir(parents=True, exist_ok=True)
         path = target / "model.safetensors"
         # One key only: the file of equal models is equal to the byte. config.yaml lies beside it.
         metadata = {"rounds": str(round_idx)}
-        checkpoint.write_atomically(path, lambda p: save_file(tensors, p, metadata=metadata))
-        checkpoint.write_text_atomically(target / "config.yaml", config.to_yaml())
+        write_atomically(path, lambda p: save_file(tensors, p, metadata=metadata))
+        write_text_atomically(target / "config.yaml", config.to_yaml())
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error.strerror}") from None
     say(f"merged the checkpoint of round {round_idx}")
     return path
 
 
-def _choose_round(run_dir: Path, round_idx: int | None, say: Callable[[str], None]) -> int:
-    rounds = saved_rounds(run_dir)
-    asked = "" if round_idx is None else f" of round {round_idx}"
-    if round_idx is not None:
-        if round_idx not in rounds:
-            raise CheckpointError(
-                f"{run_dir} has no checkpoint of round {round_idx}, only {rounds}"
+def _newest_whole(
+    run_dir: Path, asked: int | None, say: Callable[[str], None]
+) -> tuple[int, Config, dict[str, Tensor]]:
+    """Round, config and parameters of the round that is asked for, or of the newest whole one.
+
+    A run that goes on saves rounds and removes old ones meanwhile: then the search begins anew.
+    """
+    for _ in range(_ATTEMPTS):
+        rounds = saved_rounds(run_dir)
+        if asked is not None and asked not in rounds:
+            raise CheckpointError(f"{run_dir} has no checkpoint of round {asked}, only {rounds}")
+        refused: list[str] = []
+        for candidate in rounds if asked is None else [asked]:
+            try:
+                config, tensors = _read_whole(run_dir, candidate)
+            except CheckpointError as error:
+                refused.append(str(error))
+                continue
+            for problem in refused:
+                say(f"refused: {problem}")
+            return candidate, config, tensors
+        if saved_rounds(run_dir) == rounds:
+            of_round = "" if asked is None else f" of round {asked}"
+            reason = f": {refused[0]}" if refused else ""
+            raise CheckpointError(f"{run_dir} holds no complete checkpoint{of_round}{reason}")
+    raise CheckpointError(
+        f"{run_dir} saves and removes rounds faster than they are read: {refused[0]}; a larger "
+        f"run.keep_checkpoints keeps them longer"
+    )
+
+
+def _read_whole(run_dir: Path, round_idx: int) -> tuple[Config, dict[str, Tensor]]:
+    """Every parameter from its first holder, once all parts are found to be of one run.
+
+    Raises:
+        CheckpointError: naming the first site whose part cannot be used, and why.
+    """
+    first = read_values(run_dir, round_idx, _any_site(run_dir, round_idx))
+    config = parse_saved(first["config"])
+    if config is None:
+        raise CheckpointError(f"{round_folder(run_dir, round_idx)}: its config is damaged")
+    for site in range(config.num_sites):
+        if not has_manifest(run_dir, round_idx, site):
+            load_part(run_dir, round_idx, site)  # says what is missing
+    plan = plan_run(config).plan
+    shared = [bucket for bucket in plan.buckets if bucket.crosses]
+    hashes: dict[int, bytes] = {}
+    found: dict[str, Tensor] = {}
+    for site in range(config.num_sites):
+        part, values = load_part(run_dir, round_idx, site)
+        held = [segment for segment in plan.segments_at(site) if segment.trainers]
+        layout: Layout = {entry("param", s.name): (s.shape, torch.float32) for s in held}
+        biases = config.model.moe_layers if site == 0 and config.router.balance != "loss" else ()
+        for layer in biases:
+            layout[entry("router", "balance_bias", layer)] = (
+                (config.model.num_experts,),
+                torch.float32,
             )
-        rounds = [round_idx]
-    problems: list[str] = []
-    for candidate in rounds:
-        problem = _why_incomplete(run_dir, candidate)
-        if not problem:
-            for refused in problems:
-                say(f"refused: {refused}")
-            return candidate
-        problems.append(problem)
-    reason = f": {problems[0]}" if problems else ""
-    raise CheckpointError(f"{run_dir} holds no complete checkpoint{asked}{reason}")
-
-
-def _why_incomplete(run_dir: Path, round_idx: int) -> str:
-    """The first site whose part of a round cannot be used; empty if all can."""
-    try:
-        _, values = load_part(run_dir, round_idx, _any_site(run_dir, round_idx))
-    except CheckpointError as error:
-        return str(error)
-    for site in range(values["config"]["num_sites"]):
-        problem = check_part(run_dir, round_idx, site)
+        part = {name: tensor for name, tensor in part.items() if name in layout}
+        problem = differences(values, config, first.get("fingerprints")) or misfit(part, layout)
+        own = of_kind(part, "param")
+        if not problem and config.sync.verify_replicas:
+            for index, digest in replica_hashes(shared, site, partial(_named, own)).items():
+                if hashes.setdefault(index, digest) != digest:
+                    problem = "its replicas are not those of the other sites"
         if problem:
-            return f"round {round_idx}, site {site}: {problem}"
-    return ""
+            where = round_folder(run_dir, round_idx)
+            raise CheckpointError(f"checkpoint {where}, site {site}: {problem}")
+        found |= {s.name: own[s.name] for s in held if s.holders[0] == site}
+        for layer in biases:
+            name = f"layers.{layer}.moe.router.balance_bias"
+            found[name] = part[entry("router", "balance_bias", layer)]
+    return config, _join_rows(plan, found)
+
+
+def _named(own: dict[str, Tensor], segment: Segment) -> Tensor:
+    return own[segment.name]
+
+
+def _join_rows(plan: Plan, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters that were cut into rows, whole again; every expert stays a tensor of its own."""
+    rows: dict[str, list[Segment]] = {}
+    for bucket in plan.buckets:
+        for segment in bucket.segments:
+            if segment.trainers and not segment.expert_class and segment.name != segment.parameter:
+                rows.setdefault(segment.parameter, []).append(segment)
+    for parameter, segments in rows.items():
+        segments.sort(key=lambda segment: segment.start)
+        found[parameter] = torch.cat([found.pop(segment.name) for segment in segments])
+    return found
 
 
 def _any_site(run_dir: Path, round_idx: int) -> int:
     """A site whose part is here; it may be any one where a site's files were not copied yet."""
-    manifests = round_folder(run_dir, round_idx).glob("site-*.manifest.json")
-    numbers = [path.name.removeprefix("site-").split(".")[0] for path in manifests]
-    return min((int(n) for n in numbers if n.isdigit()), default=0)
+    names = listing(round_folder(run_dir, round_idx))
+    manifests = [name for name in names if name.endswith(".manifest.json")]
+    numbers = [name.removeprefix("site-").split(".")[0] for name in manifests]
+    return min((int(number) for number in numbers if number.isdigit()), default=0)

@@ -28,15 +28,13 @@ def method_settings(config: Config) -> dict[str, Any]:
         "outer.nesterov": False,
         "outer.options": {},
     }
-    # One site alone keeps the text that it would have had among the others.
-    own_text: dict[str, Any] = {"data.num_shards": config.data.num_shards or config.num_sites}
-    if config.data.sites:
-        own_text = {"data.sites": list(config.data.sites[:1])}
     alone = {
         "num_sites": 1,
         "placement.replication_factor": 1,
         "sync.single_holder": "local",
-        **own_text,
+        # One site alone keeps the text that it would have had among the others, and is evaluated
+        # on the held-out part of all of it.
+        "data.num_shards": config.data.num_shards or config.num_sites,
     }
     settings: dict[str, dict[str, Any]] = {
         "fomoe": {},

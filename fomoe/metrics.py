@@ -1,4 +1,4 @@
-"""What a run records: `metrics.jsonl`, and wandb where the config asks for it.
+"""What a run records: `metrics.jsonl`, and a log beside it where the config asks for one.
 
 One JSON object per line; `kind` is `step`, `round` or `merged`. docs/metrics.md lists the fields.
 A proxy run writes all sites to `metrics.jsonl`; in a distributed run site 0 does, and site k > 0
@@ -12,8 +12,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fomoe.checkpoint import not_written, write_text_atomically
-from fomoe.config import Config
+from fomoe.errors import CheckpointError
+from fomoe.files import not_written, remove_temporaries, write_text_atomically
+from fomoe.jsonlines import read_lines
+from fomoe.services import WandbLog
 
 
 def metrics_path(run_dir: Path, site: int) -> Path:
@@ -25,21 +27,34 @@ class Metrics:
     """Appends records; on resume, drops those of rounds that will be run again.
 
     Args:
-        config: the experiment (for wandb's settings).
         run_dir: the run's folder.
         sites: the sites of this process.
         first_round: rounds before it are kept.
+        log: gets the records too; None if nothing does.
+
+    Attributes:
+        path: the file of this process.
+        num_damaged: lines that were dropped because no record could be read from them.
+
+    Raises:
+        CheckpointError: if the file cannot be read or written.
     """
 
     def __init__(
-        self, config: Config, run_dir: Path, sites: tuple[int, ...], *, first_round: int
+        self,
+        run_dir: Path,
+        sites: tuple[int, ...],
+        *,
+        first_round: int,
+        log: WandbLog | None = None,
     ) -> None:
         self.path = metrics_path(run_dir, sites[0])
-        run_dir.mkdir(parents=True, exist_ok=True)
-        keep = [line for line in _whole_lines(self.path) if json.loads(line)["round"] < first_round]
-        write_text_atomically(self.path, "".join(f"{line}\n" for line in keep))
+        remove_temporaries(run_dir, self.path.name)
+        records, self.num_damaged = _read_records(self.path)
+        keep = [text for text, round_idx in records if round_idx < first_round]
+        write_text_atomically(self.path, "".join(f"{text}\n" for text in keep))
         self._file = self.path.open("a", encoding="utf-8")
-        self._wandb = _open_wandb(config, run_dir, sites)
+        self._log = log
 
     def write(self, records: list[dict[str, Any]]) -> None:
         """Append records and flush, so that a crash loses none of them.
@@ -52,17 +67,8 @@ class Metrics:
             self._file.flush()
         except OSError as error:
             raise not_written(self.path, error) from error
-        if self._wandb is not None:
-            for record in records:
-                prefix = f"site{record['site']}/" if "site" in record else ""
-                self._wandb.log(
-                    {
-                        f"{prefix}{record['kind']}/{key}": value
-                        for key, value in record.items()
-                        if isinstance(value, int | float) and key not in ("site", "round")
-                    }
-                    | {"round": record["round"]}
-                )
+        if self._log is not None:
+            self._log.log(records)
 
     def close(self) -> None:
         try:
@@ -70,37 +76,18 @@ class Metrics:
             self._file.close()
         except OSError as error:  # closing tries once more to write what did not fit
             raise not_written(self.path, error) from error
-        if self._wandb is not None:
-            self._wandb.finish()
+        if self._log is not None:
+            self._log.close()
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """Lines that are whole JSON objects; a crash may have cut the last one."""
+def _read_records(path: Path) -> tuple[list[tuple[str, int]], int]:
+    """Text and round of every record, and the number of lines that hold none."""
     if not path.exists():
-        return []
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            json.loads(line)["round"]
-        except (ValueError, KeyError, TypeError):
-            continue
-        lines.append(line)
-    return lines
-
-
-def _open_wandb(config: Config, run_dir: Path, sites: tuple[int, ...]) -> Any:
-    """A wandb run: group = run, one job per site; None if it is off."""
-    if config.run.wandb == "off":
-        return None
-    import wandb
-
-    run_dir.mkdir(parents=True, exist_ok=True)
-    return wandb.init(
-        project=config.run.wandb_project,
-        mode=config.run.wandb,
-        group=run_dir.name,
-        job_type="proxy" if len(sites) > 1 else f"site-{sites[0]}",
-        name=f"{run_dir.name}-{'proxy' if len(sites) > 1 else f'site-{sites[0]}'}",
-        dir=str(run_dir),
-        config=config.model_dump(mode="json"),
-    )
+        return [], 0
+    try:
+        lines = read_lines(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    rounds = [(text, record.get("round")) for _, text, record in lines.objects]
+    records = [(text, value) for text, value in rounds if isinstance(value, int)]
+    return records, len(lines.damaged) + len(rounds) - len(records)

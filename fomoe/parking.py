@@ -32,8 +32,6 @@ def parks(config: Config, memory: Iterable[SiteMemory], device: torch.device) ->
     asked, together = config.run.park, config.sync.average == "gradients"
     if asked == "always" and device.type != "cuda":
         raise ConfigError("run.park", asked, f"needs an accelerator; the sites run on {device}")
-    if asked == "always" and together:
-        raise ConfigError("run.park", asked, "has no waiting sites where gradients are averaged")
     if asked == "never" or device.type != "cuda" or together:
         return asked == "always"
     sizes = [m.parameters + m.gradients + m.inner_optimizer for m in memory]

@@ -17,6 +17,7 @@ from fomoe.config import Config
 from fomoe.planning import RunPlan, memory_by_kind, planned_summary
 from fomoe.segments import full_payload, wire_elements
 
+_NARROWEST, _USUAL, _WIDE = 40, 80, 160  # columns
 _PLAIN_EVERY_S = 15.0  # longest silence where there is no terminal
 
 
@@ -25,7 +26,7 @@ class Progress:
 
     def __init__(self, config: Config, *, num_local_sites: int, show: bool) -> None:
         self.config, self.show = config, show
-        self.console = Console(stderr=True, quiet=not show, soft_wrap=True, highlight=False)
+        self.console = console(stderr=True, quiet=not show)
         self.live = show and self.console.is_terminal and not self.console.is_dumb_terminal
         self.started = self._last_line = time.monotonic()
         self._steps_done = self._tokens = 0
@@ -56,6 +57,13 @@ class Progress:
     def say(self, text: str) -> None:
         """One line, above the bar if there is one."""
         self.console.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """One line at whichever site it happens, also where nothing else is shown."""
+        if self.show:
+            self.say(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
     def resumed(self, round_idx: int) -> None:
         self.say(f"resuming after round {round_idx}")
@@ -122,17 +130,17 @@ class Progress:
 
 def print_dry_run(run: RunPlan) -> None:
     """The resolved config, who holds what, parameters, memory and bytes."""
-    console = Console(soft_wrap=True, highlight=False, width=_wide())
-    console.print(run.config.to_yaml(), markup=False)
-    console.print(_holders_table(run))
-    console.print(_sites_table(run))
+    out = console(wide=True)
+    out.print(run.config.to_yaml(), markup=False)
+    out.print(_holders_table(run))
+    out.print(_sites_table(run))
     summary = planned_summary(run)
-    console.print(
+    out.print(
         f"whole model {summary['params_total']:,} parameters; "
         f"{summary['replication_factor']:g} of {summary['num_sites']} sites hold an expert "
         f"on average"
     )
-    console.print(_traffic_table(run))
+    out.print(_traffic_table(run))
 
 
 def _traffic_table(run: RunPlan) -> Table:
@@ -192,7 +200,7 @@ def _sites_table(run: RunPlan) -> Table:
 
 def print_summary(summary: dict[str, Any], config: Config) -> None:
     """The table that ends a run, and where to look next."""
-    console = Console(soft_wrap=True, highlight=False)
+    out = console()
     table = Table("", "value", title=f"{summary['method']}: {summary['num_sites']} sites")
     local = [loss for loss in summary["val_loss_local"] if loss is not None]
     rows = {
@@ -209,15 +217,19 @@ def print_summary(summary: dict[str, Any], config: Config) -> None:
         f"{_times(summary['ratio_vs_ddp'])}",
         "tokens, all sites": f"{summary['tokens']:,}",
         "tokens/s per site": f"{summary['tokens_per_s']:,.0f}",
-        "peak memory": bytes_text(summary["peak_memory_bytes"]),
+        "peak memory of a process": bytes_text(summary["peak_memory_bytes"]),
     }
+    if summary["peak_accelerator_memory_bytes"]:
+        rows["peak memory of its accelerator"] = bytes_text(
+            summary["peak_accelerator_memory_bytes"]
+        )
     for name, value in rows.items():
         table.add_row(name, value)
-    console.print(table)
+    out.print(table)
     folder = summary["run_dir"]
-    console.print(f"records   {folder}/metrics.jsonl   (fields: docs/metrics.md)", markup=False)
-    console.print(f"summary   {folder}/summary.json", markup=False)
-    console.print(f"merge     fomoe merge {folder}", markup=False)
+    out.print(f"records   {folder}/metrics.jsonl   (fields: docs/metrics.md)", markup=False)
+    out.print(f"summary   {folder}/summary.json", markup=False)
+    out.print(f"merge     fomoe merge {folder}", markup=False)
 
 
 def print_comparison(summaries: list[dict[str, Any]]) -> None:
@@ -251,12 +263,20 @@ def print_comparison(summaries: list[dict[str, Any]]) -> None:
             _times(summary["ratio_vs_diloco"]),
             bytes_text(summary["memory_bytes_per_site"]),
         )
-    Console(soft_wrap=True, highlight=False, width=_wide()).print(table)
+    console(wide=True).print(table)
 
 
-def _wide() -> int | None:
-    """Without a terminal, wide enough that no cell is cut."""
-    return None if sys.stdout.isatty() else 160
+def console(*, wide: bool = False, **options: Any) -> Console:
+    """A console as wide as its terminal; where that is no width to print in, of the usual one.
+
+    Args:
+        wide: without a terminal, wide enough that no cell of a large table is cut.
+    """
+    made = Console(soft_wrap=True, highlight=False, **options)
+    least = _WIDE if wide and not sys.stdout.isatty() else _NARROWEST
+    if made.width < least:
+        made.width = max(least, _USUAL)
+    return made
 
 
 def ranges_text(numbers: tuple[int, ...]) -> str:

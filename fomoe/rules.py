@@ -5,10 +5,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fomoe.errors import ConfigError
+from fomoe.hints import hint
 from fomoe.placement import build_placement
 
 if TYPE_CHECKING:
     from fomoe.config import Config, OuterConfig
+
+
+# Classes of torch.optim whose step works element by element, as anchors and their slices need;
+# the others take a closure, or sparse gradients or matrices only. A test holds them to torch.
+ELEMENTWISE_OPTIMIZERS = (
+    *("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam"),
+    *("Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD"),
+)
+# Beyond these no model is meant: a mistyped size would only fill the memory, or overflow.
+_MOST_SITES, _MOST_LAYERS, _MOST_EXPERTS = 4096, 10**4, 10**6  # experts of all layers
+_MOST_HOLDERS, _MOST_PARAMETERS = 10**8, 10**15
+_MOST_SHARDS, _MOST_TOKENS = 10**5, 10**9  # tokens of a micro-batch
 
 
 def check_config(config: Config) -> None:
@@ -18,6 +31,7 @@ def check_config(config: Config) -> None:
         ConfigError: naming the first field, value and rule that do not hold.
     """
     _check_model(config)
+    _check_sizes(config)
     _check_outer(config.outer)
     _check_data(config)
     placement = build_placement(config)
@@ -29,6 +43,8 @@ def check_config(config: Config) -> None:
     if config.sync.average == "gradients" and not placement.full:
         rule = "needs every expert on every site (replication_factor = num_sites)"
         raise ConfigError("sync.average", "gradients", rule)
+    if config.sync.average == "gradients" and config.run.park == "always":
+        raise ConfigError("run.park", "always", "has no waiting sites where gradients are averaged")
 
 
 def _check_model(config: Config) -> None:
@@ -60,7 +76,43 @@ def _check_model(config: Config) -> None:
         raise ConfigError("model.expert_ffn_scale", model.expert_ffn_scale, rule)
 
 
+def _check_sizes(config: Config) -> None:
+    """Sizes that no machine could train are refused before anything is counted or built."""
+    model, d_model, layers = config.model, config.model.d_model, config.model.num_layers
+    if config.num_sites > _MOST_SITES:
+        raise ConfigError("num_sites", config.num_sites, f"must be at most {_MOST_SITES}")
+    if layers > _MOST_LAYERS:
+        raise ConfigError("model.num_layers", layers, f"must be at most {_MOST_LAYERS}")
+    moe_layers = layers - model.num_dense_layers if model.ffn == "moe" else 0
+    experts, most = moe_layers * model.num_experts, config.num_sites
+    if config.placement.store == "holders" and config.placement.kind == "cyclic":
+        most = config.placement.replication_factor or most
+    if experts > _MOST_EXPERTS or experts * most > _MOST_HOLDERS:
+        rule = f"in {moe_layers} layers and on {most} sites each is more than can be planned"
+        raise ConfigError("model.num_experts", model.num_experts, rule)
+    heads = (model.num_heads + model.kv_heads) * model.head_size
+    dense_width = model.dense_ffn_dim if model.num_dense_layers else model.active_width
+    rows = {
+        "model.vocab_size": (config.vocab_size, config.vocab_size),
+        "model.num_heads": (model.num_heads, layers * heads),
+        "model.expert_ffn_dim": (model.expert_ffn_dim, (experts + layers) * model.expert_width),
+        "model.shared_expert_ffn_dim": (model.shared_expert_ffn_dim,) * 2,
+        "model.dense_ffn_dim": (model.dense_ffn_dim, dense_width or 0),
+    }
+    for field, (value, count) in rows.items():
+        if count * d_model > _MOST_PARAMETERS:
+            rule = f"with model.d_model {d_model} makes more than 10^15 parameters"
+            raise ConfigError(field, value, rule)
+    if config.inner.batch_size * config.data.seq_len > _MOST_TOKENS:
+        rule = f"x data.seq_len {config.data.seq_len} is more than {_MOST_TOKENS} tokens at once"
+        raise ConfigError("inner.batch_size", config.inner.batch_size, rule)
+
+
 def _check_outer(outer: OuterConfig) -> None:
+    if outer.optimizer not in ELEMENTWISE_OPTIMIZERS:
+        known = hint(outer.optimizer, ELEMENTWISE_OPTIMIZERS)
+        rule = f"must be an elementwise class of torch.optim; {known}"
+        raise ConfigError("outer.optimizer", outer.optimizer, rule)
     if outer.optimizer != "SGD":
         for name in ("momentum", "nesterov"):
             if getattr(outer, name) is not None:
@@ -76,17 +128,23 @@ def _check_outer(outer: OuterConfig) -> None:
 
 def _check_data(config: Config) -> None:
     data = config.data
-    if data.sites is not None and len(data.sites) != config.num_sites:
-        rule = f"must name one source for each of the {config.num_sites} sites"
-        raise ConfigError("data.sites", list(data.sites), rule)
-    if data.sites is not None and data.num_shards is not None:
-        raise ConfigError("data.num_shards", data.num_shards, "has no meaning beside data.sites")
     if data.num_shards is not None and data.num_shards < config.num_sites:
         rule = f"must be at least num_sites {config.num_sites}"
         raise ConfigError("data.num_shards", data.num_shards, rule)
+    parts = data.num_shards or config.num_sites
+    if parts > _MOST_SHARDS:
+        raise ConfigError("data.num_shards", parts, f"must be at most {_MOST_SHARDS}")
+    if data.sites is not None and len(data.sites) != parts:
+        what = "parts (data.num_shards)" if data.num_shards else "sites"
+        rule = f"must name one source for each of the {parts} {what}"
+        raise ConfigError("data.sites", list(data.sites), rule)
     sources = [*(data.sites or (data.source,)), *([data.held_out] if data.held_out else [])]
     for source in sources:
         shards = source.endswith((".bin", ".npy"))
         if shards != (data.tokenizer == "none"):
             rule = "must be none for token shards" if shards else f"cannot read text {source}"
             raise ConfigError("data.tokenizer", data.tokenizer, rule)
+    streamed = [source for source in data.sites or (data.source,) if source.startswith("hf:")]
+    if streamed and data.tokenizer == "bpe":
+        rule = f"is trained on text files, not on the hub data set {streamed[0]}"
+        raise ConfigError("data.tokenizer", "bpe", rule)

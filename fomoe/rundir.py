@@ -3,42 +3,41 @@
 from __future__ import annotations
 
 import json
+import re
+import secrets
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fomoe import __version__, checkpoint
 from fomoe.config import Config
 from fomoe.data.dataset import Data
-from fomoe.errors import CheckpointError, FomoeError, SiteMismatchError
-from fomoe.metrics import metrics_path
+from fomoe.errors import CheckpointError, SiteMismatchError
+from fomoe.files import (
+    listing,
+    remove,
+    remove_if_empty,
+    remove_temporaries,
+    write_text_atomically,
+)
+from fomoe.runlock import LOCK_NAME, FolderInUseError, RunLock, lock_folder
+from fomoe.sync.exchange import agreed, gather
 from fomoe.sync.transport import Transport
 
 T = TypeVar("T")
 
 # Settings of `run` that decide when sites talk; the rest of `run` may differ between them.
 _RUN_TOGETHER = ("checkpoint_every", "eval_every", "eval_merged_every")
-
-
-def agreed(transport: Transport, work: Callable[[], T]) -> T:
-    """Do something at every site; if it fails at one, all sites raise instead of waiting for it.
-
-    Raises:
-        FomoeError: this site's own error, or one that names the sites that failed.
-    """
-    failure: FomoeError | None = None
-    try:
-        result = work()
-    except FomoeError as error:
-        failure = error
-    answers = transport.gather(lambda _: str(failure or "").encode())
-    if failure is not None:
-        raise failure
-    for site, answer in zip(transport.members, answers, strict=True):
-        if answer:
-            raise SiteMismatchError(f"site {site}: {answer.decode()}")
-    return result
+# What a run writes beside its checkpoints, and the temporary names of the same files.
+_TEMPORARY = r"(\.[0-9a-f]{8}\.tmp)?"
+_IS_RECORD = re.compile(
+    rf"\.?(config\.yaml|summary\.json|metrics(\.site\d+)?\.jsonl){_TEMPORARY}"
+).fullmatch
+_IS_TOKENIZER = re.compile(rf"\.?tokenizer\.json{_TEMPORARY}").fullmatch
 
 
 def compare_configs(config: Config, transport: Transport, mode: str) -> None:
@@ -63,7 +62,7 @@ def compare_fingerprints(fingerprints: dict[str, str], transport: Transport) -> 
 
 
 def _compare(own: dict[str, Any], transport: Transport) -> None:
-    messages = transport.gather(lambda _: json.dumps(own).encode())
+    messages = gather(transport, lambda _: json.dumps(own).encode())
     everyone = [json.loads(message) for message in messages]
     first = everyone[0]
     problems = []
@@ -100,120 +99,137 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 # ------------------------------------------------------------------------------------- the folder
 
 
-def claim_run_dir(config: Config, transport: Transport, mode: str) -> tuple[Config, Path]:
-    """Find the run's folder for `mode`, and make it; nothing in it is touched yet.
+@contextmanager
+def claim_run_dir(
+    config: Config, transport: Transport, mode: str
+) -> Iterator[tuple[Config, RunLock]]:
+    """Hold the run's folder for `mode`; it is made, and nothing in it is touched yet.
 
-    Returns:
-        The config with the folder that is used, and the folder.
+    Sites may share one folder or have folders of their own, on machines of their own.
+
+    Yields:
+        The config with the folder that is used, and the hold on it.
 
     Raises:
-        CheckpointError: if a run is there and the mode is `new`.
+        CheckpointError: if a run is there and the mode is `new`, or if another run is alive in it.
     """
     assert config.run.dir is not None  # the command line gives one
-    run_dir = Path(config.run.dir)
+    wanted = Path(config.run.dir)
+    # Every site draws an id; that of the first names the run.
+    run_id = gather(transport, lambda _: secrets.token_hex(4).encode())[0].decode()
     if mode == "next-free":
-        wanted = run_dir
-        run_dir = Path(transport.share(lambda: str(_next_free(wanted)).encode()).decode())
-    elif mode == "new":
-        agreed(transport, lambda: _refuse_existing(run_dir, transport.sites))
-    agreed(transport, lambda: _make_folder(run_dir))
-    settings = config.run.model_copy(update={"dir": str(run_dir)})
-    return config.model_copy(update={"run": settings}), run_dir
-
-
-def _make_folder(run_dir: Path) -> None:
-    if run_dir.exists() and not run_dir.is_dir():
-        raise CheckpointError(f"run.dir {run_dir} is a file, not a folder")
+        lock = _lock_next_free(wanted, run_id, transport)
+    else:
+        if mode == "new":  # before anything is made
+            agreed(transport, lambda: _refuse_existing(wanted))
+        found = _lock_in_turn(lambda: lock_folder(wanted, run_id), transport)
+        assert found is not None
+        lock = found
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"run.dir {run_dir} cannot be made: {error.strerror}") from None
+        if mode == "new":  # once more: a run may just have ended there
+            agreed(transport, lambda: _refuse_existing(wanted))
+        if not lock.held:
+            text = "is on a file system without locks: nothing keeps a second run out of it"
+            print(f"run.dir {lock.run_dir} {text}", file=sys.stderr)
+        settings = config.run.model_copy(update={"dir": str(lock.run_dir)})
+        yield config.model_copy(update={"run": settings}), lock
+    finally:
+        lock.release()
 
 
-def _next_free(run_dir: Path) -> Path:
-    """`run_dir`, or `run_dir-2`, `-3`, ... whichever holds nothing yet."""
-    candidate, number = run_dir, 1
-    while candidate.is_dir() and any(candidate.iterdir()):
+def _lock_in_turn(take: Callable[[], RunLock | None], transport: Transport) -> RunLock | None:
+    """Take the lock at the first site, then at the others; none keeps it if one gets None.
+
+    Of two runs that start at once in the same folders, the first sites decide which one goes on.
+    """
+    lock: RunLock | None = None
+
+    def enter(turn: bool) -> None:
+        nonlocal lock
+        if turn:
+            lock = take()
+
+    first = transport.members[0] in transport.sites
+    try:
+        agreed(transport, lambda: enter(first))
+        agreed(transport, lambda: enter(not first))
+        everywhere = all(gather(transport, lambda _: b"held" if lock else b""))
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+    if lock is not None and not everywhere:
+        lock.release()
+    return lock if everywhere else None
+
+
+def _lock_next_free(wanted: Path, run_id: str, transport: Transport) -> RunLock:
+    """Take `wanted`, or `wanted-2`, `-3`, ...: the first that holds nothing at any site."""
+    folder, number = wanted, 1
+    while True:
+        take = partial(_lock_if_free, folder, run_id)
+        lock = _lock_in_turn(take, transport)
+        if lock is not None:
+            return lock
         number += 1
-        candidate = run_dir.with_name(f"{run_dir.name}-{number}")
-    return candidate
+        folder = wanted.with_name(f"{wanted.name}-{number}")
 
 
-def _refuse_existing(run_dir: Path, sites: tuple[int, ...]) -> None:
-    """Each process looks at its own sites' files only: sites may share a file system."""
-    parts = [p for s in sites for p in run_dir.glob(f"checkpoints/*/site-{s}.*")]
-    own = [metrics_path(run_dir, sites[0])]
-    if 0 in sites:
-        own += [run_dir / "config.yaml", run_dir / "summary.json"]
-    if parts or any(path.exists() for path in own):
+def _lock_if_free(folder: Path, run_id: str) -> RunLock | None:
+    """None if something is in the folder, or another run."""
+    if not _is_free(folder):
+        return None
+    try:
+        lock = lock_folder(folder, run_id, patience_s=0)
+    except FolderInUseError:
+        return None
+    if _is_free(folder):
+        return lock
+    lock.release()
+    return None
+
+
+def _is_free(folder: Path) -> bool:
+    return all(name == LOCK_NAME for name in listing(folder))
+
+
+def _refuse_existing(run_dir: Path) -> None:
+    """No site has written anything yet, so whatever is there is of another run."""
+    if checkpoint.all_parts(run_dir) or any(map(_IS_RECORD, listing(run_dir))):
         raise CheckpointError(
             f"run.dir {run_dir} already holds a run: --resume continues it, --overwrite replaces "
             f"it, --next-free takes a new folder"
         )
 
 
-def remove_run(run_dir: Path, sites: tuple[int, ...]) -> None:
-    """Remove what a run of these sites wrote, and nothing else.
+def remove_run(run_dir: Path) -> None:
+    """Remove what a run wrote, of whatever sites, and nothing else; peers may do the same.
 
-    Only once everything that can be wrong with the new run has been checked.
+    Only once everything that can be wrong with the new run has been checked, and before any site
+    writes.
+
+    Raises:
+        CheckpointError: naming the file that cannot be removed.
     """
-    metrics_path(run_dir, sites[0]).unlink(missing_ok=True)
-    for round_idx in checkpoint.saved_rounds(run_dir):
-        checkpoint.remove_parts(run_dir, round_idx, sites)
-    if 0 in sites:
-        for name in ("config.yaml", "summary.json", "tokenizer.json"):
-            (run_dir / name).unlink(missing_ok=True)
-        shutil.rmtree(run_dir / "merged", ignore_errors=True)
+    try:
+        for path in checkpoint.all_parts(run_dir):
+            remove(path)
+        for round_idx in checkpoint.saved_rounds(run_dir):
+            remove_if_empty(checkpoint.round_folder(run_dir, round_idx))
+        for name in listing(run_dir):
+            if _IS_RECORD(name) or _IS_TOKENIZER(name):
+                remove(run_dir / name)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} cannot be removed: {error.strerror}") from None
+    shutil.rmtree(run_dir / "merged", ignore_errors=True)
 
 
 def write_run_files(config: Config, run_dir: Path, data: Data, transport: Transport) -> None:
     """The resolved config and the trained tokenizer, once per run (by the first site)."""
     if transport.members[0] not in transport.sites:
         return
-    checkpoint.write_text_atomically(run_dir / "config.yaml", config.to_yaml())
+    for name in ("config.yaml", "tokenizer.json", "summary.json"):  # of a run that was killed
+        remove_temporaries(run_dir, name)
+    write_text_atomically(run_dir / "config.yaml", config.to_yaml())
     if data.tokenizer_json is not None:
-        checkpoint.write_text_atomically(run_dir / "tokenizer.json", data.tokenizer_json.decode())
-
-
-def find_checkpoint(run_dir: Path, transport: Transport, say: Callable[[str], None]) -> int | None:
-    """The newest round whose parts are whole at all sites; says which ones are refused and why."""
-    whole = []
-    for round_idx in checkpoint.saved_rounds(run_dir):
-        problems = {s: checkpoint.check_part(run_dir, round_idx, s) for s in transport.sites}
-        for site, problem in problems.items():
-            if problem:
-                say(f"checkpoint of round {round_idx} refused: site {site}: {problem}")
-        if not any(problems.values()):
-            whole.append(round_idx)
-    messages = transport.gather(lambda _: json.dumps(whole).encode())
-    common = set.intersection(*(set(json.loads(message)) for message in messages))
-    return max(common, default=None)
-
-
-def check_same_experiment(
-    values: dict[str, Any], config: Config, fingerprints: dict[str, str], folder: Path
-) -> None:
-    """Refuse to go on with another experiment; only `rounds` and `run.*` may differ.
-
-    Args:
-        values: the small values of a checkpoint's part.
-        folder: the checkpoint's folder, for the message.
-
-    Raises:
-        CheckpointError: naming the options, or the data, that differ.
-    """
-    saved = flatten(values["config"])
-    now = flatten(config.model_dump(mode="json"))
-    differs = [
-        name
-        for name in {**saved, **now}
-        if saved.get(name) != now.get(name) and name != "rounds" and not name.startswith("run.")
-    ]
-    differs += [
-        name for name in fingerprints if values["fingerprints"].get(name) != fingerprints[name]
-    ]
-    if differs:
-        raise CheckpointError(
-            f"{folder} is of another experiment: {', '.join(differs)} differ; only rounds and "
-            f"run.* may change on --resume"
-        )
+        write_text_atomically(run_dir / "tokenizer.json", data.tokenizer_json.decode())

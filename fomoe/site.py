@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fomoe.checkpoint import Tree
-from fomoe.config import InnerConfig
+from fomoe.config import Config, InnerConfig
 from fomoe.data.stream import Stream
 from fomoe.errors import DataError
 from fomoe.model.backends.choice import choose_backend
@@ -22,6 +21,7 @@ from fomoe.model.router import RouterStats
 from fomoe.model.transformer import Transformer
 from fomoe.planning import RunPlan
 from fomoe.segments import RoundCounts, Segment
+from fomoe.state import Layout, by_key, divergence, entry, optimizer_layout
 
 STEP_FIELDS = ("loss", "lb_loss", "z_loss", "grad_norm", "skipped_fraction", "executed_fraction")
 
@@ -65,9 +65,7 @@ class Site:
         self.config, self.site, self.stream, self.device = config, site, stream, device
         bf16 = uses_bf16(config.inner.precision, device)
         # Before anything is built: a backend that cannot run here is the user's mistake.
-        self.expert_backend = choose_backend(
-            config.model, device, torch.bfloat16 if bf16 else torch.float32
-        )
+        self.expert_backend = expert_backend(config, device)
         placement = plan.placement
         self.model = Transformer(config, placement.residents(site), placement.trained(site))
         self.model.to(device)
@@ -264,53 +262,75 @@ class Site:
 
     # -------------------------------------------------------------------------------- checkpoint
 
-    def state(self) -> tuple[Tree, dict[str, Any]]:
-        """Tensors and small values: everything that the next round depends on.
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors by entry and small values: everything that the next round depends on.
 
         Segments without trainers never change and are left out.
         """
-        own = [segment for segment in self.segments if segment.trainers]
-        inner: dict[str, dict[str, Tensor]] = {}
-        for segment in own:
+        tensors = {entry("param", s.name): self.view(s) for s in self._changing()}
+        for segment in self._changing():
             for key, value in self.inner_views(segment).items():
-                inner.setdefault(key, {})[segment.name] = value
-        routers = {layer: self.model.moe(layer).router for layer in self.config.model.moe_layers}
-        tensors: Tree = {
-            "param": {segment.name: self.view(segment) for segment in own},
-            "inner": inner,
-            "router": {
-                "balance_bias": {str(k): router.balance_bias_E for k, router in routers.items()},
-                "execute_bias": {str(k): router.execute_bias for k, router in routers.items()},
-            },
-        }
+                tensors[entry("inner", key, segment.name)] = value
+        for layer in self.config.model.moe_layers:
+            router = self.model.moe(layer).router
+            tensors[entry("router", "balance_bias", layer)] = router.balance_bias_E
+            tensors[entry("router", "execute_bias", layer)] = router.execute_bias
         return tensors, {"step_idx": self.step_idx, "data": self.stream.state()}
 
+    def _changing(self) -> list[Segment]:
+        return [segment for segment in self.segments if segment.trainers]
+
+    def divergence(self) -> str:
+        """What is not finite in this site's state; empty if all is."""
+        return divergence(self.state()[0])
+
+    def state_layout(self) -> Layout:
+        """Shapes and types of the tensors that `state` returns after the first step."""
+        tensors, _ = self.state()
+        layout: Layout = {
+            name: (tuple(tensor.shape), tensor.dtype)
+            for name, tensor in tensors.items()
+            if not name.startswith(entry("inner", ""))
+        }
+        trained = [s for s in self._changing() if self._place(s)[0] in self.trainable]
+        return layout | optimizer_layout(
+            lambda trial: build_inner_optimizer(self.config.inner, {"trial": trial}),
+            {segment.name: segment.shape for segment in trained},
+            "inner",
+        )
+
     @torch.no_grad()
-    def load_state(self, tensors: Tree, values: dict[str, Any]) -> None:
+    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Bring back what `state` returned."""
         self.optimizer.state.clear()
-        for segment in self.segments:
-            if not segment.trainers:
-                continue
-            self.view(segment).copy_(tensors["param"][segment.name])
+        inner = by_key(tensors, "inner")
+        for segment in self._changing():
+            self.view(segment).copy_(tensors[entry("param", segment.name)])
             name, rows = self._place(segment)
-            if name not in self.trainable:
-                continue
-            state = self.optimizer.state[self.trainable[name]]
-            for key, saved in tensors.get("inner", {}).items():
-                value = saved[segment.name]
+            for key, value in inner.get(segment.name, {}).items():
+                state = self.optimizer.state[self.trainable[name]]
                 if not value.ndim:
                     state[key] = value.clone()
                     continue
                 if key not in state:
-                    state[key] = torch.zeros_like(self.parameters[name])
+                    state[key] = torch.zeros_like(self.trainable[name])
                 state[key][rows].copy_(value)
         for layer in self.config.model.moe_layers:
             router = self.model.moe(layer).router
-            router.balance_bias_E.copy_(tensors["router"]["balance_bias"][str(layer)])
-            router.execute_bias.copy_(tensors["router"]["execute_bias"][str(layer)])
+            router.balance_bias_E.copy_(tensors[entry("router", "balance_bias", layer)])
+            router.execute_bias.copy_(tensors[entry("router", "execute_bias", layer)])
         self.step_idx = values["step_idx"]
         self.stream.load_state(values["data"])
+
+
+def expert_backend(config: Config, device: torch.device) -> str:
+    """The backend of the experts on a device.
+
+    Raises:
+        ConfigError: if the one that is asked for cannot run there.
+    """
+    bf16 = uses_bf16(config.inner.precision, device)
+    return choose_backend(config.model, device, torch.bfloat16 if bf16 else torch.float32)
 
 
 def build_inner_optimizer(

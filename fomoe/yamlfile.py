@@ -1,8 +1,7 @@
-"""YAML as people expect it, dotted overrides, and one-line errors for both (no torch)."""
+"""YAML as people expect it, and one-line errors for it (no torch)."""
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 from typing import Any
@@ -10,23 +9,26 @@ from typing import Any
 import yaml
 
 from fomoe.errors import ConfigError
+from fomoe.hints import near
+from fomoe.textfile import TextError, read_text, why_no_file
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping; every failure names the file."""
     path = Path(path)
+    problem = why_no_file(path, pipes=True)
+    if problem == "does not exist":
+        files = [p.name for p in path.parent.glob("*.y*ml")]
+        found = near(path.name, files)
+        problem += f"; did you mean {path.parent / found}?" if found else ""
+    if problem:
+        raise ConfigError("config", str(path), problem)
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ConfigError("config", str(path), f"does not exist{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("config", str(path), f"cannot be read: {_one_line(error)}") from None
-    try:
-        tree = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError("config", str(path), f"is not valid YAML: {_one_line(error)}") from None
+        tree = parse_yaml(read_text(path, pipes=True))
+    except TextError as error:
+        raise ConfigError("config", str(path), str(error)) from None
+    except ValueError as error:
+        raise ConfigError("config", str(path), f"is not valid YAML: {error}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -34,48 +36,83 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return tree
 
 
-def parse_override(override: str) -> tuple[str, Any]:
-    field, equals, text = override.partition("=")
-    if not equals or not field:
-        raise ConfigError("override", override, "must have the form section.option=value")
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        ValueError: one line about what is wrong and where.
+    """
     try:
-        return field, yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(field, text, f"is not valid YAML: {_one_line(error)}") from None
-
-
-def set_option(tree: dict[str, Any], field: str, value: Any) -> None:
-    *sections, option = field.split(".")
-    node = tree
-    for section in sections:
-        child = node.setdefault(section, {})
-        if not isinstance(child, dict):
-            raise ConfigError(field, value, f"cannot be set: {section} is not a section")
-        node = child
-    node[option] = value
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, KeyError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 class _Loader(yaml.SafeLoader):
     """YAML with the number and truth words people expect, and no silently repeated keys.
 
-    YAML 1.1, which PyYAML follows, reads `3e-4` as text and `off` as false.
+    YAML 1.1, which PyYAML follows, reads `3e-4` as text, `off` as false and `2026-01-02` as a
+    date; there are no options that are dates. Merge keys (`<<: *base`) are read.
     """
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if not isinstance(key, str):
-                raise yaml.YAMLError(f"key {key!r} must be text")
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"key {key!r} stands twice")
-        return super().construct_mapping(node, deep=deep)
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._open: list[str] = []  # anchors of the collections around what is read
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor in self._open:
+                raise _problem(f"*{event.anchor} stands within itself", event.start_mark)
+            return super().compose_node(parent, index)
+        self._open.append(event.anchor or "")
+        node = super().compose_node(parent, index)
+        self._open.pop()
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """A mapping whose keys are words that stand once, with what it merges in.
+
+        Merging here, where every base is whole, is the same in every version of PyYAML.
+        """
+        node = super().compose_mapping_node(anchor)
+        own: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
+        for key, value in node.value:
+            if key.tag not in (_TEXT, _MERGE):
+                word = key.value if isinstance(key, yaml.ScalarNode) else "that is no word"
+                raise _problem(f"key {word} must be text", key.start_mark)
+            if key.value in own:
+                raise _problem(f"key {key.value!r} stands twice", key.start_mark)
+            own[key.value] = (key, value)
+            if key.tag == _MERGE:
+                bases = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                for base in bases:  # the first one that has a key decides
+                    if not isinstance(base, yaml.MappingNode):
+                        raise _problem("<< must name a mapping, or a list of them", key.start_mark)
+                    merged = {k.value: (k, v) for k, v in base.value} | merged
+        own = {name: pair for name, pair in own.items() if pair[0].tag != _MERGE}
+        node.value = list((merged | own).values())
+        return node
 
 
+def _problem(text: str, mark: Any) -> yaml.YAMLError:
+    return yaml.composer.ComposerError(None, None, text, mark)
+
+
+_TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
+_DROPPED = (":bool", ":float", ":int", ":timestamp", ":value")
 _Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern) for tag, pattern in pairs if not tag.endswith((":bool", ":float", ":int"))
-    ]
+    first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith(_DROPPED)]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+# Tags that a file may ask for by name: those of the values that options have.
+_Loader.yaml_constructors = {
+    tag: build
+    for tag, build in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.endswith((":str", ":int", ":float", ":bool", ":null", ":seq", ":map"))
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$"), list("tf"))
 _Loader.add_implicit_resolver(
@@ -90,7 +127,3 @@ _Loader.add_implicit_resolver(
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789")
 )
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

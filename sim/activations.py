@@ -66,21 +66,16 @@ def _hidden(shape: ModelShape, width: float, recompute: str) -> float:
 
 
 def dispatch_per_token(
-    shape: ModelShape, *, executed: float, element_bytes: int, recompute: str, gathered: bool = True
+    shape: ModelShape, *, executed: float, element_bytes: int, recompute: str
 ) -> float:
-    """Bytes per token over all MoE layers of routing: scores, indices, copied rows, their outputs.
-
-    Args:
-        gathered: whether the rows of each expert's input are kept (stacked products on
-            accelerators) or gathered again (products expert by expert, on CPU).
-    """
+    """Bytes per token over all MoE layers of scores, indices, copied rows and their outputs."""
     if not shape.num_experts:
         return 0.0
     scores = 2 * FLOAT32 * shape.num_experts  # logits and probabilities, fp32
     if element_bytes != FLOAT32 and recompute != "selective":
         scores += FLOAT32 * shape.d_model  # the router's input, cast to fp32
     indices = shape.top_k * (8 + FLOAT32)  # expert id (int64) and gate
-    rows = (1 + gathered) * executed * shape.d_model * element_bytes
+    rows = 2 * executed * shape.d_model * element_bytes
     layers = 1 if recompute == "full" else shape.num_moe_layers
     kept_rows = 1 if recompute in ("full", "experts") else shape.num_moe_layers
     return layers * (scores + indices) + kept_rows * rows

@@ -14,7 +14,6 @@ from numpy.typing import ArrayLike
 
 from fomoe_sim.hardware import central
 from fomoe_sim.memory import most_loaded, site_memories, site_totals, verdict
-from fomoe_sim.process import process_peak_bytes
 from fomoe_sim.scenario import Scenario
 from fomoe_sim.shape import ModelShape
 from fomoe_sim.timing import (
@@ -161,9 +160,6 @@ def static_columns(scenario: Scenario) -> Row:
         "host_bytes_per_site": int(max(memory.total("host") for memory in memories)),
         "fits": fits,
         "memory_verdict": words,
-        "cpu_process_peak_bytes": (
-            process_peak_bytes(scenario) if scenario.trainer_states is not None else None
-        ),
         "mfu": scenario.mfu[1],
         "tokens": scenario.tokens,
     }

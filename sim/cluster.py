@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from fomoe.config import NonNegativeFloat, Options, read_yaml
 from fomoe.errors import ConfigError
+from fomoe.hints import hint
+from fomoe.options import NonNegativeFloat, Options
+from fomoe.yamlfile import read_yaml
 from fomoe_sim.hardware import Accelerator, accelerator_preset, read_rate, read_up_down
-from fomoe_sim.presets import nearest
 from fomoe_sim.ranges import MOST_SITES, MOST_USD, RANGES
 
 # Defaults, each with its source; `fomoe project --explain` prints them.
@@ -224,8 +225,8 @@ def _site(entry: SiteFile, field: str, uplinks: dict[str, float]) -> Site:
     else:
         up, down = read_rate(entry.up, f"{field}.up"), read_rate(entry.down, f"{field}.down")
     if entry.uplink is not None and entry.uplink not in uplinks:
-        near = nearest(entry.uplink, list(uplinks)) or "none are given"
-        raise ConfigError(f"{field}.uplink", entry.uplink, f"is not in shared_uplinks: {near}")
+        known = hint(entry.uplink, uplinks) if uplinks else "none are given"
+        raise ConfigError(f"{field}.uplink", entry.uplink, f"is not in shared_uplinks: {known}")
     host = 1e9 * entry.host_memory_gb if entry.host_memory_gb else entry.count * device.host_bytes
     prices = _range(entry.price_per_hour, f"{field}.price_per_hour") or device.price_per_hour
     return Site(
@@ -273,8 +274,7 @@ def _problem(error: ValidationError) -> ConfigError:
     field = ".".join(place)
     if problem["type"] == "extra_forbidden":
         known = [*SiteFile.model_fields, *ClusterFile.model_fields]
-        near = nearest(place[-1], known)
-        return ConfigError(field, "", f"is not an option of a cluster; did you mean {near}?")
+        return ConfigError(field, "", f"is not an option of a cluster; {hint(place[-1], known)}")
     if problem["type"] == "missing":
         return ConfigError(field, "", "is needed")
     if problem["type"] == "too_short":

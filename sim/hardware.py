@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import sqrt
 
 from fomoe.errors import ConfigError
-from fomoe_sim.presets import nearest
+from fomoe.hints import hint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +108,12 @@ def accelerator_preset(name: str, field: str = "--accelerator") -> Accelerator:
     """The accelerator of that name, any case.
 
     Raises:
-        ConfigError: if there is none; lists the nearest.
+        ConfigError: if there is none; names the nearest.
     """
     found = ACCELERATORS.get(name.upper())
     if found is None:
-        near = nearest(name.upper(), list(ACCELERATORS))
-        raise ConfigError(field, name, f"is not an accelerator preset; nearest: {near}")
+        rule = f"is not an accelerator preset; {hint(name, ACCELERATORS)}"
+        raise ConfigError(field, name, rule)
     return found
 
 
@@ -153,8 +153,7 @@ def _read_words(word: str, field: str) -> float:
     if "byte" in word.lower() or (match and match[3] in ("B", "B/s", "Bps")):
         raise ConfigError(field, word, "is in bytes (capital B); give bits: 8Gbit for 1 GB/s")
     if match is None:
-        near = nearest(word, list(LINKS))
-        rule = f"is not a link or a rate such as 1Gbit or 100Mbit; named links: {near}"
+        rule = f"is not a link or a rate such as 1Gbit or 100Mbit; {hint(word, LINKS)}"
         raise ConfigError(field, word, rule)
     return float(match[1]) * _UNITS[match[2].lower()]
 

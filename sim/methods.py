@@ -5,7 +5,7 @@ from __future__ import annotations
 from fomoe.config import METHODS as CONFIG_METHODS
 from fomoe.config import Config
 from fomoe.errors import ConfigError
-from fomoe_sim.presets import nearest
+from fomoe.hints import hint
 from fomoe_sim.traffic import METHODS
 
 # Ours that the trainer has no name for: whose config stands for them.
@@ -27,7 +27,7 @@ def formulas_of(method: str, config: Config | None) -> str:
 
 
 def check_method(method: str, *, config: bool = False, flag: str = "--method") -> str:
-    """The method, or an error that lists the nearest.
+    """The method, or an error that names the nearest.
 
     Args:
         config: whether a config is asked about, which has more methods than a preset.
@@ -35,8 +35,8 @@ def check_method(method: str, *, config: bool = False, flag: str = "--method") -
     """
     more = [name for name in CONFIG_METHODS if name not in METHODS]
     if method not in [*METHODS, *more]:
-        near = nearest(method, [*METHODS, *(more if config else [])])
-        raise ConfigError(flag, method, f"is not a method; nearest: {near}")
+        known = hint(method, [*METHODS, *(more if config else [])])
+        raise ConfigError(flag, method, f"is not a method; {known}")
     if method not in METHODS and not config:
         raise ConfigError(flag, method, "is a method of the trainer's: it needs --config")
     return method

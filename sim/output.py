@@ -39,10 +39,6 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "host_bytes_per_site": ("bytes", "host memory of the fullest site"),
     "fits": ("", "whether every site has that memory"),
     "memory_verdict": ("", "by how much, because of what"),
-    "cpu_process_peak_bytes": (
-        "bytes",
-        "of the trainer's process of site 0 on CPU, above its imports; for a config",
-    ),
     "mfu": ("", "share of peak FLOP/s while a site computes"),
     "step_time_s": ("s", "compute of one step at the slowest site"),
     "sync_time_s": ("s", "one exchange: a round's or a fragment's sync, or a step's"),

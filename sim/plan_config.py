@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from fomoe.config import Config, build_config, option_names
+from fomoe.config import Config, build_config
 from fomoe.errors import ConfigError
+from fomoe.options import option_names
 from fomoe_sim.question import RECOMPUTE as READ_RECOMPUTE
 from fomoe_sim.scenario import Scenario
 from fomoe_sim.traffic import cyclic_holdings

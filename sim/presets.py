@@ -6,10 +6,10 @@ published integer, or within the published digits where only those are given.
 
 from __future__ import annotations
 
-import difflib
 from typing import TYPE_CHECKING, Literal
 
 from fomoe.errors import ConfigError
+from fomoe.hints import hint
 from fomoe_sim.shape import Attention, ModelShape
 
 if TYPE_CHECKING:
@@ -271,20 +271,14 @@ _MODELS = (
 MODELS = {shape.name: shape for shape in _MODELS}
 
 
-def nearest(name: str, names: list[str]) -> str:
-    """The closest valid names, for error messages."""
-    near = difflib.get_close_matches(name.lower(), names, 3, 0.4) or sorted(names)
-    return ", ".join(near)
-
-
 def model_preset(name: str) -> ModelShape:
     """The shape of a named model.
 
     Raises:
-        ConfigError: if there is none of that name; lists the nearest.
+        ConfigError: if there is none of that name; names the nearest.
     """
     if name not in MODELS:
-        rule = f"is not a model preset; nearest: {nearest(name, list(MODELS))}"
+        rule = f"is not a model preset; {hint(name, MODELS)}"
         raise ConfigError("--model", name, rule)
     return MODELS[name]
 

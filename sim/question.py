@@ -172,7 +172,6 @@ def _router(config: Config | None) -> dict[str, Any]:
         "route_scope": config.router.route_scope,
         "execute_target": config.router.execute_target,
         "compute_bytes": 4 if precision == "fp32" else 2,
-        "cpu_compute_bytes": 2 if precision == "bf16" else 4,
     }
 
 

@@ -67,7 +67,6 @@ class Scenario:
         recompute: which activations are computed twice.
         micro_batch: sequences per accelerator and micro-batch.
         compute_bytes: per activation element, on accelerators; 4: products run in fp32.
-        cpu_compute_bytes: the same where the trainer runs on CPU.
         outer_on: where anchor, outer momentum and sync buffers live.
         outer_vectors: fp32 vectors of outer optimizer state.
         step_time_s: of the slowest site, measured instead of computed; None: from FLOPs.
@@ -98,7 +97,6 @@ class Scenario:
     recompute: Literal["none", "experts", "selective", "full"] = "selective"
     micro_batch: int = 1
     compute_bytes: int = 2
-    cpu_compute_bytes: int = 4
     outer_on: Literal["host", "accelerator", "disk"] = "host"
     outer_vectors: int = 1
     slack: float = ALLOCATOR_SLACK

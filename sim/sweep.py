@@ -10,10 +10,10 @@ from itertools import product
 from typing import Any
 
 from fomoe.errors import ConfigError
+from fomoe.hints import hint
 from fomoe_sim.answer import Row, answers
 from fomoe_sim.flags import ignored_flags
 from fomoe_sim.hardware import read_rate
-from fomoe_sim.presets import nearest
 from fomoe_sim.question import Point, build_scenario, has_experts
 from fomoe_sim.ranges import RANGES, check_number, flag_of
 
@@ -40,8 +40,7 @@ def read_axis(text: str) -> tuple[str, list[float]]:
     if not equals or not values:
         raise ConfigError("--sweep", text, "must have the form name=1,2,4 or name=32..512")
     if name not in AXES:
-        near = nearest(name, list(AXES))
-        raise ConfigError("--sweep", name, f"is not an axis; nearest: {near}")
+        raise ConfigError("--sweep", name, f"is not an axis; {hint(name, AXES)}")
     found: list[float] = []
     for part in values.split(","):
         ends = part.split("..")

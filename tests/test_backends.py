@@ -17,7 +17,7 @@ from fomoe.errors import ConfigError
 from fomoe.model import matmul
 from fomoe.model.backends import choice, megablocks
 from fomoe.model.backends.base import plan_dispatch
-from fomoe.model.backends.split import lay_out, padded_rows
+from fomoe.model.backends.split import lay_out
 from fomoe.model.elementwise import rms_norm, rotate
 from fomoe.model.experts import run_experts
 from fomoe.model.router import Routing
@@ -358,7 +358,7 @@ def test_missing_megablocks_is_an_error_that_says_how_to_get_it(
 # ------------------------------------------------------------------------------- the other kernels
 
 
-@pytest.mark.parametrize("rows", [0, 1, 37, 700])
+@pytest.mark.parametrize("rows", [0, 1, 37, 64, 700])
 @pytest.mark.parametrize(("inner", "outer"), [(9, 5), (6, 24)])
 def test_onednn_products_equal_torch(rows: int, inner: int, outer: int) -> None:
     usable("split onednn")
@@ -369,14 +369,59 @@ def test_onednn_products_equal_torch(rows: int, inner: int, outer: int) -> None:
         assert own(*pair).is_contiguous()
 
 
-def test_padding_is_small_and_leaves_few_sizes() -> None:
-    sizes = [padded_rows(count) for count in range(1, 4097)]
-    counts = range(1, 4097)
-    assert all(
-        0 <= padded - count < max(8, count / 31)
-        for padded, count in zip(sizes, counts, strict=True)
-    )
-    assert len(set(sizes)) < 200
+def test_rows_are_cut_into_pieces_of_few_sizes() -> None:
+    """oneDNN keeps a kernel for each size: two for every doubling of the rows."""
+    sizes = set()
+    for rows in range(4097):
+        whole, left = matmul.pieces(rows)
+        ends = [piece.stop for piece in whole]
+        assert [piece.start for piece in (*whole, left)] == [0, *ends]
+        assert left.stop == rows
+        assert left.stop - left.start < 64
+        sizes |= {piece.stop - piece.start for piece in whole}
+    assert sorted(sizes) == [
+        *(64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096),
+    ]
+
+
+def test_onednn_gets_few_numbers_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the experts' rows are: in training, and where fetched experts run one by one."""
+    shape = (6, tuple(range(6)), 2, 1500, 16, 12)
+    layer = make_layer(layer_config(shape, "split onednn"), shape[1])
+    real, seen = matmul._onednn, set()
+
+    def counting(x_NI: Tensor, w_OI: Tensor) -> Tensor:
+        seen.add((*x_NI.shape, len(w_OI)))
+        return real(x_NI, w_OI)
+
+    monkeypatch.setattr(matmul, "_onednn", counting)
+    for turn in range(12):
+        generator = torch.Generator().manual_seed(turn)
+        x_TD = torch.randn(1500 - 31 * turn, 16, generator=generator)
+        skew_E = torch.randn(6, generator=generator)
+        scores = torch.rand(len(x_TD), 6, generator=generator) + skew_E
+        chosen_TK = scores.topk(2, dim=-1).indices
+        routing = routing_of(chosen_TK, shape[1], 6, torch.ones(chosen_TK.shape))
+        layer.run_residents(x_TD, routing).sum().backward()
+        experts = {int(e): module for e, module in layer.experts.items()}
+        run_experts(x_TD, routing, experts, layer._slot_E)
+    rows = {size for shape in seen for size in shape} - {12, 16, 24}
+    assert rows <= {64, 96, 128, 192, 256, 384, 512, 768, 1024}
+    assert len(seen) <= 6 * len(rows)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "idle"),
+    [
+        ("vendor_id\t: GenuineIntel\ncpu family\t: 6\n", False),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\n", False),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\n", True),
+        ("vendor_id\t: AnotherMaker\ncpu family\t: 7\n", True),
+        ("AuthenticAMD, and the family is not said", True),
+    ],
+)
+def test_which_cpus_have_wide_units_that_mkl_leaves_idle(cpu: str, idle: bool) -> None:
+    assert matmul.has_idle_wide_units(cpu) == idle
 
 
 def test_rms_norm_and_rotation_equal_autograd_of_the_definition() -> None:

@@ -80,6 +80,26 @@ OPTIONS = [
     (["outer.options={foreach: true, fused: true}"], "is refused by torch.optim.SGD"),
     (["rounds"], "override rounds must have the form section.option=value"),
     (["rounds=[1"], "rounds [1 is not valid YAML"),
+    (["rounds = 3"], "override 'rounds = 3' has spaces around its name; did you mean rounds=3?"),
+    (["run.tensorboard=x"], "run.tensorboard is not an option of run; there are dir,"),
+    (["outer.optimizer=Muon"], "outer.optimizer Muon must be an elementwise class"),
+    (["run.dir="], "run.dir '' must not be empty"),
+    (["run.dir=a\0b"], "run.dir 'a\\x00b' must not hold a NUL"),
+    (["data.source=nowhere.txt"], "data source nowhere.txt does not exist"),
+    (["data.source=x.bin", *SHARDS], "data source x.bin does not exist"),
+    (["data.sites=nowhere.txt,b,c"], "data source b does not exist"),
+    (["data.held_out=nowhere/*.txt"], "data source nowhere/*.txt does not exist"),
+    (["data.tokenizer=none.json", "model.vocab_size=9"], "data.tokenizer none.json cannot be"),
+    (["num_sites=1000000000"], "num_sites 1000000000 must be at most 4096"),
+    (["model.num_layers=1000000000"], "model.num_layers 1000000000 must be at most 10000"),
+    (["model.num_experts=1000000000"], "model.num_experts 1000000000 in 2 layers and on 2 sites"),
+    (["model.expert_ffn_dim=1000000000", "model.d_model=1000000"], "more than 10^15 parameters"),
+    (["model.vocab_size=1000000000", "model.d_model=10000000"], "more than 10^15 parameters"),
+    (["model.dense_ffn_dim=10000000000"], "model.dense_ffn_dim 10000000000 must be at most"),
+    (["inner.batch_size=1000000000"], "x data.seq_len 16 is more than 1000000000 tokens at once"),
+    (["data.num_shards=1000000000"], "data.num_shards 1000000000 must be at most 100000"),
+    (["rounds=1000000000000"], "rounds 1000000000000 must be at most 1000000000"),
+    (["sync.timeout_s=1e30"], "sync.timeout_s 1e+30 must be at most 10000000"),
     (["--fast"], "argument --fast is not known"),
     (["--overwrite", "--resume"], "not allowed with argument"),
     (["--device", "gpu"], "--device gpu: this machine has no such device"),
@@ -96,14 +116,63 @@ def test_a_wrong_option(saved: Path, words: list[str], message: str) -> None:
     assert snapshot(saved) == before
 
 
+REFUSED_DRY = [(w, m) for w, m in OPTIONS if not any(word.startswith("--") for word in w)]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), REFUSED_DRY, ids=[" ".join(w) for w, _ in REFUSED_DRY]
+)
+def test_a_dry_run_and_a_comparison_refuse_what_training_refuses(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    """Before anything is trained: the comparison's first method would have gone well."""
+    before = snapshot(saved)
+    monkeypatch.chdir(tmp_path)
+    assert_refused(fomoe("train", saved / "tiny.yaml", *words, "--dry-run"), message)
+    if not any(word.startswith("method=") for word in words):  # which a comparison overrules
+        outcome = fomoe("compare", saved / "tiny.yaml", *words, "--methods", "fomoe", "--overwrite")
+        assert_refused(outcome, message)
+    assert snapshot(saved) == before
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_refuses_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    for run_dir in (config, config / "below" / "it"):
+        outcome = fomoe("train", config, "--dry-run", f"run.dir={run_dir}")
+        assert_refused(outcome, f"run.dir {run_dir}: {config} is a file, not a folder")
+
+
+def test_a_dry_run_at_a_site_needs_no_text_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "b.txt").write_text(words(90, 0))
+    config = write_config(tmp_path)
+    sites = [f"data.sites=[a.txt,{tmp_path}/b.txt,c.txt]", f"data.held_out={tmp_path}/b.txt"]
+    assert_refused(fomoe("train", config, "--dry-run", *sites), "data source a.txt does not exist")
+    monkeypatch.setenv("RANK", "1")
+    assert fomoe("train", config, "--dry-run", *sites).status == 0
+    outcome = fomoe("train", config, "--dry-run", *sites, "data.held_out=null")
+    assert_refused(outcome, "data source a.txt does not exist")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ([], "required"),
-        (["trian", "x.yaml"], "trian"),
+        (["trian", "x.yaml"], "trian is not a command; did you mean train?"),
+        (["projct"], "projct is not a command; did you mean project?"),
+        (["tensorboard"], "tensorboard is not a command; there are train, compare, merge"),
         (["train"], "CONFIG"),
         (["compare", "CONFIG"], "--methods"),
-        (["compare", "CONFIG", "--methods", "ddp,dilco"], "--methods dilco is not a method; did"),
+        (
+            ["compare", "CONFIG", "--methods", "ddp,dilco"],
+            "dilco is not a method; did you mean diloco?",
+        ),
+        (
+            ["compare", "CONFIG", "--methods", "fsdp"],
+            "fsdp is not a method; there are fomoe, diloco",
+        ),
         (["compare", "CONFIG", "--methods", "ddp,ddp"], "--methods ddp stands twice"),
         (["compare", "CONFIG", "--methods", "ddp", "rounds=0"], "rounds 0 must be at least 1"),
         (["merge", "SAVED/nothing"], "is not a run's folder"),
@@ -149,12 +218,12 @@ def tagged(path: Path) -> None:
 
 FILES: list[tuple[Callable[[Path], object], str]] = [
     (lambda path: None, "does not exist"),
-    (Path.mkdir, "Is a directory"),
+    (Path.mkdir, "is a folder"),
     (broken, "is not valid YAML"),
     (twice, "stands twice"),
     (listed, "must hold a mapping of options"),
-    (binary, "cannot be read"),
-    (control, "is not valid YAML"),
+    (binary, "is not UTF-8 text at offset 0 (byte 0x80)"),
+    (control, "holds a NUL at offset 9"),
     (tagged, "is not valid YAML"),
 ]
 
@@ -195,7 +264,19 @@ DATA: list[tuple[str, Callable[[Path], object], tuple[str, ...], tuple[str, ...]
     ("a.txt", lambda path: path.write_text(""), (), ("FILE holds no text",)),
     ("a.txt", lambda path: path.write_text(" \n\n "), (), ("FILE holds no text",)),
     ("a.txt", Path.mkdir, (), ("FILE is a folder",)),
-    ("a.txt", lambda path: path.write_text("few"), (), ("seq_len + 1 = 17", "tokens")),
+    ("a.txt", lambda path: path.write_text("few"), (), ("FILE gives a single piece; held out: 1",)),
+    (
+        "a.txt",
+        lambda path: path.write_text("the same line\n" * 64 * 78),
+        (),
+        ("gives 64 identical pieces; held out: 64 (identical ones", "left for 3 part(s): 0"),
+    ),
+    (
+        "a.txt",
+        lambda path: path.write_text("few"),
+        ("data.num_shards=9",),
+        ("left for 9 part(s): 0",),
+    ),
     ("a.txt", lambda path: path.write_text(words(9000, 0)), ("data.seq_len=40000",), ("40001",)),
     ("*.none", lambda path: None, (), ("FILE does not exist",)),
     ("a.bin", lambda path: None, SHARDS, ("FILE does not exist",)),

@@ -166,7 +166,7 @@ def test_only_rounds_and_run_may_change(tiny: Path, tmp_path: Path) -> None:
         outcome = fomoe("train", tiny, override, "rounds=3", "--resume")
         assert outcome.status != 0
         assert override.partition("=")[0] in outcome.err
-        assert "only rounds and run.* may change" in outcome.err
+        assert "only rounds, inner.schedule_steps and run.* may change" in outcome.err
         assert snapshot(tmp_path / "run" / "checkpoints") == saved
     trained(tiny, "rounds=3", "run.log_every=3", "run.keep_checkpoints=4", "--resume")
 
@@ -192,7 +192,7 @@ def test_fewer_rounds_than_were_done_are_refused(tiny: Path, tmp_path: Path) -> 
 def test_without_a_checkpoint_resume_says_so_and_starts(tiny: Path, tmp_path: Path) -> None:
     outcome = fomoe("train", tiny, "--resume", "--json")
     assert outcome.status == 0
-    assert "holds no complete checkpoint; starting at round 0" in outcome.err
+    assert "holds no run; starting at round 0" in outcome.err
     other = trained(tiny, f"run.dir={tmp_path / 'other'}")
     assert outcome.json["val_loss_merged"] == other["val_loss_merged"]
     assert_same_parts(tmp_path / "run", tmp_path / "other", 2)

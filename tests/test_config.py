@@ -12,17 +12,12 @@ import yaml
 from helpers_cli import fomoe, tiny_tree, write_config
 from pydantic import ValidationError
 
-from fomoe.config import (
-    METHODS,
-    Config,
-    build_config,
-    load_config,
-    method_settings,
-    option_names,
-    parse_override,
-    set_option,
-)
+from fomoe.config import METHODS, Config, build_config, load_config
 from fomoe.errors import ConfigError
+from fomoe.methods import method_settings
+from fomoe.options import option_names
+from fomoe.overrides import parse_override, set_option
+from fomoe.yamlfile import read_yaml
 
 
 @pytest.fixture
@@ -55,7 +50,27 @@ MISSPELLED = {
     "sync.weights": "sync.weight",
     "run.checkpoint_evry": "run.checkpoint_every",
     "data.seqlen": "data.seq_len",
+    "sede": "seed",
+    "local-steps": "local_steps",
+    "topk": "model.top_k",
+    "inner.lt": "inner.lr",
+    "run.dri": "run.dir",
+    "inner.wieght_decay": "inner.weight_decay",
+    "outer.optimiser": "outer.optimizer",
+    "model.layers": "model.num_layers",
+    "model.n_layers": "model.num_layers",
+    "inner.batch": "inner.batch_size",
+    "router.zloss": "router.z_loss",
+    "run.keep": "run.keep_checkpoints",
+    "model.experts.bakend": "model.experts.backend",
 }
+# Nothing is meant that is near: the names that the section has are said instead.
+FAR = [
+    *("run.tensorboard", "run.name", "run.resume", "run.log_dir", "model.depth", "model.dropout"),
+    *("model.hidden_size", "model.norm", "inner.epochs", "inner.steps", "inner.fused", "ls"),
+    *("placement.strategy", "sync.compression", "data.path", "data.shuffle", "router.jitter"),
+    *("outer.damping", "foo", "epochs", "gpus"),
+]
 
 
 @pytest.mark.parametrize(("name", "nearest"), MISSPELLED.items())
@@ -74,10 +89,35 @@ def test_an_unknown_key_names_the_nearest(
     assert nearest in option_names(Config)
 
 
-@pytest.mark.parametrize(("name", "nearest"), [("routr", "router"), ("outr", "outer")])
+@pytest.mark.parametrize("name", FAR)
+def test_a_name_that_is_near_to_none_gets_no_hint(tiny: Path, name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(tiny, [f"{name}=1"])
+    section, _, _ = name.rpartition(".")
+    where = f" of {section}" if section else ""
+    assert str(caught.value).startswith(f"{name} is not an option{where}; there are ")
+    assert ("checkpoint_every, keep_checkpoints" in str(caught.value)) == (section == "run")
+
+
+SECTIONS = [
+    ("routr", "router"),
+    ("outr", "outer"),
+    ("mdoel", "model"),
+    ("experts", "model.experts"),
+]
+
+
+@pytest.mark.parametrize(("name", "nearest"), SECTIONS)
 def test_an_unknown_section_names_the_nearest_section(tiny: Path, name: str, nearest: str) -> None:
     with pytest.raises(ConfigError, match=rf"^{name} is not an option; did you mean {nearest}\?$"):
         load_config(tiny, [f"{name}.lr=0.1"])
+
+
+def test_spaces_around_a_name_are_said() -> None:
+    with pytest.raises(ConfigError, match=r"'rounds = 3' has spaces .*; did you mean rounds=3\?$"):
+        parse_override("rounds = 3", Config)
+    with pytest.raises(ConfigError, match=r"^' rounds' is not an option; did you mean rounds\?$"):
+        build_config({" rounds": 3})
 
 
 # ------------------------------------------------------------------------------------ wrong values
@@ -97,8 +137,12 @@ WRONG = [
     ("model.tie_embeddings=yes", "model.tie_embeddings", "'yes'", "must be true or false"),
     ("model.tie_embeddings=1", "model.tie_embeddings", "1", "must be true or false"),
     ("model.qk_norm=heads", "model.qk_norm", "'heads'", "must be one of none, head or full"),
-    ("data.source=3", "data.source", "3", "must be text"),
-    ("data.sites=a.txt", "data.sites", "'a.txt'", "must be a list"),
+    ("data.source=", "data.source", "''", "must not be empty"),
+    ("data.sites=a,,c", "data.sites.1", "''", "must not be empty"),
+    ("data.sites=[]", "data.sites", "[]", "must name one source for each of the 3 sites"),
+    ("run.dir= ", "run.dir", "' '", "must not be empty"),
+    ("run.dir=a\0b", "run.dir", r"'a\x00b'", "must not hold a NUL"),
+    ("data.text_field=", "data.text_field", "''", "must not be empty"),
     ("placement.capacity=[4,4,x]", "placement.capacity.2", "'x'", "must be an integer"),
     ("outer.options=[1]", "outer.options", "[1]", "must be a mapping"),
     ("model=3", "model", "3", "must be a section"),
@@ -144,6 +188,11 @@ RULES = [
     (["data.source=x.bin"], "must be none for token shards"),
     (["data.sites=[a.txt,b.txt]"], "one source for each of the 3 sites"),
     (["data.num_shards=2"], "must be at least num_sites 3"),
+    (["data.num_shards=5", "data.sites=a,b,c"], "for each of the 5 parts (data.num_shards)"),
+    (["data.source=hf:x", "data.tokenizer=bpe"], "bpe is trained on text files, not on the hub"),
+    (["outer.optimizer=Muon"], "outer.optimizer Muon must be an elementwise class of torch.optim"),
+    (["outer.optimizer=Adem"], "did you mean Adam?"),
+    (["method=ddp", "run.park=always"], "has no waiting sites where gradients are averaged"),
     (["sync.average=gradients"], "needs every expert on every site"),
     (["router.route_scope=resident", "model.top_k=4"], "needs at least top_k = 4"),
     (["outer.optimizer=Adam", "outer.momentum=0.9"], "is an option of SGD, not of Adam"),
@@ -173,6 +222,10 @@ READ = [
     ("placement.capacity", "[4, 4, 4]", (4, 4, 4)),
     ("data.source", "on", "on"),
     ("run.dir", "a=b", "a=b"),
+    ("run.dir", "2026-01-02", "2026-01-02"),
+    ("run.dir", "2026-13-45", "2026-13-45"),
+    ("run.dir", "null", None),
+    ("data.held_out", "null", None),
 ]
 
 
@@ -192,15 +245,129 @@ def test_words_and_numbers_as_people_mean_them(
     assert type(read) is type(value)
 
 
-def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="'lr' stands twice"):
-        load_config(write(tmp_path, "inner:\n  lr: 0.1\n  lr: 0.2\n"))
+WORDS = [
+    "100",
+    "1e3",
+    "true",
+    "~",
+    "p #2",
+    "*x",
+    "@x",
+    "[x]",
+    "a: b",
+    "'q'",
+    "- x",
+    "%",
+    "x,y",
+    "\ud7ff",
+]
+
+
+@pytest.mark.parametrize("text", WORDS)
+@pytest.mark.parametrize("name", ["data.source", "data.text_field", "data.held_out", "run.dir"])
+def test_an_override_of_text_is_taken_word_by_word(tiny: Path, name: str, text: str) -> None:
+    config = load_config(tiny, [f"{name}={text}"])
+    assert option(config, name) == text
+    assert build_config(yaml.safe_load(config.to_yaml())) == config  # and survives a file
+
+
+LISTS = {
+    "[a.txt,b.txt,c.txt]": ("a.txt", "b.txt", "c.txt"),
+    "a.txt, *.txt ,@f #2.txt": ("a.txt", "*.txt", "@f #2.txt"),
+    "[1, null, 2026-01-02]": ("1", "null", "2026-01-02"),
+    "['a, b', \"c\\\"d\", it's]": ("a, b", 'c"d', "it's"),
+    "[a].txt,[b-c].txt,[d]": ("[a].txt", "[b-c].txt", "[d]"),
+    "[[a].txt,b,[c]]": ("[a].txt", "b", "[c]"),
+    "~/a,'b' c,d": ("~/a", "'b' c", "d"),
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), LISTS.items())
+def test_an_override_of_a_list_of_texts(tiny: Path, text: str, expected: tuple[str, ...]) -> None:
+    assert load_config(tiny, [f"data.sites={text}"]).data.sites == expected
+    assert load_config(tiny, ["data.sites=null"]).data.sites is None
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"), [("100", "100"), ("1.5", "1.5"), ("true", "true"), ("-3", "-3")]
+)
+def test_a_file_says_what_to_quote(tmp_path: Path, word: str, shown: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, f"run: {{dir: {word}}}"))
+    assert str(caught.value) == (
+        f"run.dir {shown} must be text; in a file it needs quotes, as in '{shown}'"
+    )
+    tree = tiny_tree(tmp_path) | {"run": {"dir": "WORD"}}
+    text = yaml.safe_dump(tree).replace("WORD", f"'{word}'")
+    assert load_config(write(tmp_path, text)).run.dir == word
+
+
+# --------------------------------------------------------------------------------------- YAML files
+
+
+def test_merge_keys_are_read_and_overridden(tmp_path: Path) -> None:
+    """Also a base that has a base of its own, whichever of them is built first."""
+    text = """
+    outer:
+      options: &more {<<: &base {a: 1, b: 2}, b: 3}
+    inner: {<<: {lr: 0.1, beta1: 0.5}, lr: 0.2}
+    """
+    tree = read_yaml(write(tmp_path, text))
+    assert tree["outer"]["options"] == {"a": 1, "b": 3}
+    assert tree["inner"] == {"lr": 0.2, "beta1": 0.5}
+    text = """
+    a: {deep: {deeper: &b {<<: &c {x: 1, y: 2}, x: 3}}}
+    d: {<<: *b, z: 5}
+    e: {<<: [*b, *c, {w: 0}]}
+    """
+    tree = read_yaml(write(tmp_path, text))
+    assert tree["a"]["deep"]["deeper"] == {"x": 3, "y": 2}
+    assert tree["d"] == {"x": 3, "y": 2, "z": 5}
+    assert tree["e"] == {"x": 3, "y": 2, "w": 0}  # the first that has a key decides
+
+
+WRONG_YAML = [
+    ("inner:\n  lr: 0.1\n  lr: 0.2\n", "key 'lr' stands twice", "line 3"),
+    ("inner: {<<: {lr: 1}, <<: {lr: 2}}", "key '<<' stands twice", "line 1"),
+    ("inner: {<<: 3}", "<< must name a mapping", "line 1"),
+    ("inner: {<<: [{lr: 1}, 3]}", "<< must name a mapping, or a list", "line 1"),
+    ("outer: {options: &it {a: *it}}", "*it stands within itself", "line 1"),
+    ("outer: {options: {a: &it [1, [*it]]}}", "*it stands within itself", "line 1"),
+    ("&it\nmodel: *it", "*it stands within itself", "line 2"),
+    ("1: 2", "key 1 must be text", "line 1"),
+    ("? [a]\n: 2", "key that is no word must be text", "line 1"),
+    ("a: *b", "undefined alias", "line 1"),
+    ("rounds: !!timestamp x", "could not determine a constructor", "line 1"),
+    ("rounds: !!int x", "invalid literal", "'x'"),
+    ("rounds: " + "9" * 5000, "digits", "limit"),
+    ("rounds: " + "[" * 3000, "nested too deeply", ""),
+    ("rounds: 3\n---\nrounds: 4\n", "expected a single document", "line 2"),
+]
+
+
+@pytest.mark.parametrize(("text", "what", "where"), WRONG_YAML, ids=[w[1] for w in WRONG_YAML])
+def test_a_file_that_is_no_yaml_of_options(
+    tmp_path: Path, text: str, what: str, where: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text))
+    assert "is not valid YAML: " in str(caught.value)
+    assert what in str(caught.value)
+    assert where in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_file_in_another_encoding(tmp_path: Path, encoding: str) -> None:
+    path = write_config(tmp_path)
+    path.write_bytes((path.read_text() + "# ü\n").encode(encoding))
+    assert load_config(path).num_sites == 3
 
 
 @pytest.mark.parametrize("override", ["rounds", "=3", ""])
 def test_an_override_needs_a_name_and_a_value(override: str) -> None:
     with pytest.raises(ConfigError, match=r"must have the form section\.option=value"):
-        parse_override(override)
+        parse_override(override, Config)
 
 
 def test_overrides_win_over_the_file_and_the_last_one_wins(tiny: Path) -> None:
@@ -285,6 +452,21 @@ def test_an_override_that_contradicts_the_method_is_refused(
     field = override.partition("=")[0]
     assert str(caught.value).startswith(f"{field} ")
     assert f"contradicts method {method}, which sets {sets}" in str(caught.value)
+
+
+WITHIN = [
+    ("diloco", "placement={kind: common, num_common: 3}"),
+    ("photon", "outer.options={weight_decay: 0.1}"),
+    ("photon", "outer.options.weight_decay=0.1"),
+]
+
+
+@pytest.mark.parametrize(("method", "override"), WITHIN)
+def test_no_part_of_a_section_that_contradicts_is_dropped_in_silence(
+    tiny: Path, method: str, override: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"contradicts method {method}, which sets"):
+        load_config(tiny, [f"method={method}", override])
 
 
 def test_an_override_that_agrees_with_the_method_is_taken(tiny: Path) -> None:

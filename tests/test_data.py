@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers_cli import WORDS, words, write_config
+from helpers_cli import WORDS, words, write_config, write_texts
 
-from fomoe.config import load_config
+from fomoe.config import METHODS, load_config
 from fomoe.data.dataset import Data, build_data
 from fomoe.data.sources import open_shards, read_documents
 from fomoe.data.stream import HubStream, Stream, TokenStream
@@ -324,6 +324,58 @@ def test_more_shards_than_sites(tmp_path: Path) -> None:
         assert np.array_equal(epoch(three.streams[site]), epoch(five.streams[site]))
     alone = build(tmp_path, source, "method=single").streams[0]  # has the text of site 0 of three
     assert np.array_equal(epoch(alone), epoch(build(tmp_path, source).streams[0]))
+
+
+def test_sources_of_parts_that_no_site_trains_on(tmp_path: Path) -> None:
+    """They count in the split: the sites have the text that they have among all."""
+    ours = letters(tmp_path / "ours", count=40)
+    theirs = letters(tmp_path / "theirs", count=40, first=100)
+    sites = f"data.sites=[{ours},{theirs},{ours}]"
+    three = build(tmp_path, sites)
+    two = build(tmp_path, sites, "data.num_shards=3", "num_sites=2")
+    one = build(tmp_path, sites, "method=single")
+    trained = {site: epoch(stream) for site, stream in three.streams.items()}
+    for fewer in (one, two):
+        assert fewer.fingerprints == three.fingerprints
+        for site, stream in fewer.streams.items():
+            assert np.array_equal(epoch(stream), trained[site])
+    assert (len(one.streams), len(two.streams)) == (1, 2)
+
+
+# What decides the text: the methods of one comparison must agree on all of it.
+TEXTS_OF_ALL = {
+    "one source": [],
+    "a source per site": ["data.sites=[A,B,C]"],
+    "sites that share a source": ["data.sites=[B,A,B]"],
+    "a trained tokenizer": ["data.sites=[A,B,C]", "data.tokenizer=bpe", "data.bpe_vocab_size=300"],
+    "more parts than sites": ["data.num_shards=5"],
+    "more sources than sites": ["data.sites=[A,B,C,A]", "data.num_shards=4"],
+    "a held-out source": ["data.sites=[A,B,C]", "data.held_out=B", "data.tokenizer=bpe"],
+    "shards of tokens": ["data.sites=[S.npy,T.npy,S.npy]", *SHARDS],
+}
+
+
+@pytest.mark.parametrize("options", TEXTS_OF_ALL.values(), ids=TEXTS_OF_ALL)
+def test_all_methods_of_a_comparison_have_equal_text_and_tokens(
+    tmp_path: Path, options: list[str]
+) -> None:
+    for first, name in enumerate("ABC"):
+        write_texts(tmp_path / name, first=100 * first)
+        options = [o.replace(name, f"{tmp_path}/{name}/*.txt") if "=" in o else o for o in options]
+    for first, name in enumerate("ST"):
+        np.save(tmp_path / f"{name}.npy", np.arange(9000) + 9000 * first)
+        options = [o.replace(f"{name}.npy", f"{tmp_path}/{name}.npy") for o in options]
+    config = write_config(tmp_path)
+    ours = load_config(config, options, method="fomoe")
+    first = build_data(ours, range(ours.num_sites))
+    trained = {site: epoch(stream) for site, stream in first.streams.items()}
+    for method in METHODS:
+        own = load_config(config, options, method=method)
+        data = build_data(own, range(own.num_sites))
+        assert data.fingerprints == first.fingerprints, method
+        assert np.array_equal(data.held_out, first.held_out), method
+        for site, stream in data.streams.items():
+            assert np.array_equal(epoch(stream), trained[site]), (method, site)
 
 
 def test_held_out_sequences_and_their_entropy(tmp_path: Path) -> None:

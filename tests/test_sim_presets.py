@@ -142,7 +142,7 @@ def test_up_and_down_rates():
 
 BAD_CLUSTERS = {
     "sites: []": "sites",
-    "sites: [{name: a, accelerator: H10, count: 1, link: 1Gbit}]": "nearest: H100",
+    "sites: [{name: a, accelerator: H10, count: 1, link: 1Gbit}]": "did you mean H100?",
     "sites: [{name: a, accelerator: H100, count: 1, link: 0Gbit}]": "bandwidth above 0",
     "sites: [{name: a, accelerator: H100, count: 1, link: 1Gbit, price_per_hour: -1}]": "price",
     "sites: [{name: a, accelerator: H100, cout: 1, link: 1Gbit}]": "did you mean",

@@ -185,6 +185,7 @@ def test_rule_2_a_site_whose_expert_saw_no_token_does_not_dilute_but_receives():
     run.outer.step(
         average_pseudo_gradients(config, run.plan.plan, run.outer, run.transport, counts)
     )
+    run.outer.publish()
     expected = anchor - 0.7 * (anchor - local)
     for site in (0, 1):
         torch.testing.assert_close(run.sites[site].parameters[name].detach(), expected)
@@ -808,8 +809,23 @@ def diverge_in_an_expert(run: Run, site: int) -> None:
         run_with_counts(run)
 
 
-@pytest.mark.parametrize("layout", ["cyclic", "one holder, local"])
-@pytest.mark.parametrize("spoil", [diverge, diverge_in_an_expert])
+@torch.no_grad()
+def poison_adam(run: Run, site: int) -> None:
+    """The parameters are still finite; no later step would be."""
+    if site == 2:
+        name, parameter = next(iter(run.sites[2].trainable.items()))
+        run.sites[2].optimizer.state[parameter]["exp_avg_sq"][0, 0] = torch.nan
+        assert run.sites[2].parameters[name].isfinite().all()
+
+
+@torch.no_grad()
+def poison_a_bias(run: Run, site: int) -> None:
+    if site == 2:
+        run.sites[2].model.moe(1).router.execute_bias.fill_(-torch.inf)
+
+
+@pytest.mark.parametrize("layout", ["cyclic", "one holder, local", "ddp"])
+@pytest.mark.parametrize("spoil", [diverge, diverge_in_an_expert, poison_adam, poison_a_bias])
 def test_a_site_that_is_not_finite_stops_the_sync_at_all_sites(spoil, layout):
     """Also where no peer holds what is spoiled, and nothing is committed anywhere."""
     work = partial(failing_sync, tiny_config(LAYOUTS[layout]), spoil, SyncError)
@@ -817,6 +833,23 @@ def test_a_site_that_is_not_finite_stops_the_sync_at_all_sites(spoil, layout):
         assert "site 2" in message
         assert "not finite" in message
         assert "site 1" not in message
+
+
+def test_an_outer_step_that_overflows_reaches_no_site():
+    """Finite parameters, a finite mean, and a step beyond the largest number."""
+    config = tiny_config(outer__lr=1e38, num_sites=3)
+
+    def work(transport):
+        run = make_run(config, transport)
+        move_randomly(run, scale=10.0)
+        before = parameters_of(run)
+        with pytest.raises(SyncError, match=r"its anchors are not finite \(.*diverged") as caught:
+            synchronize(run_with_counts(run))
+        assert_same_bits(parameters_of(run), before)
+        return str(caught.value)
+
+    messages = all_good(over_gloo(3, work))
+    assert set(messages) == {work(InMemoryTransport(range(3)))}
 
 
 def test_a_sync_goes_on_after_a_refused_one():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -68,23 +69,18 @@ def build_data(
     Raises:
         DataError, ConfigError: if a source, tokenizer or split cannot be used.
     """
-    names = config.data.sites or (config.data.source,) * config.num_sites
+    names = _names(config)
     tokenizer, tokenizer_json = _build_tokenizer(config, names, tokenizer_dir, share)
     parts: dict[str, _Part] = {}
     streams: dict[int, Stream] = {}
-    needed = {names[site] for site in sites}
-    if config.data.held_out is None:
-        needed |= set(names)
-    for source in sorted(needed):
-        parts[source] = _open_part(config, source, tokenizer, held_out=not config.data.held_out)
+    sites = tuple(sites)
+    everywhere = config.data.held_out is None  # then every source gives some of the held-out part
+    for source in sorted(set(names) if everywhere else {names[site] for site in sites}):
+        parts[source] = _open_part(config, source, tokenizer, held_out=everywhere)
     for site in sites:
         sharers = [s for s, name in enumerate(names) if name == names[site]]
-        num_shards = len(sharers)
-        if config.data.sites is None:
-            num_shards = config.data.num_shards or config.num_sites
-        shard = sharers.index(site)
         name = f"the training text of site {site}"
-        streams[site] = parts[names[site]].make_stream(shard, num_shards, name)
+        streams[site] = parts[names[site]].make_stream(sharers.index(site), len(sharers), name)
     if config.data.held_out is None:
         held_out = [parts[source].held_out for source in sorted(set(names))]
     else:
@@ -97,6 +93,25 @@ def build_data(
         fingerprints=_fingerprints(config, tokenizer, parts, windows),
         tokenizer_json=tokenizer_json,
     )
+
+
+def needed_sources(config: Config, sites: Iterable[int]) -> list[str]:
+    """Sources that a process with these sites reads."""
+    names, data = _names(config), config.data
+    own = {names[site] for site in sites}
+    # At site 0, a tokenizer is trained on every source.
+    everywhere = data.held_out is None or (data.tokenizer == "bpe" and 0 in sites)
+    return sorted({*(names if everywhere else own), *([data.held_out] if data.held_out else [])})
+
+
+def _names(config: Config) -> tuple[str, ...]:
+    """The source of every part of the text, those included that no site trains on.
+
+    They too are split, held out and tokenized, so that methods with fewer sites are evaluated on
+    the same text.
+    """
+    num_shards = config.data.num_shards or config.num_sites
+    return config.data.sites or (config.data.source,) * num_shards
 
 
 def entropy(counts: np.ndarray) -> float:
@@ -118,21 +133,15 @@ def _build_tokenizer(
     if data.tokenizer == "none":
         return None, None
     if data.tokenizer != "bpe":
-        tokenizer = load_tokenizer(data.tokenizer)
-        if tokenizer.vocab_size > config.vocab_size:
-            rule = f"is below the tokenizer's {tokenizer.vocab_size} tokens"
-            raise ConfigError("model.vocab_size", config.vocab_size, rule)
-        return tokenizer, None
+        return named_tokenizer(config), None
 
     def train() -> bytes:
         if kept_in is not None and (kept_in / "tokenizer.json").exists():
             return (kept_in / "tokenizer.json").read_bytes()
-        if any(sources.is_hub(name) for name in names):
-            raise DataError("data.tokenizer bpe is trained on text files, not on a hub data set")
         documents = [
             document
             for source in sorted(set(names))
-            for document in _split(config, sources.read_documents(source))[1]
+            for document in _split(config, _documents(config, source))[1]
         ]
         return train_bpe((document.text for document in documents), data.bpe_vocab_size)
 
@@ -140,7 +149,24 @@ def _build_tokenizer(
     return parse_bpe(tokenizer_json), tokenizer_json
 
 
+def named_tokenizer(config: Config) -> Tokenizer:
+    """The tokenizer that the config names.
+
+    Raises:
+        DataError, ConfigError: if it cannot be loaded, or has more tokens than the model.
+    """
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.vocab_size:
+        rule = f"is below the tokenizer's {tokenizer.vocab_size} tokens"
+        raise ConfigError("model.vocab_size", config.vocab_size, rule)
+    return tokenizer
+
+
 # -------------------------------------------------------------------------------------- the split
+
+
+def _documents(config: Config, source: str) -> list[Document]:
+    return sources.read_documents(source, text_field=config.data.text_field)
 
 
 def _open_part(config: Config, source: str, tokenizer: Tokenizer | None, held_out: bool) -> _Part:
@@ -170,10 +196,12 @@ def _split(config: Config, documents: list[Document]) -> tuple[list[Document], l
 
 
 def _text_part(config: Config, source: str, tokenizer: Tokenizer, held_out: bool) -> _Part:
-    held, train = _split(config, sources.read_documents(source))
+    held, train = _split(config, _documents(config, source))
 
     def make_stream(shard: int, num_shards: int, name: str) -> Stream:
         own = _deal(train, num_shards)[shard]
+        if not own:
+            raise DataError(f"{name} is empty: {_where_it_went(source, held, train, num_shards)}")
         tokens = _encode(own, tokenizer)
         return TokenStream(
             [tokens], seq_len=config.data.seq_len, seed=config.seed, shard=shard, name=name
@@ -183,14 +211,29 @@ def _text_part(config: Config, source: str, tokenizer: Tokenizer, held_out: bool
     return _Part(make_stream, _encode(held, tokenizer) if held_out else np.empty(0), digest)
 
 
+def _where_it_went(
+    source: str, held: list[Document], train: list[Document], num_shards: int
+) -> str:
+    """What became of a text that is too small, or too much alike, to give every part some."""
+    pieces = held + train
+    different = len({document.digest for document in pieces})
+    what = f"{len(pieces)} documents or pieces, {different} of them different"
+    if different == 1:
+        what = f"{len(pieces)} identical pieces" if len(pieces) > 1 else "a single piece"
+    return (
+        f"data source {source} gives {what}; held out: {len(held)} (identical ones stay "
+        f"together), left for {num_shards} part(s): {len(train)}"
+    )
+
+
 def _deal(documents: list[Document], num_shards: int) -> list[list[Document]]:
-    """Each document to the shard with the least text so far."""
+    """Each document to the shard with the least text so far, the first of equal ones."""
     shards: list[list[Document]] = [[] for _ in range(num_shards)]
-    sizes = [0] * num_shards
+    sizes = [(0, shard) for shard in range(num_shards)]
     for document in documents:
-        smallest = sizes.index(min(sizes))
+        size, smallest = sizes[0]
         shards[smallest].append(document)
-        sizes[smallest] += len(document.text)
+        heapq.heapreplace(sizes, (size + len(document.text), smallest))
     return shards
 
 
@@ -262,7 +305,7 @@ def _whole(config: Config, source: str, tokenizer: Tokenizer | None) -> np.ndarr
     assert tokenizer is not None
     if sources.is_hub(source):
         return _hub_part(config, source, tokenizer, True).held_out
-    return _encode(sources.read_documents(source), tokenizer)
+    return _encode(_documents(config, source), tokenizer)
 
 
 def _held_out_windows(config: Config, held_out: list[np.ndarray]) -> np.ndarray:

@@ -1,30 +1,36 @@
-"""Sources: where text and tokens come from.
+"""Sources: where text and tokens come from; docs/data.md describes them.
 
-A source is `python-stdlib`, a file or glob of text, a file or glob of token shards (`*.bin` in
-llm.c's layout, `*.npy`), or `hf:NAME[:CONFIG]`, a hub data set that is streamed.
+A source is `python-stdlib`, a file or glob of text or JSON Lines, a file or glob of token shards
+(`*.bin` in llm.c's layout, `*.npy`), or `hf:NAME[:CONFIG]`, a hub data set that is streamed.
 """
 
 from __future__ import annotations
 
 import glob
 import hashlib
+import json
+import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fomoe.errors import DataError
+from fomoe.textfile import TextError, read_text, why_no_file
 
 STDLIB = "python-stdlib"
 HUB = "hf:"
 
 # Folders of the standard library that hold tests and generated or third-party code.
 _STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
-# A source of few files is cut, so that a held-out part and one part per site can be made of it.
-_FEW_FILES = 32
+_JSON_LINES = (".jsonl", ".ndjson")
+_RECORDS = (".csv", ".tsv", ".json", ".parquet", ".arrow", ".feather", ".orc", ".avro")
+# A source of few documents is cut, so that a held-out part and one part per site can be made of it.
+_FEW_DOCUMENTS = 32
 _FEW_PIECES, _PIECE_CHARACTERS = 64, (256, 16_384)
 # llm.c writes 256 int32: a magic number that fixes the token's width, a version, the token count.
 _BIN_HEADER = 256
@@ -39,25 +45,104 @@ class Document:
 
     @property
     def digest(self) -> bytes:
-        return hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).digest()
+        return hashlib.sha256(self.text.encode()).digest()
 
 
-def read_documents(source: str) -> list[Document]:
-    """Read a text source; few files are cut into pieces at line ends.
+def read_documents(source: str, *, text_field: str = "text") -> list[Document]:
+    """Read a text source; few documents are cut into pieces at line ends.
+
+    Args:
+        text_field: the field of JSON Lines that holds the text.
 
     Raises:
-        DataError: if nothing is there, or it cannot be read.
+        DataError: if nothing is there, or it cannot be read as text.
     """
-    paths = _stdlib_files() if source == STDLIB else _match(source)
-    texts = [_read_text(path) for path in paths]
-    texts = [text for text in texts if text.strip()]
-    if not texts:
-        raise DataError(f"data source {source} holds no text")
-    if len(texts) < _FEW_FILES:
+    texts = []
+    for path in find_files(source):
+        if _suffix(path) in _JSON_LINES:
+            texts += _read_json_lines(path, text_field)
+        else:
+            texts.append(_read(path))
+    whole = [text for text in texts if text.strip()]
+    if not whole:
+        what = "it is empty" if not any(texts) else "it has white space only"
+        raise DataError(f"data source {source} holds no text: {what}")
+    if len(whole) < _FEW_DOCUMENTS:
         smallest, largest = _PIECE_CHARACTERS
-        size = max(smallest, min(largest, sum(map(len, texts)) // _FEW_PIECES))
-        texts = [piece for text in texts for piece in _cut(text, size)]
-    return [Document(text) for text in texts]
+        size = max(smallest, min(largest, sum(map(len, whole)) // _FEW_PIECES))
+        whole = [piece for text in whole for piece in _cut(text, size)]
+    return [Document(text) for text in whole]
+
+
+def check_source(source: str) -> None:
+    """Refuse a source that is not there, without reading its text or the network.
+
+    Raises:
+        DataError: in the words of those who read it.
+    """
+    if is_hub(source):
+        hub_library(source)
+    elif is_shards(source):
+        open_shards(source)
+    else:
+        find_files(source)
+
+
+def find_files(source: str) -> list[Path]:
+    """Files of a source of text or token shards, without reading them.
+
+    A name that is there is taken as it is, whatever characters are in it; else it is a pattern,
+    whose folders are skipped and whose files count once, however many links lead to them.
+
+    Raises:
+        DataError: if there are none, or one cannot be read as text by its kind or name.
+    """
+    if source == STDLIB:
+        return _stdlib_files()
+    home = os.path.expanduser(source)
+    named = next((name for name in (source, home) if os.path.lexists(name)), None)
+    names = [named] if named is not None else glob.glob(home, recursive=True)
+    files: dict[str, str] = {}
+    for name in sorted(names, key=lambda name: (len(name), name)):
+        real = os.path.realpath(name)
+        if real in files:
+            continue
+        # A link to a folder above it gives ever longer names, up to one that no longer opens.
+        problem = why_no_file(real if os.path.exists(real) else name)
+        if problem == "is a folder" and named is None:
+            continue
+        _check(Path(name), problem)
+        files[real] = name
+    if not files:
+        raise DataError(f"data source {source} {_why_nothing(home, names)}")
+    return [Path(name) for name in sorted(files.values())]
+
+
+def _check(path: Path, problem: str) -> None:
+    if problem == "is a folder":
+        problem += "; name its files, as in FOLDER/*.txt"
+    if not problem and _suffix(path) in _RECORDS:
+        problem = (
+            "holds records, not text: write the texts as JSON Lines (*.jsonl; data.text_field "
+            "names the field), or name its folder as hf:FOLDER"
+        )
+    if problem:
+        raise DataError(f"data source {path} {problem}")
+
+
+def _why_nothing(pattern: str, matches: list[str]) -> str:
+    if matches:
+        return "matches folders only; name their files, as in FOLDER/*.txt"
+    problem = why_no_file(pattern)
+    if glob.has_magic(pattern) and problem == "does not exist":
+        return "does not exist, and as a pattern it matches nothing"
+    return problem or "does not exist"
+
+
+def _suffix(path: Path) -> str:
+    """The last part of a file's name that says what is in it."""
+    name = path.name.lower().removesuffix(".gz")
+    return os.path.splitext(name)[1]
 
 
 def _stdlib_files() -> list[Path]:
@@ -72,20 +157,45 @@ def _stdlib_files() -> list[Path]:
     return files
 
 
-def _match(source: str) -> list[Path]:
-    matches = [Path(name) for name in sorted(glob.glob(source, recursive=True))]
-    paths = [path for path in matches if path.is_file()]
-    if not paths:
-        what = "is a folder; name its files, as in FOLDER/*.txt" if matches else "does not exist"
-        raise DataError(f"data source {source} {what}")
-    return paths
-
-
-def _read_text(path: Path) -> str:
+def _read(path: Path, *, keep_newlines: bool = False) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise DataError(f"data source {path} cannot be read: {error.strerror}") from None
+        return read_text(path, keep_newlines=keep_newlines)
+    except TextError as error:
+        raise DataError(f"data source {path} {error}") from None
+
+
+def _read_json_lines(path: Path, field: str) -> list[str]:
+    """The text of every line; a line without text in the field is refused, none is left out."""
+    texts = []
+    for number, line in enumerate(_read(path, keep_newlines=True).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            texts.append(_field_of(line, field))
+        except ValueError as error:
+            raise DataError(f"data source {path}, line {number}: {error}") from None
+    return texts
+
+
+def _field_of(line: str, field: str) -> str:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError("is not JSON") from None
+    if not isinstance(row, dict):
+        raise ValueError("is not a JSON object")
+    if field not in row:
+        raise ValueError(f"has no field {field} (data.text_field); there are {sorted(row)}")
+    text = row[field]
+    if not isinstance(text, str):
+        raise ValueError(f"field {field} (data.text_field) is {json.dumps(text)[:40]}, not text")
+    if "\0" in text:
+        raise ValueError(f"field {field} holds a NUL")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"field {field} holds half of a surrogate pair") from None
+    return text
 
 
 def _cut(text: str, size: int) -> Iterator[str]:
@@ -114,7 +224,7 @@ def open_shards(source: str) -> list[np.ndarray]:
         DataError: if a file is missing, is no shard, or is shorter than its header says.
     """
     return [
-        _open_bin(path) if path.suffix == ".bin" else _open_npy(path) for path in _match(source)
+        _open_bin(path) if path.suffix == ".bin" else _open_npy(path) for path in find_files(source)
     ]
 
 
@@ -167,19 +277,28 @@ def hub_rows(dataset: Any, source: str) -> Iterator[dict[str, Any]]:
         raise DataError(f"data source {source} cannot be read: {reason}") from None
 
 
+def hub_library(source: str) -> Any:
+    """The library that reads a hub data set.
+
+    Raises:
+        DataError: if the `hub` extra is missing.
+    """
+    try:
+        return import_module("datasets")
+    except ImportError:
+        raise DataError(
+            f"data source {source} needs the datasets library: pip install 'fomoe[hub]'"
+        ) from None
+
+
 def open_hub(source: str, split: str) -> Any:
     """Open a hub data set for streaming; `hf:NAME`, `hf:NAME:CONFIG` or `hf:` and a local folder.
 
     Raises:
         DataError: if the `hub` extra is missing or the data set cannot be opened.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(
-            f"data source {source} needs the datasets library: pip install 'fomoe[hub]'"
-        ) from None
-    name, _, subset = source.removeprefix(HUB).partition(":")
+    datasets = hub_library(source)
+    name, _, subset = os.path.expanduser(source.removeprefix(HUB)).partition(":")
     try:
         return datasets.load_dataset(name, subset or None, split=split, streaming=True)
     except (OSError, ValueError, RuntimeError) as error:

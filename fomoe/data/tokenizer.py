@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fomoe.errors import DataError
+from fomoe.textfile import why_no_file
 
 _END_OF_TEXT = "<|endoftext|>"
 _KNOWN_ENDS = (_END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[SEP]")
@@ -80,34 +82,62 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     if name == "byte":
         return ByteTokenizer()
+    path = local_path(name)
+    if path is None:
+        return _load_from_hub(name)
+    if path.is_dir():
+        if not (path / "tokenizer.json").exists():
+            return _load_transformers(name, path, "it has no tokenizer.json")
+        path = path / "tokenizer.json"
+    if problem := why_no_file(path):
+        raise _refused(name, f"it {problem}")
     from tokenizers import Tokenizer as Library
 
-    path = Path(name)
-    if path.is_dir() and (path / "tokenizer.json").exists():
-        path = path / "tokenizer.json"
     try:
-        if path.is_file():
-            return LibraryTokenizer(Library.from_file(str(path)))
-        if not path.exists() and not name.endswith(".json"):
-            return LibraryTokenizer(Library.from_pretrained(name))
+        return LibraryTokenizer(Library.from_file(str(path)))
     except Exception as error:  # the library raises plain Exception for every failure
-        library_reason = " ".join(str(error).split())[:160]
-    else:
-        library_reason = "no such file"
-    return _load_transformers(name, library_reason)
+        raise _refused(name, error) from None
 
 
-def _load_transformers(name: str, library_reason: str) -> Tokenizer:
-    if not name.endswith(".json"):
-        try:
-            from transformers import AutoTokenizer
+def local_path(name: str) -> Path | None:
+    """The file or folder that a tokenizer's name means, or None where it is a word or hub name."""
+    if name in ("byte", "bpe", "none"):
+        return None
+    for path in (name, os.path.expanduser(name)):
+        if os.path.lexists(path):
+            return Path(path)
+    is_path = name.endswith(".json") or name.startswith(("/", "~", "."))
+    return Path(os.path.expanduser(name)) if is_path else None
 
-            return TransformersTokenizer(AutoTokenizer.from_pretrained(name))
-        except ImportError:
-            library_reason += "; with pip install 'fomoe[transformers]' its other formats load too"
-        except (OSError, ValueError) as error:
-            library_reason = " ".join(str(error).split())[:160]
-    raise DataError(f"data.tokenizer {name} cannot be loaded: {library_reason}")
+
+def _load_from_hub(name: str) -> Tokenizer:
+    from tokenizers import Tokenizer as Library
+
+    try:
+        return LibraryTokenizer(Library.from_pretrained(name))
+    except Exception as error:  # the library raises plain Exception for every failure
+        return _load_transformers(name, name, error)
+
+
+def _load_transformers(name: str, where: str | Path, reason: object) -> Tokenizer:
+    try:
+        from transformers import AutoTokenizer
+
+        return TransformersTokenizer(AutoTokenizer.from_pretrained(where))
+    except ImportError:
+        hint = "with pip install 'fomoe[transformers]' its other formats load too"
+        raise _refused(name, f"{_one_line(reason)}; {hint}") from None
+    except (OSError, ValueError) as error:
+        raise _refused(name, error) from None
+
+
+def _refused(name: str, reason: object) -> DataError:
+    return DataError(f"data.tokenizer {name} cannot be loaded: {_one_line(reason)}")
+
+
+def _one_line(reason: object) -> str:
+    text = " ".join(str(reason).split())
+    return text if len(text) <= 240 else text[:237] + "..."
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
@@ -129,7 +159,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
 
 
 def parse_bpe(data: bytes) -> Tokenizer:
-    """Build the tokenizer that `train_bpe` returned."""
+    """Build the tokenizer that `train_bpe` returned.
+
+    Raises:
+        DataError: if the bytes, which a run's folder may have kept, are damaged.
+    """
     from tokenizers import Tokenizer as Library
 
-    return LibraryTokenizer(Library.from_str(data.decode()))
+    try:
+        return LibraryTokenizer(Library.from_str(data.decode()))
+    except Exception as error:  # the library raises plain Exception for every failure
+        raise DataError(f"the run's tokenizer.json is damaged: {_one_line(error)}") from None

@@ -1,8 +1,12 @@
 """Matrix products on the fastest kernels that this machine has.
 
 In fp32 on CPU, torch multiplies with MKL, which keeps to 256-bit kernels on CPUs of other makers;
-oneDNN, which the same wheel carries, uses their AVX-512 units and is twice as fast there
+oneDNN, which the same wheel carries, uses their 512-bit units and is twice as fast there
 (docs/performance.md). Elsewhere torch's own choice stands.
+
+oneDNN compiles a kernel for every number of rows that a product has, and keeps it: half a megabyte
+each, hundreds of megabytes for experts, whose rows differ at every step. So it gets rows in pieces
+of few sizes, and torch those that are left.
 
 Shapes: N rows, I in, O out.
 """
@@ -11,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import platform
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -23,6 +28,9 @@ from fomoe.errors import ConfigError
 
 # Below this many rows, turning the narrower operand costs more than it saves.
 _MANY_ROWS = 512
+
+# Smallest piece: for fewer rows a call of oneDNN costs more than its kernel saves.
+_PIECE_ROWS = 64
 
 
 class Product(Protocol):
@@ -63,11 +71,36 @@ def _mm(operand: Tensor) -> Callable[..., Tensor]:
     return torch.mm if operand.ndim == 2 else torch.bmm
 
 
+@functools.cache
+def pieces(rows: int) -> tuple[tuple[slice, ...], slice]:
+    """Rows as pieces of few sizes, the largest first, and the rows that are left.
+
+    A piece takes what the two leading binary digits of the number of rows stand for: 64, 96, 128,
+    192, 256, 384 rows and so on.
+    """
+    found, start = [], 0
+    while (left := rows - start) >= _PIECE_ROWS:
+        digits = left.bit_length() - 2
+        found.append(slice(start, start + (left >> digits << digits)))
+        start = found[-1].stop
+    return tuple(found), slice(start, rows)
+
+
+def _onednn(x_NI: Tensor, w_OI: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x_NI, w_OI, None, "none", [], "")
+
+
 def _onednn_forward(x_NI: Tensor, w_OI: Tensor, out: Tensor | None = None) -> Tensor:
-    if not x_NI.shape[0]:
-        return x_NI.new_zeros(0, w_OI.shape[0]) if out is None else out
-    y_NO = torch.ops.mkldnn._linear_pointwise(x_NI, w_OI, None, "none", [], "")
-    return y_NO if out is None else out.copy_(y_NO)
+    rows = x_NI.shape[0]
+    whole, left = pieces(rows)
+    if out is None and whole and whole[0].stop == rows:
+        return _onednn(x_NI, w_OI)
+    y_NO = x_NI.new_empty(rows, w_OI.shape[0]) if out is None else out
+    for piece in whole:
+        y_NO[piece] = _onednn(x_NI[piece], w_OI)
+    if left.start < rows:
+        torch.mm(x_NI[left], w_OI.t(), out=y_NO[left])
+    return y_NO
 
 
 def _onednn_input_grad(y_NO: Tensor, w_OI: Tensor, out: Tensor | None = None) -> Tensor:
@@ -75,13 +108,23 @@ def _onednn_input_grad(y_NO: Tensor, w_OI: Tensor, out: Tensor | None = None) ->
 
 
 def _onednn_weight_grad(y_NO: Tensor, x_NI: Tensor, out: Tensor | None = None) -> Tensor:
+    whole, left = pieces(x_NI.shape[0])
+    if not whole:
+        return _torch_weight_grad(y_NO, x_NI, out)
+    grad_OI = _onednn_piece_grad(y_NO[whole[0]], x_NI[whole[0]])
+    total_OI = grad_OI.contiguous() if out is None else out.copy_(grad_OI)
+    for piece in whole[1:]:
+        total_OI += _onednn_piece_grad(y_NO[piece], x_NI[piece])
+    if left.start < left.stop:
+        total_OI.addmm_(y_NO[left].t(), x_NI[left])
+    return total_OI
+
+
+def _onednn_piece_grad(y_NO: Tensor, x_NI: Tensor) -> Tensor:
     """oneDNN copies its first operand into rows: give it the narrower one where that pays."""
-    if not x_NI.shape[0]:
-        return y_NO.new_zeros(y_NO.shape[1], x_NI.shape[1]) if out is None else out.zero_()
     if y_NO.shape[1] > x_NI.shape[1] and x_NI.shape[0] >= _MANY_ROWS:
-        grad_OI = _onednn_forward(x_NI.t(), y_NO.t()).t()
-        return grad_OI.contiguous() if out is None else out.copy_(grad_OI)
-    return _onednn_forward(y_NO.t(), x_NI.t(), out)
+        return _onednn(x_NI.t(), y_NO.t()).t()
+    return _onednn(y_NO.t(), x_NI.t())
 
 
 TORCH = Products(_torch_forward, _torch_input_grad, _torch_weight_grad)
@@ -97,10 +140,21 @@ def has_onednn() -> bool:
 @functools.cache
 def onednn_is_faster() -> bool:
     """A fact of the machine, not a timing: the same run must not take other kernels next time."""
-    cpuinfo = Path("/proc/cpuinfo")
-    vendor = cpuinfo.read_text(errors="replace") if cpuinfo.exists() else platform.processor()
+    path = Path("/proc/cpuinfo")
+    cpu = path.read_text(errors="replace") if path.exists() else platform.processor()
     wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return has_onednn() and wide and "GenuineIntel" not in vendor
+    return has_onednn() and wide and has_idle_wide_units(cpu)
+
+
+def has_idle_wide_units(cpu: str) -> bool:
+    """Whether MKL leaves units of 512 bits idle; `cpu` is what the system says of an AVX-512 CPU.
+
+    It uses those of its own maker. Family 25 of AMD (Zen 4) runs an instruction of 512 bits in
+    two turns of a 256-bit unit, so that there is nothing to gain.
+    """
+    family = re.search(r"^cpu family\s*: (\d+)", cpu, re.M)
+    halves = "AuthenticAMD" in cpu and family is not None and int(family[1]) <= 25
+    return "GenuineIntel" not in cpu and not halves
 
 
 def choose_products(kind: str, x: Tensor) -> Products:

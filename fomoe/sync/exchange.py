@@ -157,7 +157,9 @@ def gather(transport: Transport, message: Callable[[int], bytes]) -> list[bytes]
     members = transport.members
     own = {site: message(site) for site in transport.sites}
     tensors = {
-        site: torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.empty(0)
+        site: torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        if text
+        else torch.empty(0, dtype=torch.uint8)
         for site, text in own.items()
     }
     pairs = list(product(members, repeat=2))
@@ -165,22 +167,32 @@ def gather(transport: Transport, message: Callable[[int], bytes]) -> list[bytes]
     lengths = transport.move(
         what,
         [
-            Message(a, b, torch.tensor([len(own[a])]) if a in own else None, (1,), torch.int64,
-                    "control")
+            Message(
+                a,
+                b,
+                torch.tensor([len(own[a])]) if a in own else None,
+                (1,),
+                torch.int64,
+                "control",
+            )
             for a, b in pairs
         ],
     )
     sizes = {a: int(n) for (a, _), n in zip(pairs, lengths, strict=True) if n is not None}
     moved = transport.move(
         what,
-        [
-            Message(a, b, tensors.get(a), (sizes[a],), torch.uint8, "control") for a, b in pairs
-        ],
+        [Message(a, b, tensors.get(a), (sizes[a],), torch.uint8, "control") for a, b in pairs],
     )
     for site, text in own.items():
         transport.counts[site].add("control", payload=len(text) + 8, wire=0)
     found = {a: t for (a, _), t in zip(pairs, moved, strict=True) if t is not None}
     return [own[m] if m in own else found[m].numpy().tobytes() for m in members]
+
+
+def _as_tensor(text: bytes) -> Tensor:
+    if not text:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
 def check_sites(

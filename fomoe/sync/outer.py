@@ -16,11 +16,11 @@ from fomoe.config import Config
 from fomoe.errors import ConfigError
 from fomoe.segments import Bucket, Segment
 from fomoe.site import Site
-from fomoe.state import key, not_finite, of_kind
+from fomoe.state import Layout, by_key, divergence, entry, optimizer_layout
 from fomoe.sync.buckets import split_bucket
 
-# Need a closure, or work on sparse gradients or matrices only; the outer step is elementwise.
-_REFUSED = {"LBFGS", "SparseAdam", "Muon", "Optimizer", "Adafactor"}
+# The square of a larger mean overflows in an optimizer's second moment.
+_LARGEST = 1e18
 
 
 class Anchors:
@@ -37,8 +37,7 @@ class Anchors:
         values: the anchors by segment.
 
     Raises:
-        ConfigError: if `outer.optimizer` is no elementwise class of torch.optim, or its options
-            are not its own.
+        ConfigError: if `outer.options` are not the optimizer's own.
     """
 
     def __init__(
@@ -61,6 +60,16 @@ class Anchors:
                 self.values[segment.name] = nn.Parameter(value, requires_grad=False)
         self.optimizer = build_outer_optimizer(config, list(self.values.values()))
 
+    def problem(self, means: Mapping[int, Tensor]) -> str:
+        """Why a step with these means must not be taken; empty if it may."""
+        for bucket in self.buckets:
+            if not means[bucket.index].abs().max() < _LARGEST:
+                return (
+                    f"the mean of {bucket.segments[0].name}, ... is not finite or beyond "
+                    f"{_LARGEST:g}; the training diverged"
+                )
+        return ""
+
     def step(self, means: Mapping[int, Tensor]) -> None:
         """Step with the mean pseudo-gradients and copy the result to every local holder."""
         for bucket in self.buckets:
@@ -75,16 +84,55 @@ class Anchors:
                 for segment in bucket.segments:
                     self.sites[site].view(segment).copy_(self.values[segment.name].detach())
 
+    # -------------------------------------------------------------------------------- checkpoint
+
+    def state_of(self, site: int) -> dict[str, Tensor]:
+        """Anchors and outer state of one site's segments, by entry, for its checkpoint."""
+        tensors = {}
+        for segment in self._segments_of(site):
+            anchor = self.values[segment.name]
+            tensors[entry("anchor", segment.name)] = anchor.detach()
+            for key, value in self.optimizer.state.get(anchor, {}).items():
+                if value is not None:
+                    tensors[entry("outer", key, segment.name)] = torch.as_tensor(value)
+        return tensors
+
+    def state_layout(self, site: int) -> Layout:
+        """Shapes and types of what `state_of` returns after the first step."""
+        shapes = {segment.name: segment.shape for segment in self._segments_of(site)}
+        anchors: Layout = {entry("anchor", n): (s, torch.float32) for n, s in shapes.items()}
+        return anchors | optimizer_layout(
+            lambda trial: build_outer_optimizer(self.config, [trial]), shapes, "outer"
+        )
+
+    def divergence(self, site: int) -> str:
+        """What is not finite in one site's anchors and outer state; empty if all is."""
+        return divergence(self.state_of(site))
+
+    @torch.no_grad()
+    def load_state_of(self, site: int, tensors: Mapping[str, Tensor]) -> None:
+        """Bring back what `state_of` returned; replicas of one process are equal, so order is not
+        important."""
+        outer = by_key(tensors, "outer")
+        for segment in self._segments_of(site):
+            anchor = self.values[segment.name]
+            anchor.copy_(tensors[entry("anchor", segment.name)])
+            if segment.name in outer:
+                own = outer[segment.name]
+                self.optimizer.state[anchor] = {key: value.clone() for key, value in own.items()}
+
+    def _segments_of(self, site: int) -> list[Segment]:
+        return [s for bucket in self.buckets if site in bucket.holders for s in bucket.segments]
+
+
 def build_outer_optimizer(config: Config, anchors: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Build the torch.optim class that the config names; unknown names and options are errors."""
+    """Build the torch.optim class that the config names.
+
+    Raises:
+        ConfigError: if the class refuses its options.
+    """
     name = config.outer.optimizer
-    kind = getattr(torch.optim, name, None)
-    if (
-        name in _REFUSED
-        or not isinstance(kind, type)
-        or not issubclass(kind, torch.optim.Optimizer)
-    ):
-        raise ConfigError("outer.optimizer", name, "must be an elementwise class of torch.optim")
+    kind = getattr(torch.optim, name)
     try:
         # Some options are refused at the first step only: it is tried before anything is trained.
         trial = nn.Parameter(torch.zeros(1))

@@ -94,7 +94,7 @@ class Sync:
             lambda bucket, site: self._contribute(bucket, site, prepared.counts[site]),
         )
         selected_LE = self._balance_counts(prepared)
-        wrong_means = self.anchors.divergence(means)
+        wrong_means = self.anchors.problem(means)
         check_sites(
             self.transport,
             lambda site: self.sites[site].divergence() or wrong_means or self._unplanned[site],

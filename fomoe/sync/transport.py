@@ -1,20 +1,16 @@
 """Transports: in one process, or between processes over gloo; no other file talks to a network.
 
-A transport is built from a store and a list of members, never from global state. Both transports
-add contributions in ascending site order, so a proxy run and a distributed run get the same bits,
-and both count bytes per site and class: payload is what a site puts in, wire is what it sends.
+A transport is built from a store and a list of members, never from global state. It moves messages
+and counts what each site sends, per class of bytes; what they mean is `fomoe.sync.exchange`'s
+business, so that a proxy run and a distributed run get the same bits.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import sys
-import threading
-import traceback
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
@@ -23,14 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fomoe.errors import FomoeError, SyncError
-from fomoe.segments import Bucket, wire_elements
-from fomoe.sync.aggregate import Contribution, sum_in_order
-from fomoe.sync.bucketsum import BucketSum, Message
+from fomoe.errors import ConfigError, FomoeError, SyncError
+from fomoe.sync.membership import Membership
+from fomoe.sync.waiting import PeerWaits, Pending, in_thread, one_line, say
 
-_NOT_COMMITTED = (
-    "; a sync that fails is committed nowhere, --resume continues from the newest checkpoint"
-)
+_ABORT_TAG = (1 << 20) + 2
 
 
 class ByteCounts:
@@ -54,114 +47,84 @@ class ByteCounts:
 
 
 @dataclass(frozen=True)
-class Item:
-    """A tensor that some sites hold and others want to read.
+class Message:
+    """One tensor on its way from one member to another.
 
     Attributes:
-        name: what `read` is asked for.
-        shape: its shape; fp32.
-        holders: sites that have it; the first sends it.
+        source, target: members; equal where a site keeps its own.
+        tensor: what is sent, on the CPU; None where the source is in another process.
+        shape, dtype: of the tensor, known at both ends.
+        kind: class of bytes that it is counted in.
+        into: memory that takes it at the target, if it is to lie in a certain place.
     """
 
-    name: str
+    source: int
+    target: int
+    tensor: Tensor | None
     shape: tuple[int, ...]
-    holders: tuple[int, ...]
-
-
-# One site's contribution to a bucket; sums by bucket index.
-Contribute = Callable[[Bucket, int], Contribution]
-Sums = dict[int, Contribution]
+    dtype: torch.dtype
+    kind: str
+    into: Tensor | None = None
 
 
 class Transport(Protocol):
-    """What the rest of the system asks of a transport.
+    """What the rest of the system asks of a transport: to move messages, and to count them.
 
     Attributes:
         members: all sites that take part, ascending.
         sites: the members that live in this process.
         counts: bytes per site of this process.
+        remote: whether other members live in other processes.
     """
 
     members: tuple[int, ...]
     sites: tuple[int, ...]
     counts: dict[int, ByteCounts]
+    remote: bool
 
-    def sum_over_holders(self, buckets: Sequence[Bucket], contribute: Contribute) -> Sums:
-        """Sums of all holders' contributions, in site order, of the buckets held here.
+    def move(self, what: str, messages: Sequence[Message]) -> list[Tensor | None]:
+        """Move messages, all at once; every member gives the same list in the same order.
 
-        The buckets cross together, so that no site waits for a peer that is still in another one.
-        Contributions are fresh copies and belong to the transport.
+        Args:
+            what: the words for it in an error.
+
+        Returns:
+            For each message its tensor, or None where the target is in another process. What a
+            site keeps or gets within one process is not copied.
+
+        Raises:
+            SyncError: naming the sites that were silent, or the first failure that is known.
         """
         ...
 
-    def gather(self, message: Callable[[int], bytes]) -> list[bytes]:
-        """One control message per member, in site order, at every member."""
+    def close(self, reason: str = "") -> None:
+        """Leave; with a reason, peers that still wait for this process are told it."""
         ...
 
-    def share(self, make: Callable[[], bytes]) -> bytes:
-        """Run `make` at the first member and return its bytes at every member."""
-        ...
 
-    def fetch(self, items: Sequence[Item], read: Callable[[int, str], Tensor]) -> dict[str, Tensor]:
-        """Every item, read at a site of this process where one holds it, else received."""
-        ...
-
-    def close(self) -> None: ...
-
-
-def check_agreement(transport: Transport, problem: Callable[[int], str]) -> None:
-    """Raise at every member if any has a problem: all go on, or none does.
-
-    Raises:
-        SyncError: naming the sites and their problems.
-    """
-    answers = transport.gather(lambda site: problem(site).encode())
-    problems = [
-        f"site {site}: {answer.decode()}"
-        for site, answer in zip(transport.members, answers, strict=True)
-        if answer
-    ]
-    if problems:
-        raise SyncError("; ".join(problems))
+def model_bytes(counts: ByteCounts) -> tuple[int, int]:
+    """Payload and wire bytes of model values: shared and expert."""
+    payload, wire = counts.payload, counts.wire
+    return payload["shared"] + payload["expert"], wire["shared"] + wire["expert"]
 
 
 class InMemoryTransport:
     """All sites in one process; counts the bytes that the network would have carried."""
 
+    remote = False
+
     def __init__(self, members: Sequence[int]) -> None:
         self.members = self.sites = tuple(sorted(members))
         self.counts = {site: ByteCounts() for site in self.sites}
 
-    def sum_over_holders(self, buckets: Sequence[Bucket], contribute: Contribute) -> Sums:
-        return {bucket.index: self._sum(bucket, contribute) for bucket in buckets}
+    def move(self, what: str, messages: Sequence[Message]) -> list[Tensor | None]:
+        for message in messages:
+            assert message.tensor is not None
+            if message.source != message.target:
+                _count_wire(self.counts, message)
+        return [message.tensor for message in messages]
 
-    def _sum(self, bucket: Bucket, contribute: Contribute) -> Contribution:
-        values, weights = None, []
-        for position, site in enumerate(bucket.holders):
-            own = contribute(bucket, site)
-            values = own.values if values is None else values.add_(own.values)
-            weights.append(own.weights)
-            sent = wire_elements(bucket.numel, len(bucket.holders), position)
-            _count_sum(self.counts[site], bucket, own, wire=own.values.element_size() * sent)
-        assert values is not None
-        return Contribution(values, sum_in_order(weights))
-
-    def gather(self, message: Callable[[int], bytes]) -> list[bytes]:
-        messages = [message(site) for site in self.sites]
-        for site, own in zip(self.sites, messages, strict=True):
-            _count_gather(self.counts[site], own, len(self.members))
-        return messages
-
-    def share(self, make: Callable[[], bytes]) -> bytes:
-        return make()
-
-    def fetch(self, items: Sequence[Item], read: Callable[[int, str], Tensor]) -> dict[str, Tensor]:
-        for item in items:
-            sent = 4 * torch.Size(item.shape).numel() * (len(self.members) - len(item.holders))
-            self.counts[item.holders[0]].add("evaluation", payload=sent, wire=sent)
-        return {item.name: read(item.holders[0], item.name) for item in items}
-
-    def close(self) -> None:
+    def close(self, reason: str = "") -> None:
         pass
 
 
@@ -173,13 +136,18 @@ class GlooTransport:
         members: sites that take part, ascending; the same at every member.
         site: this site.
         timeout_s: longest wait for a peer.
+        join_s: longest wait for all members to join, `timeout_s` by default.
         interface: network interface to use, such as eth0; by default the host name's address.
         prefix: name of this membership in the store; a name is used once.
         local_rank: which of the site's ranks this is; equal local ranks of all sites are peers.
+        place, hosts_store: see `Membership`.
 
     Raises:
-        SyncError: if the members do not meet within the timeout.
+        SyncError: if the members do not all join in time, or another process is this site.
+        ConfigError: if there is no such interface.
     """
+
+    remote = True
 
     def __init__(
         self,
@@ -188,238 +156,156 @@ class GlooTransport:
         site: int,
         *,
         timeout_s: float,
+        join_s: float | None = None,
         interface: str | None = None,
         prefix: str = "sync",
         local_rank: int = 0,
+        place: str = "",
+        hosts_store: bool = False,
     ) -> None:
         self.members = tuple(sorted(members))
         self.sites: tuple[int, ...] = (site,)
         self.counts = {site: ByteCounts()}
-        self._site = site
+        self._site, self._timeout_s = site, timeout_s
         self._rank = {member: rank for rank, member in enumerate(self.members)}
+        self._aborted = False
+        self._peers = [member for member in self.members if member != site]
         options = dist.ProcessGroupGloo._Options()
         options._timeout = timedelta(seconds=timeout_s)
-        options._devices = [_open_interface(interface)]
+        options._devices = [open_interface(interface)]
         prefixed = dist.PrefixStore(f"{prefix}/{local_rank}", store)
-        with _named("joining the other sites", hint=""):
-            self._group = dist.ProcessGroupGloo(
-                prefixed, self._rank[site], len(self.members), options
+        self._membership = Membership(
+            prefixed, self.members, site, place=place, hosts_store=hosts_store
+        )
+        end = time.monotonic() + (timeout_s if join_s is None else join_s)
+        try:
+            self._membership.join(end - time.monotonic())
+            rank, size = self._rank[site], len(self.members)
+            self._group = in_thread(
+                lambda: dist.ProcessGroupGloo(prefixed, rank, size, options),
+                timeout_s=end - time.monotonic(),
             )
+        except BaseException as error:
+            self._membership.tell(failure_text(error))
+            self._membership.leave()
+            if not isinstance(error, Exception):
+                raise
+            raise SyncError(f"joining the other sites failed: {one_line(error)}") from error
+        self._waits = PeerWaits(self._peers, abort=self._abort, timed_out=_timed_out)
 
-    def sum_over_holders(self, buckets: Sequence[Bucket], contribute: Contribute) -> Sums:
-        held = [bucket for bucket in buckets if self._site in bucket.holders]
-        sums = [BucketSum(b, self._site, contribute(b, self._site)) for b in held]
-        with _named("summing over the holders"):
-            # Every site sends its buckets in the plan's order, two messages a peer and bucket; a
-            # tag names the bucket and the message.
-            self._wait([w for s in sums for w in self._post(s.parts(), 4 * s.bucket.index)])
-            for own in sums:
-                own.add()
-            self._wait([w for s in sums for w in self._post(s.totals(), 4 * s.bucket.index + 2)])
-        for own in sums:
-            _count_sum(self.counts[self._site], own.bucket, own.contribution, wire=own.wire_bytes)
-        return {own.bucket.index: own.total() for own in sums}
-
-    def gather(self, message: Callable[[int], bytes]) -> list[bytes]:
-        own = message(self._site)
-        peers = [member for member in self.members if member != self._site]
-        lengths = {peer: torch.empty(1, dtype=torch.int64) for peer in peers}
-        with _named("exchanging messages"):
-            self._exchange(dict.fromkeys(peers, torch.tensor([len(own)])), lengths, 1 << 20)
-            parts = {p: torch.empty(int(lengths[p]), dtype=torch.uint8) for p in peers}
-            mine = torch.frombuffer(bytearray(own), dtype=torch.uint8) if own else torch.empty(0)
-            self._exchange(dict.fromkeys(peers, mine), parts, (1 << 20) + 1)
-        _count_gather(self.counts[self._site], own, len(self.members))
-        return [own if m == self._site else parts[m].numpy().tobytes() for m in self.members]
-
-    def share(self, make: Callable[[], bytes]) -> bytes:
-        first = self._site == self.members[0]
-        failure: FomoeError | None = None
-        answer = b""
-        if first:
-            try:
-                answer = b"+" + make()
-            except FomoeError as error:
-                failure, answer = error, b"-" + str(error).encode()
-        answer = self.gather(lambda _: answer)[0]
-        if failure is not None:
-            raise failure
-        if answer[:1] == b"-":
-            raise SyncError(f"site {self.members[0]}: {answer[1:].decode()}")
-        return answer[1:]
-
-    def fetch(self, items: Sequence[Item], read: Callable[[int, str], Tensor]) -> dict[str, Tensor]:
-        found, works, kept, sent = {}, [], [], 0
-        with _named("fetching experts for evaluation"):
-            for index, item in enumerate(items):
-                tag = (1 << 21) + index
-                if self._site not in item.holders:
-                    found[item.name] = torch.empty(item.shape)
-                    source = self._rank[item.holders[0]]
-                    works.append(self._group.recv([found[item.name]], source, tag))
-                    continue
-                found[item.name] = read(self._site, item.name)
-                if self._site == item.holders[0]:
-                    kept.append(found[item.name].detach().float().cpu().contiguous())
-                    for peer in self.members:
-                        if peer not in item.holders:
-                            works.append(self._group.send([kept[-1]], self._rank[peer], tag))
-                            sent += kept[-1].nbytes
-            for work in works:
-                work.wait()
-        self.counts[self._site].add("evaluation", payload=sent, wire=sent)
+    def move(self, what: str, messages: Sequence[Message]) -> list[Tensor | None]:
+        works: list[tuple[int, int, Tensor, Tensor]] = []
+        found: list[Tensor | None] = []
+        nothing = torch.empty(0)
+        for tag, message in enumerate(messages):
+            here = message.source == self._site, message.target == self._site
+            received = message.tensor if all(here) else None
+            if here == (True, False):
+                assert message.tensor is not None
+                works.append((message.target, tag, message.tensor, nothing))
+                _count_wire(self.counts, message)
+            elif here == (False, True):
+                received = message.into
+                if received is None:
+                    received = torch.empty(message.shape, dtype=message.dtype)
+                works.append((message.source, tag, nothing, received))
+            found.append(received)
+        self._exchange(what, works)
         return found
 
-    def _exchange(self, out: dict[int, Tensor], into: dict[int, Tensor], tag: int) -> None:
-        """Send and receive one message with every peer at once."""
-        self._wait(self._post([(peer, out[peer], into[peer]) for peer in into], tag))
+    def _exchange(self, what: str, messages: Iterable[tuple[int, int, Tensor, Tensor]]) -> None:
+        """Send and receive with all peers at once, and wait; empty tensors are not sent.
 
-    def _post(self, messages: Iterable[Message], tag: int) -> list[dist.Work]:
-        """Start messages; several with one peer take successive tags. Empty ones are not sent."""
-        works, used = [], Counter[int]()
-        for peer, out, into in messages:
-            own_tag = tag + used[peer]
-            used[peer] += 1
-            if into.numel():
-                works.append(self._group.recv([into], self._rank[peer], own_tag))
-            if out.numel():
-                works.append(self._group.send([out.contiguous()], self._rank[peer], own_tag))
+        Args:
+            messages: peer, tag, what is sent, what takes what is received.
+        """
+        if self._aborted:
+            raise SyncError(f"{what} failed: an earlier exchange failed")
+        works: dict[int, list[Pending]] = {peer: [] for peer in self._peers}
+        for peer, tag, out, into in messages:
+            try:
+                works[peer] += self._post(peer, tag, out, into)
+            except RuntimeError as error:  # the peer has left since the last exchange
+                failure = self._failure(what, [peer], error)
+                self._abort()
+                raise failure from error
+        self._waits.run(
+            {peer: own for peer, own in works.items() if own},
+            on_slow=lambda peers: self._say_slow(what, peers),
+            on_failure=lambda peers, error: self._failure(what, peers, error),
+        )
+
+    def _post(self, peer: int, tag: int, out: Tensor, into: Tensor) -> list[Pending]:
+        works, rank = [], self._rank[peer]
+        if into.numel():
+            works.append(self._group.recv([into], rank, tag))
+        if out.numel():
+            works.append(self._group.send([out.contiguous()], rank, tag))
         return works
 
-    @staticmethod
-    def _wait(works: list[dist.Work]) -> None:
-        for work in works:
-            work.wait()
+    def _say_slow(self, what: str, peers: list[int]) -> None:
+        names = self._membership.names(peers)
+        say(self._site, f"{what}: waiting for {names}, up to {self._timeout_s:g} s")
 
-    def close(self) -> None:
+    def _failure(self, what: str, peers: list[int], error: BaseException) -> SyncError:
+        names = self._membership.names(peers)
+        if _timed_out(error):
+            seen = f"no word from {names} within {self._timeout_s:g} s"
+        else:
+            seen = f"lost {names}: {one_line(error)}"
+        why = self._membership.explain(seen, lost=peers, patient=not _timed_out(error))
+        return SyncError(f"{what} failed: {why}")
+
+    def _abort(self) -> None:
+        """Fail every pending message, here and at the peers: a timeout of one closes them all."""
+        self._aborted = True
+        for peer in self._peers:
+            with suppress(RuntimeError):
+                never = self._group.recv([torch.empty(1)], self._rank[peer], _ABORT_TAG)
+                never.wait(timedelta(milliseconds=1))
+
+    def close(self, reason: str = "") -> None:
         """Leave the group: peers that still wait for this site fail now, not at their timeout."""
+        if reason:
+            self._membership.tell(reason)
+            self._abort()
+            self._membership.leave()
+        self._waits.close()
         # The connections close with the last reference to the group; shutdown alone leaves them.
         self._group.shutdown()
         del self._group
 
 
-def _count_sum(counts: ByteCounts, bucket: Bucket, own: Contribution, *, wire: int) -> None:
-    """One reduction: the values by their class, the weights as control."""
-    if len(bucket.holders) == 1:
-        return
-    kind = "expert" if bucket.expert_class else "shared"
-    counts.add(kind, payload=own.values.nbytes, wire=wire)
-    counts.add(
-        "control", payload=own.weights.nbytes, wire=own.weights.nbytes * (len(bucket.holders) - 1)
-    )
+def _count_wire(counts: dict[int, ByteCounts], message: Message) -> None:
+    assert message.tensor is not None
+    counts[message.source].add(message.kind, payload=0, wire=message.tensor.nbytes)
 
 
-def _count_gather(counts: ByteCounts, message: bytes, num_members: int) -> None:
-    """One message and its length, to every other member."""
-    size = len(message) + 8
-    counts.add("control", payload=size, wire=size * (num_members - 1))
-
-
-def _open_interface(interface: str | None) -> dist.ProcessGroupGloo.Device:
+def open_interface(interface: str | None) -> dist.ProcessGroupGloo.Device:
     """The network device that gloo listens on.
 
     Raises:
-        SyncError: if this machine has no such interface.
+        ConfigError: if this machine has no such interface.
     """
     try:
         if interface is None:
             return dist.ProcessGroupGloo.create_default_device()
         return dist.ProcessGroupGloo.create_device(interface=interface)
     except RuntimeError:
-        asked = f"--interface {interface}" if interface else "the host name's network address"
-        raise SyncError(f"{asked}: this machine has no such network interface") from None
+        if interface is None:
+            rule = "must name a network interface: this machine's host name has no address here"
+        else:
+            rule = "is no network interface of this machine"
+        raise ConfigError("--interface", interface or "", rule) from None
 
 
-@contextmanager
-def _named(what: str, hint: str = _NOT_COMMITTED) -> Iterator[None]:
-    """A failed exchange becomes one line that says what was being done; it is never swallowed."""
-    try:
-        yield
-    except (RuntimeError, dist.DistError) as error:
-        if isinstance(error, FomoeError):
-            raise
-        # Pending operations in the failed frames would keep the connections open after `close`.
-        traceback.clear_frames(error.__traceback__)
-        text = str(error).strip() or type(error).__name__
-        # gloo puts its source file before the reason and advice behind it.
-        reason = re.sub(r"^\[[^]]*\] *", "", text.splitlines()[0]).split(". This is")[0]
-        raise SyncError(f"{what} failed: {reason[:200]}{hint}") from error
+def failure_text(error: BaseException) -> str:
+    """Why a process stops, for the other sites."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return str(error) if isinstance(error, FomoeError) else f"{type(error).__name__}: {error}"
 
 
-# ----------------------------------------------------------------------------------------- launch
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Where this process stands in a distributed run; launch arguments, never config.
-
-    Attributes:
-        rank, world_size: from torchrun; (0, 1) for a proxy run.
-        local_rank: index on this machine, which chooses the accelerator.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-
-    @property
-    def distributed(self) -> bool:
-        return self.world_size > 1
-
-
-def launch_from_environment() -> Launch:
-    """Read what torchrun sets; without it the run is a proxy run."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return Launch()
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    try:
-        rank, world_size, local_rank = (int(os.environ.get(name, "0")) for name in names)
-    except ValueError:
-        raise FomoeError(
-            "RANK, WORLD_SIZE and LOCAL_RANK must be integers, as torchrun sets them"
-        ) from None
-    return Launch(rank, world_size, local_rank)
-
-
-@contextmanager
-def _patience(where: str, timeout_s: float) -> Iterator[None]:
-    """Say what a long silence is waiting for."""
-    text = f"waiting for the other sites at {where}, up to {timeout_s:g} s"
-    timer = threading.Timer(5.0, lambda: print(text, file=sys.stderr, flush=True))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def open_transport(
-    launch: Launch, num_sites: int, *, timeout_s: float, interface: str | None = None
-) -> Transport:
-    """A transport for this process: all sites in memory, or this site over gloo.
-
-    Raises:
-        SyncError: if torchrun started another number of ranks, or the sites do not meet.
-    """
-    if not launch.distributed:
-        return InMemoryTransport(range(num_sites))
-    if launch.world_size != num_sites:
-        raise SyncError(
-            f"{launch.world_size} processes were started, but num_sites is {num_sites}; "
-            f"start one per site"
-        )
-    _open_interface(interface)  # a wrong name is told before the wait for the other sites
-    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    question = "; are all sites started, and is this address open to them?"
-    with _named(f"meeting the other sites at {where}", hint=question), _patience(where, timeout_s):
-        store, rank, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return GlooTransport(
-        store,
-        range(num_sites),
-        rank,
-        timeout_s=timeout_s,
-        interface=interface,
-        prefix=f"attempt-{attempt}",
-    )
+def _timed_out(error: BaseException) -> bool:
+    """gloo's words for a wait that was too long; it closes all connections then."""
+    return "Timed out waiting" in str(error) or "Application timeout" in str(error)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fomoe.model.activation import swiglu_activation, swiglu_backward
 from fomoe.model.backends.base import Dispatch, Stacks, combine, compute_dtype
-from fomoe.model.matmul import ONEDNN, TORCH, Product, Products, choose_products
+from fomoe.model.matmul import TORCH, Product, Products, choose_products
 
 # Rows of a tile, unless one expert has more. From 512 to 8192 the times differ by a few per cent.
 TILE_ROWS = 2048
@@ -106,7 +106,7 @@ class Rows:
 
 
 def lay_out(dispatch: Dispatch, products: Products) -> Rows:
-    """Rows group by group, each expert's padded to its group's size or to one oneDNN has met."""
+    """Rows group by group, each expert's padded to its group's size."""
     counts = dispatch.counts
     groups = list(_groups(counts, products))
     tiles = list(_tiles(groups))
@@ -137,7 +137,7 @@ def _groups(counts: list[int], products: Products) -> Iterator[tuple[tuple[int, 
         if products is TORCH and 0 < count <= PAIR_ROWS:
             small.append(expert)
         elif count:
-            yield (expert,), padded_rows(count) if products is ONEDNN else count
+            yield (expert,), count
     small.sort(key=counts.__getitem__, reverse=True)
     while small:
         first = small.pop()
@@ -161,16 +161,6 @@ def _tiles(groups: list[tuple[tuple[int, ...], int]]) -> Iterator[tuple[slice, l
         rows += size
     if members:
         yield slice(start, start + rows), members
-
-
-def padded_rows(count: int) -> int:
-    """Rows that a product of `count` rows runs with on oneDNN: at most 3 % more, or up to 8.
-
-    oneDNN builds a kernel for every new size, which costs as much as the product; counts differ
-    at every step, so they are rounded up to few sizes.
-    """
-    step = max(8, 1 << (count.bit_length() - 6)) if count > 64 else 8
-    return -(-count // step) * step
 
 
 # --------------------------------------------------------------------------------------- products

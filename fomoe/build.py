@@ -1,0 +1,108 @@
+"""Building a run: device, data, sites, sync, and what it resumes from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from fomoe.config import Config
+from fomoe.data.dataset import Data, build_data
+from fomoe.errors import ConfigError
+from fomoe.hostmemory import keep_freed_memory
+from fomoe.parking import Parking, parks
+from fomoe.planning import RunPlan, plan_run
+from fomoe.report import Progress
+from fomoe.resume import resume
+from fomoe.run import Run
+from fomoe.rundir import compare_fingerprints, remove_run, write_run_files
+from fomoe.runlock import RunLock
+from fomoe.services import open_log
+from fomoe.site import Site
+from fomoe.summary import Totals
+from fomoe.sync.ddp import GradientSync
+from fomoe.sync.exchange import agreed, share
+from fomoe.sync.sync import Sync
+from fomoe.sync.transport import Transport
+
+
+def choose_device(name: str, local_rank: int) -> torch.device:
+    """The accelerator of this rank if there is one, else the CPU.
+
+    Raises:
+        ConfigError: if a device is asked for that this machine does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available():
+        name = f"cuda:{local_rank % torch.cuda.device_count()}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError):
+        raise ConfigError("--device", name, "is no device of this machine") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def build_run(
+    config: Config,
+    transport: Transport,
+    lock: RunLock,
+    *,
+    mode: str,
+    resume_round: int | None = None,
+    device: torch.device,
+    show: bool,
+) -> Run:
+    """Build data and sites, resume if asked; only then the folder is written to."""
+    run_dir = lock.run_dir
+    plan = plan_run(config)
+    if device.type == "cpu":
+        keep_freed_memory()
+
+    def read() -> Data:
+        kept_in = run_dir if mode == "resume" else None
+        return build_data(
+            config, transport.sites, tokenizer_dir=kept_in, share=partial(share, transport)
+        )
+
+    data = agreed(transport, read)
+    compare_fingerprints(data.fingerprints, transport)
+    sites, parkings = build_sites(config, plan, data, transport.sites, device)
+    kind = GradientSync if config.sync.average == "gradients" else Sync
+    sync = kind(plan, sites, transport, pin=device.type == "cuda")
+    progress = Progress(config, num_local_sites=len(sites), show=show and transport.sites[0] == 0)
+    if config.model.moe_layers:
+        progress.notes.append(f"experts: {sites[transport.sites[0]].expert_backend}")
+    if parkings:
+        progress.notes.append("waiting sites parked")
+    totals = {site: Totals() for site in sites}
+    run = Run(config, run_dir, plan, transport, data, sites, sync, progress, totals)
+    run.parkings = parkings
+    if mode == "resume":
+        resume(run, resume_round, show=show)
+        for parking in parkings.values():
+            parking.park()
+    run.log = open_log(config, run_dir, transport)
+    lock.began = True
+    if mode == "overwrite":  # before any site writes
+        agreed(transport, lambda: remove_run(run_dir))
+    agreed(transport, lambda: write_run_files(config, run_dir, data, transport))
+    return run
+
+
+def build_sites(
+    config: Config, plan: RunPlan, data: Data, own: Sequence[int], device: torch.device
+) -> tuple[dict[int, Site], dict[int, Parking]]:
+    """This process's sites; each is parked before the next is built, if they are to be parked."""
+    sites, parkings = {}, {}
+    parking = parks(config, [plan.memory[site] for site in own], device)
+    for site in own:
+        sites[site] = Site(plan, site, stream=data.streams[site], device=device)
+        if parking:
+            parkings[site] = Parking(sites[site], pin=device.type == "cuda")
+            parkings[site].park()
+    return sites, parkings

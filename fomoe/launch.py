@@ -1,0 +1,116 @@
+"""What the launch environment says: which site this process is, and where the others meet.
+
+torchrun, `launch/site.sh` and `launch/slurm.sbatch` set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR
+and MASTER_PORT. Everything is checked before any wait (no torch here): a wrong number would else
+leave the other sites waiting for a site that never comes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fomoe.errors import ConfigError
+
+_USE = "start one process per site with torchrun, launch/site.sh or launch/slurm.sbatch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Where this process stands in a distributed run; launch arguments, never config.
+
+    Attributes:
+        rank, world_size: this site and the number of sites; (0, 1) for a proxy run.
+        local_rank: index on this machine, which chooses the accelerator.
+        address, port: where the sites meet; site 0's, or those of torchrun's agent.
+        agent_store: torchrun's agent listens there, so site 0 need not.
+        attempt: how often torchrun has restarted the sites.
+        warning: one line about an environment that looks like a distributed launch and is none.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    address: str = ""
+    port: int = 0
+    agent_store: bool = False
+    attempt: str = "0"
+    warning: str = ""
+
+    @property
+    def distributed(self) -> bool:
+        return self.world_size > 1
+
+    @property
+    def where(self) -> str:
+        """The meeting point as a person writes it."""
+        host = f"[{self.address}]" if ":" in self.address else self.address
+        return f"{host}:{self.port}"
+
+
+def launch_from_environment(environment: Mapping[str, str] | None = None) -> Launch:
+    """Read and check what a launcher sets; without it the run is a proxy run.
+
+    Raises:
+        ConfigError: naming the variable, its value and the rule.
+    """
+    given = os.environ if environment is None else environment
+    if "RANK" not in given or "WORLD_SIZE" not in given:
+        return Launch(warning=_looks_distributed(given))
+    rank, world_size = _integer(given, "RANK"), _integer(given, "WORLD_SIZE")
+    local_rank = _integer(given, "LOCAL_RANK") if "LOCAL_RANK" in given else 0
+    if world_size < 1:
+        raise ConfigError("WORLD_SIZE", world_size, "must be at least 1")
+    for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank)):
+        if not 0 <= value < world_size:
+            rule = f"must be from 0 to {world_size - 1}: WORLD_SIZE is {world_size}"
+            raise ConfigError(name, value, rule)
+    if world_size == 1:
+        return Launch()
+    address = given.get("MASTER_ADDR", "").strip()
+    if not address:
+        raise ConfigError("MASTER_ADDR", "", f"must be set to site 0's address; {_USE}")
+    if not given.get("MASTER_PORT", "").strip():
+        raise ConfigError("MASTER_PORT", "", f"must be set to a port of site 0; {_USE}")
+    port = _integer(given, "MASTER_PORT")
+    if not 1 <= port <= 65535:
+        raise ConfigError("MASTER_PORT", port, "must be from 1 to 65535")
+    return Launch(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        address=address,
+        port=port,
+        agent_store=given.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        attempt=given.get("TORCHELASTIC_RESTART_COUNT", "0"),
+    )
+
+
+def site_label() -> str:
+    """Which site of a distributed run speaks, for a line on stderr; empty in a proxy run."""
+    try:
+        launch = launch_from_environment()
+    except ConfigError:
+        return ""
+    return f" (site {launch.rank})" if launch.distributed else ""
+
+
+def _integer(given: Mapping[str, str], name: str) -> int:
+    text = given[name].strip()
+    if not re.fullmatch(r"-?[0-9]{1,9}", text):
+        raise ConfigError(name, repr(text), "must be an integer, as torchrun sets it")
+    return int(text)
+
+
+def _looks_distributed(given: Mapping[str, str]) -> str:
+    """Why this proxy run may be meant as a distributed one; empty if nothing says so."""
+    alone = "this is a proxy run, which trains all sites in each process that is started"
+    for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
+        if name in given:
+            return f"{name} is set to {given[name]!r} but {other} is not: {alone}; {_USE}"
+    tasks = given.get("SLURM_NTASKS", "")
+    if "SLURM_PROCID" in given and tasks.isdecimal() and int(tasks) > 1:
+        return f"Slurm runs {tasks} tasks but RANK and WORLD_SIZE are not set: {alone}; {_USE}"
+    return ""

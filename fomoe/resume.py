@@ -1,0 +1,360 @@
+"""What a run saves, and the newest round that every site can go on from.
+
+Each site checks its whole part before any state is touched, and the sites agree: a round is loaded
+at all of them or at none, and what is wrong with a newer one is told with its site.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fomoe import checkpoint
+from fomoe.config import Config
+from fomoe.errors import CheckpointError, ConfigError
+from fomoe.remains import WAYS_OUT, by_site, choose_rounds, differences, look, parse_saved
+from fomoe.run import Run
+from fomoe.segments import Bucket
+from fomoe.site import learning_rate
+from fomoe.state import Layout, misfit, not_finite, of_kind
+from fomoe.summary import Totals
+from fomoe.sync.exchange import agreed, check_sites, gather
+from fomoe.sync.sync import replica_hashes
+from fomoe.sync.transport import Transport
+
+_MOST = 2**63  # no count in a checkpoint reaches it
+
+
+def resume(run: Run, asked: int | None, *, show: bool) -> None:
+    """Load the newest round that all sites can use, or start at round 0 where nothing is lost.
+
+    Args:
+        asked: take this round and no other.
+        show: print why this process's parts of newer rounds are refused.
+
+    Raises:
+        CheckpointError: at every site, if a run is there and cannot be continued.
+    """
+    config, fingerprints = run.config, run.data.fingerprints
+    # The folder is this run's now, and the data is known: what was found before may have changed.
+    remains = look(run.run_dir, config, run.transport, fingerprints)
+    choice = choose_rounds(remains, asked)
+    if choice.because:
+        run.progress.say(choice.because)
+        agreed(run.transport, lambda: remove_newer(run.run_dir, 0, run.sites))
+        return
+    replicas = [b for b in run.plan.plan.buckets if b.crosses]
+    found = find_round(
+        choice.rounds,
+        run.run_dir,
+        config,
+        run.transport,
+        fingerprints=fingerprints,
+        expected={site: expected_state(run, site) for site in run.sites},
+        replicas=replicas if config.sync.verify_replicas else [],
+    )
+    if found.round_idx > config.rounds:
+        rule = f"is below the {found.round_idx} rounds that {run.run_dir} has done"
+        raise ConfigError("rounds", config.rounds, rule)
+    values = agreed(run.transport, lambda: load_round(run, found.round_idx))
+    run.first_round = found.round_idx
+    for line in refusals(found, run.transport):
+        # Site 0 speaks of all sites; each other process of its own, where its user looks.
+        if run.transport.members[0] in run.transport.sites:
+            run.progress.say(line)
+        elif show:
+            print(line, file=sys.stderr, flush=True)
+    if change := horizon_change(values, config):
+        run.progress.say(change)
+    agreed(run.transport, lambda: remove_newer(run.run_dir, found.round_idx, run.sites))
+    run.progress.resumed(found.round_idx)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What one site's part must hold.
+
+    Attributes:
+        tensors, optional: tensors that must, and may, be there.
+        steps_per_round: inner steps of a round.
+        stream: the keys of the data stream's position.
+    """
+
+    tensors: Layout
+    optional: Layout
+    steps_per_round: int
+    stream: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """The newest round that every site can load.
+
+    Attributes:
+        round_idx: rounds done.
+        refused: newer rounds that were refused: what is wrong with them, by site.
+    """
+
+    round_idx: int
+    refused: dict[int, dict[int, str]]
+
+
+def find_round(
+    rounds: Sequence[int],
+    run_dir: Path,
+    config: Config,
+    transport: Transport,
+    *,
+    fingerprints: dict[str, str],
+    expected: Mapping[int, Expected],
+    replicas: Sequence[Bucket],
+) -> Found:
+    """The first of these rounds whose parts are whole, fit and finite at all sites.
+
+    Args:
+        rounds: to try, newest first; the same at all sites.
+        expected: by site of this process.
+        replicas: buckets whose replicas must be equal at all their holders.
+
+    Raises:
+        CheckpointError: at every site, if there is none; it names what is wrong at which site.
+    """
+    refused: dict[int, dict[int, str]] = {}
+    for round_idx in rounds:
+        own: dict[int, dict[str, Any]] = {}
+        for site in transport.sites:
+            try:
+                own[site] = _inspect(
+                    run_dir, round_idx, site, config, fingerprints, expected[site], replicas
+                )
+            except CheckpointError as error:
+                own[site] = {"problem": str(error), "replicas": {}}
+        messages = gather(transport, partial(_as_json, own))
+        answers = dict(zip(transport.members, map(json.loads, messages), strict=True))
+        problems = {site: a["problem"] for site, a in answers.items() if a["problem"]}
+        problems = problems or _differing(replicas, {s: a["replicas"] for s, a in answers.items()})
+        if not problems:
+            return Found(round_idx=round_idx, refused=refused)
+        refused[round_idx] = problems
+    reasons = [f"round {r}: {by_site(problems)}" for r, problems in refused.items()]
+    more = f"; and {len(reasons) - 3} older rounds" if len(reasons) > 3 else ""
+    which = "the checkpoint" if len(reasons) == 1 else "no checkpoint"
+    cannot = "cannot be used" if len(reasons) == 1 else "can be used"
+    raise CheckpointError(
+        f"run.dir {run_dir} cannot be resumed: {which} {cannot}: {'; '.join(reasons[:3])}{more}; "
+        f"{WAYS_OUT}"
+    )
+
+
+def _inspect(
+    run_dir: Path,
+    round_idx: int,
+    site: int,
+    config: Config,
+    fingerprints: dict[str, str],
+    expected: Expected,
+    replicas: Sequence[Bucket],
+) -> dict[str, Any]:
+    """What is wrong with one site's part, or nothing, and the hashes of its replicas."""
+    problem = checkpoint.check_part(run_dir, round_idx, site)
+    if problem:
+        raise CheckpointError(problem)
+    values = checkpoint.read_values(run_dir, round_idx, site)
+    differs = differences(values, config, fingerprints)
+    if differs:
+        raise CheckpointError(f"it is of another experiment: {differs}")
+    problem = wrong_value(values, round_idx, site, expected)
+    if problem:
+        raise CheckpointError(f"site-{site}.json: {problem}")
+    tensors = checkpoint.read_tensors(run_dir, round_idx, site)
+    problem = misfit(tensors, expected.tensors, optional=expected.optional)
+    name = not_finite(tensors)
+    if not problem and name:
+        problem = f"{name} is not finite"
+    if not problem:
+        problem = _wrong_random_state(tensors["rng"])
+    if problem:
+        raise CheckpointError(f"site-{site}.safetensors: {problem}")
+    own = of_kind(tensors, "param")
+    hashes = replica_hashes(replicas, site, lambda segment: own[segment.name])
+    return {"problem": "", "replicas": {str(i): digest.hex() for i, digest in hashes.items()}}
+
+
+def _as_json(own: dict[int, dict[str, Any]], site: int) -> bytes:
+    return json.dumps(own[site]).encode()
+
+
+def wrong_value(values: dict[str, Any], round_idx: int, site: int, expected: Expected) -> str:
+    """The first small value that a run cannot go on with; empty if all are right."""
+    known = {"round": round_idx, "step_idx": round_idx * expected.steps_per_round, "site": site}
+    for key, value in known.items():
+        own = values.get(key, value if key == "site" else None)  # older parts name no site
+        if type(own) is not int or own != value:
+            return f"{key} is {own!r:.40}, not {value}"
+    if not _are_counts(values.get("data"), expected.stream):
+        return "data is no position in the text"
+    if not _are_counts(values.get("totals"), Totals().state(), whole=False):
+        return "totals are no sums over rounds"
+    if not values["totals"]["train_s"]:
+        return "totals have no time of training"
+    counts = values.get("counts")
+    if not isinstance(counts, dict) or set(counts) != {"payload", "wire"}:
+        return "counts are no bytes by class"
+    if not all(isinstance(c, dict) and _are_counts(c, c) for c in counts.values()):
+        return "counts are no bytes by class"
+    loss = values.get("val_loss_local", "missing")
+    if loss is not None and type(loss) is not float:
+        return f"val_loss_local is {loss!r:.40}"
+    return ""
+
+
+def _are_counts(tree: Any, names: Iterable[str], *, whole: bool = True) -> bool:
+    """Whether a mapping has these names and numbers from 0 that can be counted with."""
+    return (
+        isinstance(tree, dict)
+        and set(tree) == set(names)
+        and all(
+            type(value) in (int, int if whole else float) and 0 <= value < _MOST
+            for value in tree.values()
+        )
+    )
+
+
+def _wrong_random_state(state: torch.Tensor) -> str:
+    try:
+        torch.Generator().set_state(state)
+    except (RuntimeError, TypeError) as error:
+        return f"rng is no random state: {str(error).splitlines()[0]}"
+    return ""
+
+
+def _differing(replicas: Sequence[Bucket], hashes: dict[int, dict[str, str]]) -> dict[int, str]:
+    """Sites whose replica of a bucket differs from that of its first holder."""
+    for bucket in replicas:
+        first, *others = bucket.holders
+        for site in others:
+            if hashes[site][str(bucket.index)] != hashes[first][str(bucket.index)]:
+                name = bucket.segments[0].parameter
+                return {site: f"its {name} is not that of site {first}: saved by another run"}
+    return {}
+
+
+def refusals(found: Found, transport: Transport) -> list[str]:
+    """A line per refused round: at the first site of all sites, else of this process's own."""
+    everyone = transport.members[0] in transport.sites
+    lines = []
+    for round_idx, problems in found.refused.items():
+        own = {s: p for s, p in problems.items() if everyone or s in transport.sites}
+        if own:
+            lines.append(f"checkpoint of round {round_idx} refused: {by_site(own)}")
+    return lines
+
+
+def remove_newer(run_dir: Path, round_idx: int, sites: Iterable[int]) -> None:
+    """Remove these sites' parts of rounds after this one: they are not of the history to come.
+
+    Only once every site has loaded this round. The newest go first, so that what a crash leaves is
+    still one history.
+
+    Raises:
+        CheckpointError: if one cannot be removed.
+    """
+    sites = list(sites)
+    for newer in checkpoint.saved_rounds(run_dir):
+        if newer > round_idx:
+            try:
+                checkpoint.remove_parts(run_dir, newer, sites)
+            except OSError as error:
+                reason = f"cannot be removed: {error.strerror or error}"
+                raise CheckpointError(f"{error.filename} {reason}") from None
+
+
+def horizon_change(values: dict[str, Any], config: Config) -> str:
+    """How the learning rate jumps where the schedule's horizon is not the saved one; or nothing."""
+    saved, step = parse_saved(values["config"]), values["step_idx"]
+    if saved is None or saved.schedule_steps == config.schedule_steps:
+        return ""
+    before = learning_rate(saved.inner, step, saved.schedule_steps)
+    now = learning_rate(config.inner, step, config.schedule_steps)
+    if before == now:
+        return ""
+    return (
+        f"the learning rate's schedule ends after {config.schedule_steps} steps, not after "
+        f"{saved.schedule_steps} as before: the next step takes {now:.3g} instead of {before:.3g}; "
+        f"inner.schedule_steps={saved.schedule_steps} keeps the old schedule"
+    )
+
+
+def expected_state(run: Run, site: int) -> Expected:
+    """What a part of this site must hold; `probe` is there once its model was evaluated."""
+    rng = torch.get_rng_state()
+    config, moe_layers = run.config, len(run.config.model.moe_layers)
+    first_batch = min(config.inner.batch_size, len(run.data.held_out)) * config.data.seq_len
+    probe = (moe_layers, first_batch if moe_layers else 0, config.model.top_k)
+    return Expected(
+        tensors={
+            **run.sites[site].state_layout(),
+            **run.sync.anchors.state_layout(site),
+            "rng": (tuple(rng.shape), rng.dtype),
+        },
+        optional={"probe": (probe, torch.int16)},
+        steps_per_round=config.local_steps,
+        stream=tuple(run.sites[site].stream.state()),
+    )
+
+
+def save_round(run: Run, rounds_done: int) -> None:
+    """Every site's part of a checkpoint; then the oldest are removed.
+
+    Raises:
+        CheckpointError: if a part cannot be written at a site.
+        SyncError: if a site's state is not finite; a poisoned round is never saved.
+    """
+    anchors = run.sync.anchors
+    check_sites(run.transport, lambda s: run.sites[s].divergence() or anchors.divergence(s))
+
+    def save() -> None:
+        for site_idx, site in run.sites.items():
+            tensors, values = site.state()
+            tensors |= anchors.state_of(site_idx)
+            tensors["rng"] = torch.get_rng_state()
+            if site_idx in run.probes:
+                tensors["probe"] = run.probes[site_idx]
+            values |= {
+                "round": rounds_done,
+                "site": site_idx,
+                "config": run.config.model_dump(mode="json"),
+                "fingerprints": run.data.fingerprints,
+                "totals": run.totals[site_idx].state(),
+                "counts": run.transport.counts[site_idx].state(),
+                "val_loss_local": run.local_losses.get(site_idx),
+            }
+            checkpoint.save_part(run.run_dir, rounds_done, site_idx, tensors, values)
+
+    agreed(run.transport, save)
+    keep = run.config.run.keep_checkpoints
+    checkpoint.remove_old(run.run_dir, rounds_done, keep, run.sites)
+
+
+def load_round(run: Run, round_idx: int) -> dict[str, Any]:
+    """Take over a round's state at this process's sites; returns the values of the last one."""
+    for site_idx, site in run.sites.items():
+        tensors = checkpoint.read_tensors(run.run_dir, round_idx, site_idx)
+        values = checkpoint.read_values(run.run_dir, round_idx, site_idx)
+        site.load_state(tensors, values)
+        run.sync.anchors.load_state_of(site_idx, tensors)
+        torch.set_rng_state(tensors["rng"])
+        run.totals[site_idx].load_state(values["totals"])
+        run.transport.counts[site_idx].load_state(values["counts"])
+        if "probe" in tensors:
+            run.probes[site_idx] = tensors["probe"]
+        if values["val_loss_local"] is not None:
+            run.local_losses[site_idx] = values["val_loss_local"]
+    return values

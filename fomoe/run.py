@@ -1,0 +1,45 @@
+"""Everything a run works with; the rounds, checkpoints and a resume read and change it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from fomoe.config import Config
+from fomoe.data.dataset import Data
+from fomoe.evaluate import MergedEvaluation
+from fomoe.parking import Parking
+from fomoe.planning import RunPlan
+from fomoe.report import Progress
+from fomoe.services import WandbLog
+from fomoe.site import Site
+from fomoe.summary import Counts, Totals
+from fomoe.sync.sync import Sync
+from fomoe.sync.transport import Transport
+
+
+@dataclass
+class Run:
+    """Everything a run works with; built once, then changed only by the rounds."""
+
+    config: Config
+    run_dir: Path
+    plan: RunPlan
+    transport: Transport
+    data: Data
+    sites: dict[int, Site]
+    sync: Sync
+    progress: Progress
+    totals: dict[int, Totals]
+    probes: dict[int, torch.Tensor] = field(default_factory=dict)
+    local_losses: dict[int, float] = field(default_factory=dict)
+    merged: MergedEvaluation | None = None
+    first_round: int = 0
+    parkings: dict[int, Parking] = field(default_factory=dict)  # of sites that park while waiting
+    counts_before: dict[int, Counts] = field(default_factory=dict)  # at the round's start
+    log: WandbLog | None = None
+
+    def parkings_of(self, site: int) -> list[Parking]:
+        return [self.parkings[site]] if site in self.parkings else []

@@ -1,0 +1,217 @@
+"""From a launch to a transport: reach the store at site 0's address, then join the others.
+
+Every wait here ends at the deadline of `sync.timeout_s` and at a signal; what can be wrong at this
+site alone is told before the first wait.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import socket
+import struct
+import time
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from fomoe.errors import ConfigError, SyncError
+from fomoe.launch import Launch
+from fomoe.sync import waiting
+from fomoe.sync.transport import GlooTransport, InMemoryTransport, Transport, open_interface
+from fomoe.sync.waiting import in_thread, one_line, say
+
+_CONNECT_S = 5.0  # longest wait for one attempt to connect
+_RETRY_S = 0.2
+_ANSWER_S = 30.0  # longest wait for the first answer of a store that is connected
+
+_SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
+
+# What getaddrinfo and connect call an address: family and socket address.
+Address = tuple[int, Any]
+
+
+def open_transport(
+    launch: Launch, num_sites: int, *, timeout_s: float, interface: str | None = None
+) -> Transport:
+    """A transport for this process: all sites in memory, or this site over gloo.
+
+    Raises:
+        ConfigError: if the launch does not fit the config or this machine.
+        SyncError: if the sites do not all join within `timeout_s`.
+    """
+    if not launch.distributed:
+        return InMemoryTransport(range(num_sites))
+    if launch.world_size != num_sites:
+        raise ConfigError(
+            "WORLD_SIZE", launch.world_size, f"must be num_sites, {num_sites}: start one per site"
+        )
+    open_interface(interface)
+    end = time.monotonic() + timeout_s
+    addresses = resolve(launch.address, launch.port, timeout_s)
+    hosts_store = launch.rank == 0 and not launch.agent_store
+    if hosts_store:
+        store, own = host_store(launch, addresses, interface)
+    else:
+        store, own = reach_store(launch, addresses, timeout_s)
+    try:
+        return GlooTransport(
+            store,
+            range(num_sites),
+            launch.rank,
+            timeout_s=timeout_s,
+            join_s=end - time.monotonic(),
+            interface=interface,
+            prefix=f"attempt-{launch.attempt}",
+            place=f"{socket.gethostname()}, {own}",
+            hosts_store=hosts_store,
+        )
+    except SyncError as error:
+        raise SyncError(f"{error} (the sites meet at {launch.where})") from error
+
+
+def resolve(name: str, port: int, timeout_s: float) -> list[Address]:
+    """Addresses that a name stands for.
+
+    Raises:
+        ConfigError: if it stands for none.
+    """
+    try:
+        found = in_thread(
+            lambda: socket.getaddrinfo(name, port, type=socket.SOCK_STREAM), timeout_s=timeout_s
+        )
+    except (OSError, UnicodeError, TimeoutError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError("MASTER_ADDR", name, f"cannot be resolved: {reason}") from None
+    return [(family, address) for family, _, _, _, address in found]
+
+
+def host_store(
+    launch: Launch, addresses: list[Address], interface: str | None
+) -> tuple[dist.Store, str]:
+    """Listen for the other sites, on the interface alone if the address is the interface's.
+
+    Returns:
+        The store, and this site's address.
+
+    Raises:
+        ConfigError: if the port is taken, or the address does not lead to this machine.
+    """
+    inside = [(f, a) for f, a in addresses if a[0] in interface_addresses(interface)]
+    if interface is not None and not inside:
+        say(
+            launch.rank,
+            f"MASTER_ADDR {launch.address} is no address of --interface {interface}, so the "
+            f"sites' store listens on all addresses of this machine",
+        )
+    try:
+        listener = _listen(inside[0] if inside else None, launch.port)
+    except OSError as error:
+        rule = f"cannot be opened on this machine: {error.strerror}"
+        if error.errno == errno.EADDRINUSE:
+            rule = "is in use on this machine: is another run, or another site 0, started here?"
+        raise ConfigError("MASTER_PORT", launch.port, rule) from None
+    with listener:
+        own, reason = _connect(addresses)
+        if not own:
+            rule = f"does not lead to this machine, which is site 0: {reason}"
+            raise ConfigError("MASTER_ADDR", launch.address, rule)
+        return _open_store(launch, listener.detach()), own
+
+
+def reach_store(
+    launch: Launch, addresses: list[Address], timeout_s: float
+) -> tuple[dist.Store, str]:
+    """Connect to the store at site 0, which may start later than this site.
+
+    Returns:
+        The store, and the address of this site that it is reached from.
+
+    Raises:
+        SyncError: at the timeout.
+    """
+    started, said = time.monotonic(), False
+    while True:
+        own, reason = _connect(addresses)
+        if own:
+            return _open_store(launch, None), own
+        waited = time.monotonic() - started
+        if waited > timeout_s:
+            raise SyncError(
+                f"no answer from site 0 at {launch.where} within {timeout_s:g} s ({reason}); is "
+                f"site 0 started, and is this address open to this site?"
+            )
+        if waited > waiting.PATIENCE_S and not said:
+            said = True
+            text = f"waiting for site 0 at {launch.where} ({reason}), up to {timeout_s:g} s"
+            say(launch.rank, text)
+        time.sleep(_RETRY_S)
+
+
+def interface_addresses(interface: str | None) -> set[str]:
+    """IPv4 and IPv6 addresses of a network interface of this machine, as Linux lists them."""
+    found: set[str] = set()
+    if interface is None:
+        return found
+    request = struct.pack("256s", interface.encode()[:15])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
+        found.add(socket.inet_ntoa(answer[20:24]))
+    with suppress(OSError):
+        for line in Path("/proc/net/if_inet6").read_text().splitlines():
+            digits, *_, name = line.split()
+            if name == interface:
+                found.add(socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits)))
+    return found
+
+
+def _listen(address: Address | None, port: int) -> socket.socket:
+    if address is not None:
+        family, place = address
+        return socket.create_server(place, family=family)
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    return socket.create_server(("", port), family=family, dualstack_ipv6=both)
+
+
+def _connect(addresses: list[Address]) -> tuple[str, str]:
+    """Try to connect once; returns the own address, or nothing and the reason."""
+    reason = ""
+    for family, place in addresses:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.settimeout(_CONNECT_S)  # Python's own wait, which a signal ends
+            try:
+                probe.connect(place)
+                return probe.getsockname()[0], ""
+            except OSError as error:
+                reason = error.strerror or str(error)
+    return "", reason
+
+
+def _open_store(launch: Launch, listener: int | None) -> dist.Store:
+    """torch's store, of whose server it is known that it listens.
+
+    Raises:
+        SyncError: if what listens there is no store.
+    """
+    limit = timedelta(seconds=_ANSWER_S)
+    try:
+        return in_thread(
+            lambda: dist.TCPStore(
+                launch.address,
+                launch.port,
+                None,
+                listener is not None,
+                limit,
+                wait_for_workers=False,
+                master_listen_fd=listener,
+            ),
+            timeout_s=_ANSWER_S,
+        )
+    except (RuntimeError, TimeoutError) as error:
+        raise SyncError(
+            f"what listens at {launch.where} does not answer as a run of FoMoE: {one_line(error)}"
+        ) from None

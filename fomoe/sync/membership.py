@@ -1,0 +1,181 @@
+"""Who takes part: each site claims its place in a store, and the first to fail says why there.
+
+The store only brings the sites together and keeps the first failure; exchanges do not need it. It
+lives at site 0 or in torchrun's agent, so what that process takes with it is not known elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch.distributed as dist
+
+from fomoe.errors import SyncError
+from fomoe.sync import waiting
+
+T = TypeVar("T")
+
+_POLL_S = 0.05
+_ANSWER_S = 1.0  # longest wait for the store's answer after a failure
+_GRACE_S = 0.5  # time for a site that has closed its connections to have said why, and to be read
+_FIRST, _LEFT = "first failure", "left"
+
+
+class Failure(NamedTuple):
+    """Why a site stopped, in its own words."""
+
+    site: int
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} stopped: {self.reason}"
+
+
+class Membership:
+    """This site's place among the members of one run.
+
+    Args:
+        store: a torch.distributed store that all members reach; its keys serve one membership.
+        members: sites that take part, ascending; the same at every member.
+        site: this site.
+        place: where this site is (host name, address), for messages at other sites.
+        hosts_store: the store ends with this process.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        members: Sequence[int],
+        site: int,
+        *,
+        place: str = "",
+        hosts_store: bool = False,
+    ) -> None:
+        self.members, self.site = tuple(members), site
+        self._store, self._hosts_store = store, hosts_store
+        self._places = {site: place}
+        self._joined = False
+
+    def names(self, sites: Iterable[int]) -> str:
+        """Sites with their places, where they are known."""
+        return ", ".join(_name(site, self._places.get(site, "")) for site in sites)
+
+    def join(self, timeout_s: float) -> None:
+        """Claim this site's place and wait until every member has claimed its own.
+
+        Raises:
+            SyncError: at once, if another process is this site, if the members do not agree on who
+                they are, or if one of them fails; else at the timeout, naming who is missing.
+        """
+        started, said, seconds = time.monotonic(), False, f"{round(timeout_s, 1):g} s"
+        self._claim(timeout_s)
+        keys = [_key(member) for member in self.members]
+        while not self._ask(lambda: self._store.check(keys), timeout_s):
+            failure = self._ask(self._told, timeout_s)
+            if failure is not None:
+                raise SyncError(str(failure))
+            waited = time.monotonic() - started
+            if waited > timeout_s:
+                raise SyncError(
+                    f"{self._missing(timeout_s)} did not join within {seconds}; are all sites "
+                    f"started, and is the address where they meet open to them?"
+                )
+            if waited > waiting.PATIENCE_S and not said:
+                said = True
+                missing = self._missing(timeout_s)
+                waiting.say(self.site, f"waiting for {missing} to join, up to {seconds}")
+            time.sleep(_POLL_S)
+        claims = self._ask(lambda: [self._store.get(key) for key in keys], timeout_s)
+        self._places = {m: json.loads(c)[0] for m, c in zip(self.members, claims, strict=True)}
+
+    def explain(self, seen: str, *, lost: Sequence[int], patient: bool) -> str:
+        """What stopped the run, as far as is known here.
+
+        Args:
+            seen: what this site saw; it is told to the others if nothing was told before.
+            lost: the sites that it names.
+            patient: give a site that has closed its connections a moment to have said why.
+        """
+        failure = None
+        end = time.monotonic() + (_GRACE_S if patient else 0.0)
+        try:
+            while failure is None and time.monotonic() < end:
+                failure = self._ask(self._told, _ANSWER_S)
+                time.sleep(_POLL_S)
+            failure = failure or self._tell(seen)
+        except SyncError:  # the store has gone with its process
+            return seen
+        if failure.site == self.site:
+            return seen
+        return str(failure) if failure.site in lost else f"{seen}; first, {failure}"
+
+    def leave(self, reason: str = "") -> None:
+        """Tell the others why this site stops before the run's end."""
+        if not self._joined or not reason:
+            return
+        try:
+            self._tell(reason)
+            left = self._ask(lambda: self._store.add(_LEFT, 1), _ANSWER_S)
+            end = time.monotonic() + _GRACE_S
+            while self._hosts_store and left < len(self.members) and time.monotonic() < end:
+                time.sleep(_POLL_S)
+                left = self._ask(lambda: self._store.add(_LEFT, 0), _ANSWER_S)
+        except SyncError:
+            return  # the store has gone with its process: nobody can be told
+
+    def _claim(self, timeout_s: float) -> None:
+        everyone = ",".join(map(str, self.members))
+        first = self._set_once("members", everyone, timeout_s)
+        if first != everyone:
+            raise SyncError(
+                f"site {self.site} was started as one of {len(self.members)} sites, but the first "
+                f"to join as one of {first.count(',') + 1}; is another run there?"
+            )
+        own = json.dumps([self._places[self.site], uuid.uuid4().hex])
+        holder = self._set_once(_key(self.site), own, timeout_s)
+        if holder != own:
+            raise SyncError(
+                f"{_name(self.site, json.loads(holder)[0])} has joined already: is another run "
+                f"there, or are two processes started as site {self.site}?"
+            )
+        self._joined = True
+
+    def _missing(self, timeout_s: float) -> str:
+        present = self._ask(
+            lambda: [member for member in self.members if self._store.check([_key(member)])],
+            timeout_s,
+        )
+        return self.names(member for member in self.members if member not in present)
+
+    def _tell(self, reason: str) -> Failure:
+        own = [self.site, self.names([self.site]), reason[:1000]]
+        return Failure(*json.loads(self._set_once(_FIRST, json.dumps(own), _ANSWER_S)))
+
+    def _told(self) -> Failure | None:
+        there = self._store.check([_FIRST])
+        return Failure(*json.loads(self._store.get(_FIRST))) if there else None
+
+    def _set_once(self, key: str, value: str, timeout_s: float) -> str:
+        """Set a key that nobody has set; returns the value that it has then."""
+        return self._ask(lambda: self._store.compare_set(key, "", value), timeout_s).decode()
+
+    def _ask(self, call: Callable[[], T], timeout_s: float) -> T:
+        try:
+            return waiting.in_thread(call, timeout_s=timeout_s)
+        except (RuntimeError, TimeoutError) as error:
+            raise SyncError(
+                f"the sites' store does not answer: {waiting.one_line(error)}"
+            ) from None
+
+
+def _key(site: int) -> str:
+    return f"site {site}"
+
+
+def _name(site: int, place: str) -> str:
+    return f"site {site} ({place})" if place else f"site {site}"

@@ -1,0 +1,184 @@
+"""Waits that Ctrl-C and SIGTERM end, and that say whom they wait for.
+
+Python handles a signal between two steps of the main thread only, and a wait of torch is one step
+of up to `sync.timeout_s`. So these waits run in threads, and the main thread waits in Python.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
+
+PATIENCE_S = 10.0  # a longer wait prints a line that names whom it waits for
+_CLOSING_S = 5.0  # longest wait for threads whose messages were made to fail
+_CALL = "call that may block"
+
+
+def in_thread(call: Callable[[], T], *, timeout_s: float) -> T:
+    """Run a call that may block outside Python; a signal ends the wait at once.
+
+    Raises:
+        TimeoutError: if the call is not back in time. It goes on in its thread.
+        Exception: what the call raises.
+    """
+    answers: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            answers.put((call(), None))
+        except BaseException as error:
+            answers.put((None, error))
+
+    threading.Thread(target=run, name=_CALL, daemon=True).start()
+    try:
+        answer, error = answers.get(timeout=max(timeout_s, 0.0))
+    except Empty:
+        raise TimeoutError(f"no answer within {timeout_s:g} s") from None
+    if error is not None:
+        raise error
+    return answer  # type: ignore[return-value]
+
+
+def leave_if_blocked(status: int) -> int:
+    """Return the status; end the process with it if a call of `in_thread` is still blocked.
+
+    An interpreter that is taken down while torch is in a call may abort or hang.
+    """
+    if any(thread.name == _CALL for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+class Pending(Protocol):
+    """A message that is on its way (a Work of torch.distributed)."""
+
+    def wait(self) -> object: ...
+
+
+class PeerWaits:
+    """Waits for messages, with one thread per peer, so that each peer is known by its own failure.
+
+    Args:
+        peers: sites that messages are exchanged with.
+        abort: makes every pending message fail, so that no thread stays blocked.
+        timed_out: whether an error is this site's own timeout, which fails all pending messages.
+    """
+
+    def __init__(
+        self,
+        peers: list[int],
+        *,
+        abort: Callable[[], None],
+        timed_out: Callable[[BaseException], bool],
+    ) -> None:
+        self._abort, self._timed_out = abort, timed_out
+        self._patience_s = PATIENCE_S
+        self._results: SimpleQueue[tuple[int, BaseException | None]] = SimpleQueue()
+        self._todo: dict[int, SimpleQueue[list[Pending] | None]] = {}
+        for peer in peers:
+            self._todo[peer] = SimpleQueue()
+            threading.Thread(
+                target=_wait_for_peer,
+                args=(peer, self._todo[peer], self._results),
+                name=f"messages with site {peer}",
+                daemon=True,
+            ).start()
+
+    def run(
+        self,
+        works: dict[int, list[Pending]],
+        *,
+        on_slow: Callable[[list[int]], None],
+        on_failure: Callable[[list[int], BaseException], BaseException],
+    ) -> None:
+        """Return when all messages have crossed.
+
+        Args:
+            works: messages by peer.
+            on_slow: called once in a long wait, with the sites that are waited for.
+            on_failure: called with the sites that failed and the first error, while the other
+                connections are still open; returns what is raised.
+
+        Raises:
+            BaseException: what `on_failure` returned, or a signal's exception. All messages have
+                failed then, at the peers as well.
+        """
+        started, waiting, said = time.monotonic(), set(works), False
+        for peer, own in works.items():
+            self._todo[peer].put(own)
+        try:
+            while waiting:
+                left = started + self._patience_s - time.monotonic()
+                try:
+                    peer, error = self._results.get(timeout=None if said else max(left, 0.0))
+                except Empty:
+                    said = True
+                    on_slow(sorted(waiting))
+                    continue
+                waiting.remove(peer)
+                if error is not None:
+                    late = self._collect(waiting) if self._timed_out(error) else []
+                    raise on_failure(sorted([peer, *late]), error)
+        except BaseException:
+            self._abort()
+            self._collect(waiting)
+            raise
+        # Another wait as long as this one, which ended well, is not worth a line.
+        self._patience_s = max(self._patience_s, 1.5 * (time.monotonic() - started))
+
+    def close(self) -> None:
+        """End the threads."""
+        for todo in self._todo.values():
+            todo.put(None)
+
+    def _collect(self, waiting: set[int]) -> list[int]:
+        """Wait for threads that are about to end their waits; returns the peers that failed."""
+        failed = []
+        while waiting:
+            try:
+                peer, error = self._results.get(timeout=_CLOSING_S)
+            except Empty:
+                break
+            waiting.remove(peer)
+            if error is not None:
+                failed.append(peer)
+        return failed
+
+
+def _wait_for_peer(
+    peer: int,
+    todo: SimpleQueue[list[Pending] | None],
+    results: SimpleQueue[tuple[int, BaseException | None]],
+) -> None:
+    while (works := todo.get()) is not None:
+        failure: BaseException | None = None
+        try:
+            while works:
+                works.pop(0).wait()
+        except BaseException as error:
+            # Frames would keep the messages, and so the connection, for as long as the error lives.
+            failure = error.with_traceback(None)
+        works.clear()
+        results.put((peer, failure))
+
+
+def say(site: int, text: str) -> None:
+    """One line of a site on stderr."""
+    print(f"site {site}: {text}", file=sys.stderr, flush=True)
+
+
+def one_line(error: BaseException) -> str:
+    """An error in one line: of gloo's and the store's, the line that says what happened."""
+    text = str(error).strip() or type(error).__name__
+    # gloo puts its source file before the reason and advice behind it.
+    return re.sub(r"^\[[^]]*\] *", "", text.splitlines()[0]).split(". This is")[0][:300]
