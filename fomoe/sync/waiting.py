@@ -6,7 +6,6 @@ of up to `sync.timeout_s`. So these waits run in threads, and the main thread wa
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import threading
@@ -47,16 +46,9 @@ def in_thread(call: Callable[[], T], *, timeout_s: float) -> T:
     return answer  # type: ignore[return-value]
 
 
-def leave_if_blocked(status: int) -> int:
-    """Return the status; end the process with it if a call of `in_thread` is still blocked.
-
-    An interpreter that is taken down while torch is in a call may abort or hang.
-    """
-    if any(thread.name == _CALL for thread in threading.enumerate()):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    return status
+def is_blocked() -> bool:
+    """Whether a call of `in_thread` is not back."""
+    return any(thread.name == _CALL for thread in threading.enumerate())
 
 
 class Pending(Protocol):
