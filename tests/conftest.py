@@ -18,12 +18,14 @@ from torch import Tensor
 
 from fomoe.config import Config, build_config, set_option
 from fomoe.data.dataset import Data
-from fomoe.planning import plan_run
+from fomoe.planning import RunPlan, plan_run
+from fomoe.run import Run
 from fomoe.site import Site
 from fomoe.summary import Totals
-from fomoe.sync.outer import OuterOptimizer
+from fomoe.sync.ddp import GradientSync
+from fomoe.sync.sync import Sync
 from fomoe.sync.transport import GlooTransport, InMemoryTransport, Transport
-from fomoe.train import Run, run_local_steps, synchronize, verify_replicas
+from fomoe.train import run_local_steps, synchronize
 
 torch.set_num_threads(1)
 # Optimizers import it at their first step, which two threads must not do at once.
@@ -148,17 +150,22 @@ def make_run(config: Config, transport: Transport | None = None) -> Run:
         transport=transport,
         data=data,
         sites=sites,
-        outer=OuterOptimizer(config, plan.plan, sites),
+        sync=make_sync(plan, sites, transport),
         progress=Silent(),  # type: ignore[arg-type]
         totals={site: Totals() for site in sites},
     )
+
+
+def make_sync(plan: RunPlan, sites: dict[int, Site], transport: Transport) -> Sync:
+    kind = GradientSync if plan.config.sync.average == "gradients" else Sync
+    return kind(plan, sites, transport)
 
 
 def one_round(run: Run, round_idx: int = 0) -> dict[int, str]:
     """Local steps and a sync, as in training; returns the replica hashes."""
     run_local_steps(run, round_idx)
     synchronize(run)
-    return verify_replicas(run)
+    return run.sync.check_replicas()
 
 
 def parameters_of(run: Run) -> dict[tuple[int, str], Tensor]:
@@ -177,7 +184,7 @@ def named_view(site: Site, name: str) -> Tensor:
 
 
 def anchors_of(run: Run) -> dict[str, Tensor]:
-    return {name: anchor.detach().clone() for name, anchor in run.outer.anchors.items()}
+    return {name: anchor.detach().clone() for name, anchor in run.sync.anchors.values.items()}
 
 
 def assert_same_bits(left: Mapping[Any, Tensor], right: Mapping[Any, Tensor]) -> None:

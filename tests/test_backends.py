@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from conftest import assert_same_bits, make_run, make_site, one_round, parameters_of, tiny_config
 from torch import Tensor
 
-from fomoe.checkpoint import flatten, unflatten
 from fomoe.config import Config
 from fomoe.errors import ConfigError
 from fomoe.model import matmul
@@ -290,7 +289,7 @@ def test_backends_train_alike_and_hold_the_same_names() -> None:
     ]
     for site in sites:
         site.run_local_steps(4, lambda _: None)
-    left, right = (flatten(site.state()[0]) for site in sites)
+    left, right = (site.state()[0] for site in sites)
     assert left.keys() == right.keys()
     for name, value in left.items():
         torch.testing.assert_close(value, right[name], rtol=1e-4, atol=1e-5)
@@ -300,13 +299,13 @@ def test_state_returns_to_a_stacked_site() -> None:
     site = make_site(grouped(), seed=5)
     site.run_local_steps(2, lambda _: None)
     tensors, values = site.state()
-    saved = {name: tensor.clone() for name, tensor in flatten(tensors).items()}
+    saved = {name: tensor.clone() for name, tensor in tensors.items()}
     site.run_local_steps(2, lambda _: None)
-    site.load_state(unflatten(saved), values)
-    assert_same_bits(saved, flatten(site.state()[0]))
+    site.load_state(saved, values)
+    assert_same_bits(saved, site.state()[0])
     fresh = make_site(grouped(), seed=6)
-    fresh.load_state(unflatten(saved), values)
-    assert_same_bits(saved, flatten(fresh.state()[0]))
+    fresh.load_state(saved, values)
+    assert_same_bits(saved, fresh.state()[0])
 
 
 def test_a_round_with_stacked_parameters_equals_one_with_split() -> None:

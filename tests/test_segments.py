@@ -10,7 +10,6 @@ import torch
 from conftest import LAYOUTS, all_good, make_run, one_round, over_gloo, tiny_config
 from torch import Tensor
 
-from fomoe.checkpoint import flatten
 from fomoe.memory import SiteMemory, site_memory
 from fomoe.model.transformer import Transformer
 from fomoe.placement import Placement, cyclic
@@ -224,13 +223,13 @@ def nbytes(tensors) -> int:
 def counted_memory(run, site: int) -> SiteMemory:
     """Bytes of the objects that a site's process keeps after a round."""
     own = run.sites[site]
-    outer = run.outer.optimizer
+    outer = run.sync.anchors.optimizer
     return SiteMemory(
         parameters=nbytes(own.model.parameters()),
         gradients=nbytes(p.grad for p in own.model.parameters()),
         inner_optimizer=nbytes(v for s in own.optimizer.state.values() for v in s.values()),
         anchor=nbytes(p for group in outer.param_groups for p in group["params"])
-        if run.outer.anchors
+        if run.sync.anchors.values
         else 0,
         outer_optimizer=nbytes(v for s in outer.state.values() for v in s.values()),
     )
@@ -284,11 +283,11 @@ def test_absent_experts_have_no_bytes_anywhere(layout):
         run = make_run(config, transport)
         one_round(run)
         own = run.sites[site]
-        saved = flatten(own.state()[0]) | flatten(run.outer.state_of(site))
+        saved = own.state()[0] | run.sync.anchors.state_of(site)
         built = own.model.state_dict() | dict(own.model.named_buffers())
         largest = max(config.model.num_experts, config.vocab_size) * config.model.d_model
         found = set()
-        for name, tensor in {**saved, **built, **run.outer.anchors}.items():
+        for name, tensor in {**saved, **built, **run.sync.anchors.values}.items():
             if name.endswith((".experts.gate_up", ".experts.down")):
                 ids = own.model.get_submodule(name.rpartition(".")[0]).ids
                 assert len(tensor) == len(ids)

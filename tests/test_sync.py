@@ -28,6 +28,8 @@ from conftest import (
     assert_same_bits,
     make_run,
     make_site,
+    make_sync,
+    named_view,
     one_round,
     over_gloo,
     parameters_of,
@@ -35,24 +37,16 @@ from conftest import (
 )
 from torch import Tensor
 
-from fomoe.errors import ConfigError, SyncError
+from fomoe.errors import ConfigError, FomoeError, SyncError
 from fomoe.planning import plan_run
-from fomoe.segments import Bucket, Plan, Segment, sync_traffic, wire_elements
-from fomoe.sync.aggregate import (
-    Contribution,
-    RoundCounts,
-    build_contribution,
-    mean_over_holders,
-    split_bucket,
-)
-from fomoe.sync.outer import (
-    OuterOptimizer,
-    average_gradients,
-    average_pseudo_gradients,
-    check_replicas,
-)
-from fomoe.sync.transport import InMemoryTransport, Item, check_agreement
-from fomoe.train import Run, run_local_steps, synchronize, verify_replicas
+from fomoe.run import Run
+from fomoe.segments import Bucket, Plan, RoundCounts, Segment, sync_traffic, wire_elements
+from fomoe.state import entry
+from fomoe.sync.buckets import Contribution, split_bucket
+from fomoe.sync.exchange import Item, check_sites, fetch, gather, mean_over_holders, share
+from fomoe.sync.sync import Prepared
+from fomoe.sync.transport import GlooTransport, InMemoryTransport, Transport
+from fomoe.train import run_local_steps, synchronize
 
 PLAIN_MEAN = {"outer.lr": 1.0, "outer.momentum": 0.0, "sync.weight": "uniform"}
 
@@ -78,12 +72,17 @@ def move_randomly(run: Run, scale: float = 0.1) -> None:
 
 
 def means_by_segment(run: Run, counts: dict[int, RoundCounts]) -> dict[str, Tensor]:
-    means = average_pseudo_gradients(run.config, run.plan.plan, run.outer, run.transport, counts)
+    means = run.sync.exchange(prepared(run, counts)).means
     found = {}
-    for bucket in run.plan.plan.buckets:
+    for bucket in run.sync.buckets:
         if bucket.index in means:
             found |= split_bucket(bucket, means[bucket.index])
     return found
+
+
+def prepared(run: Run, counts: dict[int, RoundCounts]) -> Prepared:
+    """A round that ended with these counts."""
+    return Prepared({site: own.end_round() for site, own in run.sites.items()}, counts)
 
 
 def segments_of(plan: Plan) -> list[Segment]:
@@ -100,12 +99,11 @@ def test_rule_1_one_reduction_per_bucket_and_no_holder_set_twice(layout):
     run = make_run(config)
     reduced: list[Bucket] = []
 
-    class Watching(InMemoryTransport):
-        def sum_over_holders(self, buckets, contribute):
-            reduced.extend(buckets)
-            return super().sum_over_holders(buckets, contribute)
+    def watch(buckets, contribute, real=run.sync.reduce):
+        reduced.extend(buckets)
+        return real(buckets, contribute)
 
-    run.transport = Watching(range(config.num_sites))
+    run.sync.reduce = watch
     average_gradients_or_parameters(run)
     keys = [(b.expert_class, b.holders, b.trainers) for b in reduced]
     assert len(set(keys)) == len(keys)
@@ -161,44 +159,51 @@ def test_rule_2_the_mean_is_over_contributors_and_everyone_who_holds_receives(la
                 weight = 1.0 if executed else 0.0
             elif rule == "tokens":
                 weight = float(executed)
-            cut = slice(segment.start, segment.stop)
-            local = run.sites[site].parameters[segment.parameter].detach()[cut]
-            total += weight * (before[site, segment.parameter][cut] - local).double()
+            local = run.sites[site].view(segment)
+            total += weight * (before[site, segment.name] - local).double()
             weights += weight
         expected = total / weights if weights else torch.zeros_like(total)
         torch.testing.assert_close(means[segment.name].double(), expected, rtol=1e-5, atol=1e-7)
         if segment.expert_class and rule != "uniform" and (segment.layer, segment.expert) == unused:
             assert (means[segment.name] == 0).all()
         checked += segment.numel
-    assert checked == sum(b.numel for b in run.outer.buckets)
+    assert checked == sum(b.numel for b in run.sync.buckets)
 
 
 def test_rule_2_a_site_whose_expert_saw_no_token_does_not_dilute_but_receives():
     config = tiny_config(num_sites=2, placement__replication_factor=2, outer__momentum=0.0)
     run = make_run(config)
     name = "layers.0.moe.experts.3.down"
-    anchor = run.sites[0].parameters[name].detach().clone()
+    anchor = named_view(run.sites[0], name).clone()
     move_randomly(run)
-    local = run.sites[0].parameters[name].detach().clone()
+    local = named_view(run.sites[0], name).clone()
     used = {(layer, e): 5 for layer in (0, 1) for e in range(8)}
     counts = {0: RoundCounts(10, used), 1: RoundCounts(10, used | {(0, 3): 0})}
-    run.outer.step(
-        average_pseudo_gradients(config, run.plan.plan, run.outer, run.transport, counts)
-    )
-    run.outer.publish()
+    run.sync.commit(run.sync.exchange(prepared(run, counts)))
     expected = anchor - 0.7 * (anchor - local)
     for site in (0, 1):
-        torch.testing.assert_close(run.sites[site].parameters[name].detach(), expected)
+        torch.testing.assert_close(named_view(run.sites[site], name), expected)
 
 
 def test_rule_2_a_value_of_weight_zero_is_never_read():
     """0 x NaN is NaN: what an idle holder stores must not reach the sum."""
     segment = segments_of(plan_run(tiny_config()).plan)[0]
     bucket = Bucket(index=0, holders=(0,), trainers=(0,), expert_class=True, segments=(segment,))
-    own = build_contribution(bucket, [0.0], lambda s: torch.full(s.shape, torch.nan))
-    assert (own.values == 0).all()
-    own = build_contribution(bucket, [2.0], lambda s: torch.ones(s.shape))
-    assert (own.values == 2).all()
+    size = bucket.numel
+    own = Contribution(bucket, [0.0], lambda s, i, j: torch.full((j - i,), torch.nan))
+    assert (own.values(0, size) == 0).all()
+    own = Contribution(bucket, [2.0], lambda s, i, j: torch.ones(j - i))
+    assert (own.values(0, size) == 2).all()
+
+
+def test_a_contribution_is_the_same_in_any_pieces():
+    bucket = random_bucket(random.Random(5), 0, 3)
+    own = random_contribution(bucket, 1)
+    whole = own.values(0, bucket.numel)
+    for size in (1, 2, 5, bucket.numel):
+        starts = range(0, bucket.numel, size)
+        parts = [own.values(i, min(i + size, bucket.numel)) for i in starts]
+        assert torch.equal(torch.cat(parts), whole)
 
 
 @pytest.mark.parametrize(
@@ -216,12 +221,13 @@ def test_rule_3_an_expert_step_depends_on_no_other_segment(optimizer, lr):
             move_randomly(run)
             with torch.no_grad():
                 for own in run.sites.values():
-                    for other, parameter in own.parameters.items():
-                        if other != name:
-                            parameter += factor * torch.ones_like(parameter)
+                    for segment in own.segments:
+                        if segment.name != name:
+                            own.view(segment).add_(factor)
             synchronize(run_with_counts(run))
-        assert not torch.equal(run.outer.anchors[name], before[name])
-        results.append({name: run.outer.anchors[name]})
+        anchor = run.sync.anchors.values[name]
+        assert not torch.equal(anchor, before[name])
+        results.append({name: anchor})
     assert_same_bits(*results)
 
 
@@ -248,22 +254,19 @@ def test_rule_4_every_element_at_every_holder_is_reduced(layout):
     for segment in segments_of(run.plan.plan):
         local = len(segment.holders) == 1 and config.sync.single_holder == "local"
         for site in segment.holders:
-            own = run.sites[site].parameters[segment.parameter][segment.start : segment.stop]
+            own = run.sites[site].view(segment)
             if local:
-                before = alone[site, segment.parameter][segment.start : segment.stop]
-                assert torch.equal(own, before)
+                assert torch.equal(own, alone[site, segment.name])
                 continue
             moved = sum(2.0**t for t in segment.trainers) / len(segment.trainers)
-            torch.testing.assert_close(
-                own.detach() - anchors[segment.name], torch.full_like(own, moved)
-            )
+            torch.testing.assert_close(own - anchors[segment.name], torch.full_like(own, moved))
 
 
 def test_rule_4_the_plan_covers_the_model_and_counted_bytes_are_planned_bytes():
     for layout, options in LAYOUTS.items():
         config = tiny_config(options)
         run = make_run(config)
-        elements = {n: p.numel() for own in run.sites.values() for n, p in own.parameters.items()}
+        elements = {s.name: s.numel for own in run.sites.values() for s in own.segments}
         assert sum(elements.values()) == run.plan.plan.numel, layout
         one_round(run)
         for site in run.sites:
@@ -308,11 +311,9 @@ def test_rule_6_replicas_are_bit_identical_at_all_holders_after_every_sync(layou
     everything = {key: value for _, own in results for key, value in own.items()}
     assert_same_bits(everything, proxy_parameters)
     for segment in segments_of(plan):
-        first = everything[segment.holders[0], segment.parameter]
+        first = everything[segment.holders[0], segment.name]
         for site in segment.holders[1:]:
-            other = everything[site, segment.parameter]
-            cut = slice(segment.start, segment.stop)
-            assert_same_bits({segment.name: first[cut]}, {segment.name: other[cut]})
+            assert_same_bits({0: first}, {0: everything[site, segment.name]})
     for round_idx, everyone in enumerate(proxy_hashes):
         shared = {b.index for b in plan.buckets if len(b.holders) > 1}
         assert set(everyone) == shared
@@ -335,7 +336,7 @@ def test_rule_7_the_pseudo_gradient_is_anchor_minus_local():
     means = means_by_segment(run, counts)
     torch.testing.assert_close(means["embedding.weight"], torch.full((32, 16), -2.5))
     synchronize(run_with_counts(run))
-    moved = run.outer.anchors["embedding.weight"].detach() - anchors["embedding.weight"]
+    moved = run.sync.anchors.values["embedding.weight"].detach() - anchors["embedding.weight"]
     torch.testing.assert_close(moved, torch.full((32, 16), 2.5))
 
 
@@ -349,17 +350,18 @@ def test_rule_7_anchor_and_momentum_are_fp32_copies_off_the_parameters_and_check
         for parameter in own.parameters.values()
     }
     plan = run.plan.plan
-    assert run.outer.anchors.keys() == {s.name for s in segments_of(plan)}
-    for anchor in run.outer.anchors.values():
-        momentum = run.outer.optimizer.state[anchor]["momentum_buffer"]
+    anchors = run.sync.anchors
+    assert anchors.values.keys() == {s.name for s in segments_of(plan)}
+    for anchor in anchors.values.values():
+        momentum = anchors.optimizer.state[anchor]["momentum_buffer"]
         for tensor in (anchor, momentum):
             assert (tensor.dtype, tensor.device.type) == (torch.float32, "cpu")
             assert tensor.untyped_storage().data_ptr() not in storages
     for site in range(4):
-        saved = run.outer.state_of(site)
+        saved = anchors.state_of(site)
         held = {s.name for s in segments_of(plan) if site in s.holders}
-        assert {f"anchor/{name}" for name in held} <= saved.keys()
-        assert {f"outer/momentum_buffer/{name}" for name in held} <= saved.keys()
+        assert {entry("anchor", name) for name in held} <= saved.keys()
+        assert {entry("outer", "momentum_buffer", name) for name in held} <= saved.keys()
         assert len(saved) == 2 * len(held)
 
 
@@ -369,19 +371,18 @@ def test_rule_7_anchor_and_momentum_are_fp32_copies_off_the_parameters_and_check
 def hand_written_diloco(config, rounds: int, lr: float, momentum: float) -> dict[str, Tensor]:
     """K whole copies, H steps each, then Nesterov written out; no torch.optim outside."""
     sites = [make_site(config, site) for site in range(config.num_sites)]
-    anchor = {n: p.detach().clone() for n, p in sites[0].parameters.items()}
+    anchor = {s.name: sites[0].view(s).clone() for s in sites[0].segments}
     velocity = {name: torch.zeros_like(value) for name, value in anchor.items()}
     for _ in range(rounds):
         for own in sites:
             for _ in range(config.local_steps):
                 own.apply(own.backward())
         for name in anchor:
-            delta = sum(anchor[name] - own.parameters[name].detach() for own in sites) / len(sites)
+            delta = sum(anchor[name] - named_view(own, name) for own in sites) / len(sites)
             velocity[name] = momentum * velocity[name] + delta
             anchor[name] = anchor[name] - lr * (delta + momentum * velocity[name])
-            with torch.no_grad():
-                for own in sites:
-                    own.parameters[name].copy_(anchor[name])
+            for own in sites:
+                named_view(own, name).copy_(anchor[name])
     return anchor
 
 
@@ -403,7 +404,9 @@ def test_full_replication_is_a_hand_written_diloco(lr, momentum):
     for round_idx in range(4):
         one_round(run, round_idx)
     for name, value in expected.items():
-        torch.testing.assert_close(run.outer.anchors[name].detach(), value, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            run.sync.anchors.values[name].detach(), value, rtol=1e-4, atol=1e-6
+        )
         assert not torch.equal(value, start[name])
 
 
@@ -414,9 +417,11 @@ def test_the_first_sync_comes_after_exactly_h_steps_and_moves_the_anchor_at_once
     one_round(run)
     assert {own.step_idx for own in run.sites.values()} == {3}
     for name, value in expected.items():
-        torch.testing.assert_close(run.outer.anchors[name].detach(), value, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            run.sync.anchors.values[name].detach(), value, rtol=1e-5, atol=1e-7
+        )
         for own in run.sites.values():
-            assert torch.equal(own.parameters[name], run.outer.anchors[name])
+            assert torch.equal(named_view(own, name), run.sync.anchors.values[name])
 
 
 class Joined:
@@ -490,7 +495,7 @@ def test_ddp_averages_every_gradient_and_keeps_sites_identical():
         )
         for name in run.sites[0].parameters
     }
-    average_gradients(run.plan.plan, {s: x.parameters for s, x in run.sites.items()}, run.transport)
+    run.sync.average_gradients()
     for own in run.sites.values():
         for name, parameter in own.parameters.items():
             torch.testing.assert_close(
@@ -503,7 +508,7 @@ def test_ddp_averages_every_gradient_and_keeps_sites_identical():
         for round_idx in range(2):
             records += run_local_steps(own, round_idx)[0]
             synchronize(own)
-            verify_replicas(own)
+            own.sync.check_replicas()
         return own.sites[transport.sites[0]].parameters, records
 
     results = all_good(over_gloo(4, work))
@@ -538,7 +543,7 @@ def test_any_elementwise_optimizer_steps_outside_and_replicas_stay_equal(optimiz
         before = anchors_of(run)
         for round_idx in range(2):
             one_round(run, round_idx)  # raises if replicas differ
-        assert all(not torch.equal(a, before[n]) for n, a in run.outer.anchors.items())
+        assert all(not torch.equal(a, before[n]) for n, a in run.sync.anchors.values.items())
         return parameters_of(run)
 
     results = all_good(over_gloo(4, work))
@@ -562,8 +567,8 @@ def test_outer_state_and_anchor_come_back_to_the_bit(optimizer):
     def second_round(run: Run) -> dict:
         with torch.no_grad():
             for own in run.sites.values():
-                for name, parameter in own.parameters.items():
-                    parameter += 0.01 * len(name)
+                for segment in own.segments:
+                    own.view(segment).add_(0.01 * len(segment.name))
         synchronize(run_with_counts(run))
         return parameters_of(run) | anchors_of(run)
 
@@ -571,7 +576,8 @@ def test_outer_state_and_anchor_come_back_to_the_bit(optimizer):
     move_randomly(run)
     synchronize(run_with_counts(run))
     saved = {
-        site: {k: v.clone() for k, v in run.outer.state_of(site).items()} for site in run.sites
+        site: {k: v.clone() for k, v in run.sync.anchors.state_of(site).items()}
+        for site in run.sites
     }
     parameters = {
         site: {n: p.detach().clone() for n, p in own.parameters.items()}
@@ -583,7 +589,7 @@ def test_outer_state_and_anchor_come_back_to_the_bit(optimizer):
         for site, own in again.sites.items():
             for name, parameter in own.parameters.items():
                 parameter.copy_(parameters[site][name])
-            again.outer.load_state_of(site, saved[site])
+            again.sync.anchors.load_state_of(site, saved[site])
     assert_same_bits(second_round(again), expected)
 
 
@@ -593,11 +599,11 @@ def test_single_holder_experts_step_alone_or_stay_local():
         run = make_run(config)
         name = "layers.0.moe.experts.0.down"
         (site,) = run.plan.placement.holders[0][0]
-        start = run.sites[site].parameters[name].detach().clone()
+        start = named_view(run.sites[site], name).clone()
         move_randomly(run)
-        local = run.sites[site].parameters[name].detach().clone()
+        local = named_view(run.sites[site], name).clone()
         synchronize(run_with_counts(run))
-        after = run.sites[site].parameters[name].detach()
+        after = named_view(run.sites[site], name)
         if rule == "local":
             assert torch.equal(after, local)
         else:
@@ -633,7 +639,10 @@ def random_contribution(bucket: Bucket, site: int, exponent: int = 20) -> Contri
     values = torch.randn(bucket.numel, generator=generator)
     scale = torch.randint(-exponent, exponent, (bucket.numel,), generator=generator)
     weights = torch.rand(len(bucket.segments), generator=generator, dtype=torch.float64)
-    return Contribution(values * 2.0**scale, weights)
+    parts = split_bucket(bucket, values * 2.0**scale)
+    return Contribution(
+        bucket, weights.tolist(), lambda s, start, stop: parts[s.name].view(-1)[start:stop]
+    )
 
 
 @pytest.mark.parametrize("num_sites", [1, 2, 3, 5])
@@ -646,45 +655,44 @@ def test_gloo_and_memory_give_the_same_bits_and_count_the_same_bytes(num_sites):
     items = [Item(f"item {i}", (2, i + 1), bucket.holders) for i, bucket in enumerate(buckets[:9])]
 
     def work(transport):
-        totals = {}
-        held = [b for b in buckets if set(b.holders) & set(transport.sites)]
-        for index, total in transport.sum_over_holders(held, random_contribution).items():
-            totals[f"{index} values"] = total.values
-            totals[f"{index} weights"] = total.weights
-        messages = transport.gather(lambda site: b"\x00\xff" * site)
-        shared = transport.share(lambda: b"made once")
-        fetched = transport.fetch(
-            items, lambda site, name: torch.full((2, int(name.split()[1]) + 1), float(len(name)))
+        means = mean_over_holders(transport, buckets, random_contribution)
+        messages = gather(transport, lambda site: b"\x00\xff" * site)
+        shared = share(transport, lambda: b"made once")
+        fetched = fetch(
+            transport,
+            items,
+            lambda site, name: torch.full((2, int(name.split()[1]) + 1), float(len(name))),
         )
         counts = {site: counts.state() for site, counts in transport.counts.items()}
-        return totals, (messages, shared), fetched, counts
+        return means, (messages, shared), fetched, counts
 
     memory = work(InMemoryTransport(range(num_sites)))
     results = all_good(over_gloo(num_sites, work))
-    for site, (totals, control, fetched, counts) in enumerate(results):
-        held = {str(b.index) for b in buckets if site in b.holders}
-        assert {name.split()[0] for name in totals} == held
-        assert_same_bits(totals, {name: memory[0][name] for name in totals})
+    for site, (means, control, fetched, counts) in enumerate(results):
+        assert set(means) == {b.index for b in buckets if site in b.holders}
+        assert_same_bits(means, {index: memory[0][index] for index in means})
         assert control == memory[1]
         assert_same_bits(fetched, memory[2])
         own, proxy = counts[site], memory[3][site]
         for kind in ("shared", "expert", "evaluation", "control"):
             for name in ("payload", "wire"):
-                if kind == "control":
-                    continue  # `share` is a message of the distributed run only
                 assert own[name].get(kind, 0) == proxy[name].get(kind, 0), (kind, name)
 
 
-def test_sums_are_those_of_a_loop_over_the_holders_in_order():
+def test_means_are_those_of_a_loop_over_the_holders_in_order():
     rng = random.Random(3)
     transport = InMemoryTransport(range(4))
     for index in range(20):
         bucket = random_bucket(rng, index, 4)
-        (total,) = transport.sum_over_holders([bucket], random_contribution).values()
-        values = torch.zeros(bucket.numel)
+        (mean,) = mean_over_holders(transport, [bucket], random_contribution).values()
+        values, weights = torch.zeros(bucket.numel), torch.zeros(len(bucket.segments)).double()
         for site in bucket.holders:
-            values += random_contribution(bucket, site).values
-        torch.testing.assert_close(total.values, values, rtol=0, atol=0)
+            own = random_contribution(bucket, site)
+            values += own.values(0, bucket.numel)
+            weights += own.weights
+        for part, weight in zip(split_bucket(bucket, values).values(), weights, strict=True):
+            part /= float(weight)
+        torch.testing.assert_close(mean, values, rtol=0, atol=0)
 
 
 def test_counted_wire_bytes_are_the_planned_ones_for_each_holder():
@@ -692,10 +700,8 @@ def test_counted_wire_bytes_are_the_planned_ones_for_each_holder():
     assert len(bucket.holders) == 3
 
     def work(transport):
-        site = transport.sites[0]
-        if site in bucket.holders:
-            transport.sum_over_holders([bucket], random_contribution)
-        return transport.counts[site]
+        mean_over_holders(transport, [bucket], random_contribution)
+        return transport.counts[transport.sites[0]]
 
     kind = "expert" if bucket.expert_class else "shared"
     for site, counts in enumerate(all_good(over_gloo(4, work))):
@@ -705,6 +711,21 @@ def test_counted_wire_bytes_are_the_planned_ones_for_each_holder():
             assert (counts.payload[kind], counts.wire[kind]) == (4 * bucket.numel, sent)
         else:
             assert not counts.payload
+
+
+def test_bytes_that_are_not_planned_stop_the_sync_before_its_commit(monkeypatch):
+    """The plan is wrong by one element at one site: no site commits."""
+    real = sync_traffic
+
+    def wrong(plan, site, **options):
+        traffic = real(plan, site, **options)
+        return replace(traffic, wire_shared=traffic.wire_shared + 4) if site == 2 else traffic
+
+    monkeypatch.setattr("fomoe.sync.sync.sync_traffic", wrong)
+    work = partial(failing_sync, tiny_config(), lambda *_: None, SyncError, first_round=False)
+    for message, _ in [*all_good(over_gloo(4, work)), work(InMemoryTransport(range(4)))]:
+        assert "site 2: it sent (payload, wire) = " in message
+        assert "site 1" not in message
 
 
 def test_sites_may_have_any_numbers_and_groups_do_not_mix():
@@ -718,12 +739,13 @@ def test_sites_may_have_any_numbers_and_groups_do_not_mix():
     )
 
     def work(transport):
-        own = Contribution(torch.full((5,), float(transport.sites[0])), torch.ones(1).double())
-        if transport.sites[0] in bucket.holders:
-            return transport.sum_over_holders([bucket], lambda *_: own)[0].values.tolist()
-        return None
+        def contribute(bucket, site):
+            return Contribution(bucket, [1.0], lambda s, i, j: torch.full((j - i,), float(site)))
 
-    assert all_good(over_gloo([2, 5, 7], work)) == [[9.0] * 5, None, [9.0] * 5]
+        means = mean_over_holders(transport, [bucket], contribute)
+        return {index: mean.tolist() for index, mean in means.items()}
+
+    assert all_good(over_gloo([2, 5, 7], work)) == [{0: [4.5] * 5}, {}, {0: [4.5] * 5}]
 
 
 def test_nothing_is_unpickled_from_the_wire(monkeypatch):
@@ -769,7 +791,7 @@ class Snapshot:
         state = {
             (site, name): tensor.clone()
             for site in self.run.sites
-            for name, tensor in self.run.outer.state_of(site).items()
+            for name, tensor in self.run.sync.anchors.state_of(site).items()
         }
         return parameters_of(self.run) | state
 
@@ -778,11 +800,17 @@ class Snapshot:
 
 
 def failing_sync(
-    config, spoil: Callable[[Run, int], None], expected: type[Exception], transport
+    config,
+    spoil: Callable[[Run, int], None],
+    expected: type[Exception],
+    transport: Transport,
+    *,
+    first_round: bool = True,
 ) -> tuple[str, float]:
     """A good round, local steps, something spoiled, then a sync that fails and changes nothing."""
     run = make_run(config, transport)
-    one_round(run)
+    if first_round:
+        one_round(run)
     run_local_steps(run, 1)
     for site in run.sites:
         spoil(run, site)
@@ -869,7 +897,7 @@ def test_a_sync_goes_on_after_a_refused_one():
         if spoil:
             held[2].data.copy_(good[2])
         synchronize(run_with_counts(run))
-        verify_replicas(run)
+        run.sync.check_replicas()
         return parameters_of(run)
 
     results = all_good(over_gloo(4, work))
@@ -887,7 +915,7 @@ def test_an_error_at_one_site_in_the_middle_changes_nothing_anywhere(at_bucket):
         one_round(run)
         run_local_steps(run, 1)
         snapshot = Snapshot(run)
-        real, calls = transport.sum_over_holders, iter(range(100))
+        real, calls = run.sync.reduce, iter(range(100))
 
         def broken(buckets, contribute):
             def fail(bucket, site):
@@ -897,7 +925,7 @@ def test_an_error_at_one_site_in_the_middle_changes_nothing_anywhere(at_bucket):
 
             return real(buckets, fail)
 
-        transport.sum_over_holders = broken
+        run.sync.reduce = broken
         started = time.monotonic()
         with pytest.raises((SyncError, MemoryError)) as caught:
             synchronize(run)
@@ -940,7 +968,7 @@ def test_a_silent_peer_raises_at_the_timeout():
             return noticed.wait(20)
         started = time.monotonic()
         with pytest.raises(SyncError, match="exchanging messages failed"):
-            transport.gather(lambda _: b"hello")
+            gather(transport, lambda _: b"hello")
         noticed.set()
         return 0.5 < time.monotonic() - started < 15
 
@@ -948,8 +976,6 @@ def test_a_silent_peer_raises_at_the_timeout():
 
 
 def test_a_member_that_never_comes_raises_at_the_timeout():
-    from fomoe.sync.transport import GlooTransport
-
     with pytest.raises(SyncError, match="joining the other sites failed"):
         GlooTransport(dist.HashStore(), [0, 1], 0, timeout_s=1.0)
 
@@ -958,16 +984,17 @@ KILLED = """
     import os, signal, sys, time
     import torch.distributed as dist
     from fomoe.errors import SyncError
+    from fomoe.sync.exchange import gather
     from fomoe.sync.transport import GlooTransport
 
     site = int(sys.argv[2])
     transport = GlooTransport(dist.FileStore(sys.argv[1], 2), range(2), site, timeout_s=60)
-    transport.gather(lambda _: b"ready")
+    gather(transport, lambda _: b"ready")
     if site == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     started = time.monotonic()
     try:
-        transport.gather(lambda _: b"again")
+        gather(transport, lambda _: b"again")
     except SyncError as error:
         print("SyncError", time.monotonic() - started < 10)
 """
@@ -985,11 +1012,11 @@ def test_a_killed_process_raises_at_the_survivor(tmp_path):
 
 def test_all_members_raise_if_one_has_a_problem():
     def work(transport):
-        check_agreement(transport, lambda _: "")
+        check_sites(transport, lambda _: "")
         with pytest.raises(SyncError, match="site 1: the disk is full"):
-            check_agreement(transport, lambda site: "the disk is full" if site == 1 else "")
-        with pytest.raises(SyncError, match="no tokenizer"):
-            transport.share(fail)
+            check_sites(transport, lambda site: "the disk is full" if site == 1 else "")
+        with pytest.raises(FomoeError, match="no tokenizer"):
+            share(transport, fail)
 
     def fail() -> bytes:
         raise SyncError("no tokenizer")
@@ -1009,13 +1036,13 @@ def test_one_bit_in_one_replica_is_found_by_all_sites(name):
     def work(transport):
         run = make_run(config, transport)
         one_round(run)
-        verify_replicas(run)
+        run.sync.check_replicas()
         if 2 in run.sites:
             wanted = next(n for n in run.sites[2].parameters if name in n)
             bits = run.sites[2].parameters[wanted].data.view(torch.int32)
             bits.view(-1)[-1] ^= 1
         with pytest.raises(SyncError, match="replicas differ"):
-            verify_replicas(run)
+            run.sync.check_replicas()
 
     all_good(over_gloo(4, work))
     work(InMemoryTransport(range(4)))
@@ -1028,8 +1055,7 @@ def test_a_site_with_other_initial_weights_is_found_at_the_first_sync():
         run = make_run(config, transport)
         if transport.sites[0] == 1:
             run.sites[1].parameters["final_norm.weight"].data[0] += 1e-6
-            parameters = {1: run.sites[1].parameters}
-            run.outer = OuterOptimizer(config, run.plan.plan, parameters)
+            run.sync = make_sync(run.plan, run.sites, transport)
         with pytest.raises(SyncError, match="replicas differ"):
             one_round(run)
 
@@ -1040,11 +1066,10 @@ def test_hashes_are_of_the_parameters_themselves():
     """Not of the anchors: a publish that did not reach the model must show."""
     run = make_run(tiny_config())
     one_round(run)
-    sites = {site: own.parameters for site, own in run.sites.items()}
-    before = check_replicas(run.plan.plan, sites, run.transport)
+    before = run.sync.check_replicas()
     for own in run.sites.values():
         own.parameters["final_norm.weight"].data[3] += 1
-    after = check_replicas(run.plan.plan, sites, run.transport)
+    after = run.sync.check_replicas()
     changed = [index for index in before if before[index] != after[index]]
     (bucket,) = (b for b in run.plan.plan.buckets if b.index in changed)
     assert "final_norm.weight" in {s.parameter for s in bucket.segments}
@@ -1056,11 +1081,10 @@ def test_means_are_given_only_for_buckets_held_here():
 
     def work(transport):
         def contribute(bucket, site):
-            return build_contribution(
-                bucket, [1.0] * len(bucket.segments), lambda s: torch.full(s.shape, float(site))
-            )
+            weights = [1.0] * len(bucket.segments)
+            return Contribution(bucket, weights, lambda s, i, j: torch.full((j - i,), 1.0))
 
-        return set(mean_over_holders(plan, transport, contribute))
+        return set(mean_over_holders(transport, plan.buckets, contribute))
 
     for site, found in enumerate(all_good(over_gloo(4, work))):
         assert found == {b.index for b in plan.buckets if site in b.holders}

@@ -13,14 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from fomoe.config import Config
-from fomoe.errors import ConfigError
+from fomoe.errors import ConfigError, SyncError
 from fomoe.segments import Bucket, Segment
 from fomoe.site import Site
 from fomoe.state import Layout, by_key, divergence, entry, optimizer_layout
 from fomoe.sync.buckets import split_bucket
-
-# The square of a larger mean overflows in an optimizer's second moment.
-_LARGEST = 1e18
 
 
 class Anchors:
@@ -60,18 +57,12 @@ class Anchors:
                 self.values[segment.name] = nn.Parameter(value, requires_grad=False)
         self.optimizer = build_outer_optimizer(config, list(self.values.values()))
 
-    def problem(self, means: Mapping[int, Tensor]) -> str:
-        """Why a step with these means must not be taken; empty if it may."""
-        for bucket in self.buckets:
-            if not means[bucket.index].abs().max() < _LARGEST:
-                return (
-                    f"the mean of {bucket.segments[0].name}, ... is not finite or beyond "
-                    f"{_LARGEST:g}; the training diverged"
-                )
-        return ""
-
     def step(self, means: Mapping[int, Tensor]) -> None:
-        """Step with the mean pseudo-gradients and copy the result to every local holder."""
+        """Step with the mean pseudo-gradients and copy the result to every local holder.
+
+        Raises:
+            SyncError: if a finite mean overflows in the step; no parameter has changed then.
+        """
         for bucket in self.buckets:
             for name, grad in split_bucket(bucket, means[bucket.index]).items():
                 self.values[name].grad = grad
@@ -79,6 +70,9 @@ class Anchors:
             self.optimizer.step()
         for anchor in self.values.values():
             anchor.grad = None
+        for site in self.sites:
+            if problem := self.divergence(site):
+                raise SyncError(problem)
         for bucket in self.buckets:
             for site in set(bucket.holders) & set(self.sites):
                 for segment in bucket.segments:
