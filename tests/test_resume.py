@@ -665,6 +665,20 @@ def test_values_of_any_other_kind_are_refused(bench: Bench) -> None:
     assert taken == allowed
 
 
+@pytest.mark.parametrize("damage", [cut, Path.unlink, lambda path: path.write_bytes(b"\xff")])
+def test_a_damaged_tokenizer_is_trained_anew_and_must_be_the_same(
+    done: Path, tmp_path: Path, damage: Callable[[Path], Any]
+) -> None:
+    run_dir = tmp_path / "run"
+    always = ["data.tokenizer=bpe", "data.bpe_vocab_size=280"]
+    trained(done / "tiny.yaml", f"run.dir={run_dir}", "rounds=1", *always)
+    good = (run_dir / "tokenizer.json").read_bytes()
+    damage(run_dir / "tokenizer.json")
+    outcome = resume(done, run_dir, *always)
+    assert outcome.status == 0, outcome.err
+    assert (run_dir / "tokenizer.json").read_bytes() == good
+
+
 # ------------------------------------------------------------------------------------ the schedule
 
 

@@ -125,8 +125,9 @@ def _build_tokenizer(
         return tokenizer, None
 
     def train() -> bytes:
-        if kept_in is not None and (kept_in / "tokenizer.json").exists():
-            return (kept_in / "tokenizer.json").read_bytes()
+        kept = _kept_bpe(kept_in)
+        if kept is not None:
+            return kept
         if any(sources.is_hub(name) for name in names):
             raise DataError("data.tokenizer bpe is trained on text files, not on a hub data set")
         documents = [
@@ -138,6 +139,21 @@ def _build_tokenizer(
 
     tokenizer_json = share(train)
     return parse_bpe(tokenizer_json), tokenizer_json
+
+
+def _kept_bpe(folder: Path | None) -> bytes | None:
+    """The tokenizer that a run keeps, or None: a damaged one is trained anew on the same text.
+
+    Whether it is the same is not taken on trust: a resume compares its hash with the checkpoint's.
+    """
+    if folder is None:
+        return None
+    try:
+        kept = (folder / "tokenizer.json").read_bytes()
+        parse_bpe(kept)
+    except Exception:  # the library raises plain Exception for every damage
+        return None
+    return kept
 
 
 # -------------------------------------------------------------------------------------- the split
