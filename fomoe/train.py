@@ -7,7 +7,9 @@ one site): only the transport differs.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,10 +80,9 @@ def train(
     )
     try:
         where = choose_device(device, launch.local_rank)
-        run = build_run(
+        with started(
             config, transport, mode=mode, resume_round=resume_round, device=where, show=show
-        )
-        with run.progress:
+        ) as run:
             return run_rounds(run)
     finally:
         transport.close()
@@ -107,7 +108,8 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     return device
 
 
-def build_run(
+@contextmanager
+def started(
     config: Config,
     transport: Transport,
     *,
@@ -115,15 +117,36 @@ def build_run(
     resume_round: int | None = None,
     device: torch.device,
     show: bool,
-) -> Run:
-    """Compare what the sites were started with, build data and sites, resume if asked."""
-    if resume_round is not None:
-        compare_configs(config, transport, f"resume from round {resume_round}")
-    else:
-        compare_configs(config, transport, mode)
+) -> Iterator[Run]:
+    """A run that is ready for its rounds; the order keeps every byte where a start is refused.
+
+    Raises:
+        FomoeError: at every site, if what the sites were started with differs, or if the run's
+            folder cannot be used as `mode` says.
+    """
+    how = mode if resume_round is None else f"resume from round {resume_round}"
+    compare_configs(config, transport, how)
     if mode == "resume":  # before anything is made or built
         check_resumable(config, transport, resume_round)
     config, run_dir = claim_run_dir(config, transport, mode)
+    run = build_run(
+        config, run_dir, transport, mode=mode, resume_round=resume_round, device=device, show=show
+    )
+    with run.progress:
+        yield run
+
+
+def build_run(
+    config: Config,
+    run_dir: Path,
+    transport: Transport,
+    *,
+    mode: str,
+    resume_round: int | None,
+    device: torch.device,
+    show: bool,
+) -> Run:
+    """Build data and sites, resume if asked, and write what a run writes once."""
     plan = plan_run(config)
     if device.type == "cpu":
         keep_freed_memory()
