@@ -89,23 +89,10 @@ def train(
         launch, config.num_sites, timeout_s=config.sync.timeout_s, interface=interface
     )
     try:
-        agreed(transport, lambda: check_services(config, transport.sites, where))
-        asked = mode if resume_round is None else f"resume from round {resume_round}"
-        compare_configs(config, transport, asked)
-        if mode == "resume":  # before anything is made or built
-            check_resumable(config, transport, resume_round)
-        with claim_run_dir(config, transport, mode) as (claimed, lock):
-            run = build_run(
-                claimed,
-                transport,
-                lock,
-                mode=mode,
-                resume_round=resume_round,
-                device=where,
-                show=show,
-            )
-            with run.progress:
-                summary = run_rounds(run)
+        with started(
+            config, transport, mode=mode, resume_round=resume_round, device=where, show=show
+        ) as run:
+            summary = run_rounds(run)
     except BaseException as error:
         transport.close(failure_text(error))
         raise
@@ -133,13 +120,48 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     return device
 
 
+@contextmanager
+def started(
+    config: Config,
+    transport: Transport,
+    *,
+    mode: str,
+    resume_round: int | None = None,
+    device: torch.device,
+    show: bool,
+) -> Iterator[Run]:
+    """A run that is ready for its rounds; the order keeps every byte where a start is refused.
+
+    Raises:
+        FomoeError: at every site, if what the sites were started with differs, or if the run's
+            folder cannot be used as `mode` says.
+    """
+    agreed(transport, lambda: check_services(config, transport.sites, device))
+    how = mode if resume_round is None else f"resume from round {resume_round}"
+    compare_configs(config, transport, how)
+    if mode == "resume":  # before anything is made or built
+        check_resumable(config, transport, resume_round)
+    with claim_run_dir(config, transport, mode) as (claimed, lock):
+        run = build_run(
+            claimed,
+            transport,
+            lock,
+            mode=mode,
+            resume_round=resume_round,
+            device=device,
+            show=show,
+        )
+        with run.progress:
+            yield run
+
+
 def build_run(
     config: Config,
     transport: Transport,
     lock: RunLock,
     *,
     mode: str,
-    resume_round: int | None = None,
+    resume_round: int | None,
     device: torch.device,
     show: bool,
 ) -> Run:
