@@ -206,7 +206,7 @@ def run_rounds(run: Run) -> dict[str, Any]:
         lambda: Metrics(run.run_dir, transport.sites, first_round=run.first_round, log=run.log),
     )
     if metrics.num_damaged:
-        run.progress.warn(f"{metrics.path}: {metrics.num_damaged} damaged lines are left out")
+        run.progress.warn(f"{metrics.path}: damaged lines dropped: {metrics.num_damaged}")
     try:
         for round_idx in range(run.first_round, config.rounds):
             before = {site: transport.counts[site].state() for site in run.sites}
