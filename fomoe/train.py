@@ -393,7 +393,10 @@ def save_checkpoint(run: Run, rounds_done: int) -> None:
             checkpoint.save_part(run.run_dir, rounds_done, site_idx, tensors, values)
 
     agreed(run.transport, save)
-    checkpoint.remove_old(run.run_dir, rounds_done, settings.keep_checkpoints, run.sites)
+    try:
+        checkpoint.remove_old(run.run_dir, rounds_done, settings.keep_checkpoints, run.sites)
+    except OSError as error:  # the round is saved: no reason to end the run
+        run.progress.warn(f"{error.filename} cannot be removed: {error.strerror}")
 
 
 def resume(run: Run) -> None:
