@@ -229,7 +229,7 @@ def run_rounds(run: Run) -> dict[str, Any]:
         lambda: Metrics(run.run_dir, transport.sites, first_round=run.first_round, log=run.log),
     )
     if metrics.num_damaged:
-        run.progress.warn(f"{metrics.path}: {metrics.num_damaged} damaged lines are left out")
+        run.progress.warn(f"{metrics.path}: damaged lines dropped: {metrics.num_damaged}")
     try:
         for round_idx in range(run.first_round, config.rounds):
             records, train_s, gradient_s = run_local_steps(run, round_idx)
@@ -452,4 +452,7 @@ def save_checkpoint(run: Run, rounds_done: int) -> None:
             checkpoint.save_part(run.run_dir, rounds_done, site_idx, tensors, values)
 
     agreed(run.transport, save)
-    checkpoint.remove_old(run.run_dir, rounds_done, settings.keep_checkpoints, run.sites)
+    try:
+        checkpoint.remove_old(run.run_dir, rounds_done, settings.keep_checkpoints, run.sites)
+    except OSError as error:  # the round is saved: no reason to end the run
+        run.progress.warn(f"{error.filename} cannot be removed: {error.strerror}")

@@ -357,6 +357,23 @@ def test_how_often_and_how_many(
         assert not any(checkpoint.check_part(tmp_path / "run", round_idx, s) for s in range(3))
 
 
+def test_an_old_part_that_cannot_be_removed_ends_no_run(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Path.unlink
+
+    def unlink(path: Path, **options: bool) -> None:
+        if path.name == "site-1.json":
+            raise PermissionError(13, "Permission denied", str(path))
+        kept(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    outcome = fomoe("train", tiny, "rounds=3", "run.keep_checkpoints=2")
+    assert outcome.status == 0, outcome.err
+    part = round_folder(tmp_path / "run", 1) / "site-1.json"
+    assert f"{part} cannot be removed: Permission denied\n" in outcome.err
+
+
 # ------------------------------------------------------------------------------- the run's folder
 
 
