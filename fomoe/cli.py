@@ -169,7 +169,7 @@ def _train(args: argparse.Namespace) -> int:
 
             print_dry_run(run)
         return 0
-    launch = _launch()
+    launch = _launch(config.num_sites)
     from fomoe.train import train
 
     summary = train(
@@ -252,9 +252,9 @@ def load(
     return config
 
 
-def _launch() -> Launch:
+def _launch(num_sites: int | None = None) -> Launch:
     """What the environment says, checked; a warning is printed."""
-    launch = launch_from_environment()
+    launch = launch_from_environment(num_sites=num_sites)
     if launch.warning:
         print(f"fomoe: warning: {launch.warning}", file=sys.stderr)
     return launch
@@ -279,5 +279,6 @@ def _interrupt(signum: int, frame: Any) -> NoReturn:
 
 
 def _fail(message: object, status: int) -> int:
-    print(f"fomoe: error{site_label()}: {' '.join(str(message).split())}", file=sys.stderr)
+    # One write, so that lines of several sites on one terminal stay whole.
+    sys.stderr.write(f"fomoe: error{site_label()}: {' '.join(str(message).split())}\n")
     return status
