@@ -35,5 +35,5 @@ setup(
             "types-PyYAML",
         ],
     },
-    entry_points={"console_scripts": ["fomoe=fomoe.cli:main"]},
+    entry_points={"console_scripts": ["fomoe=fomoe.cli:run"]},
 )

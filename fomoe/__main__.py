@@ -1,8 +1,6 @@
 """`python -m fomoe`, which is also what torchrun starts."""
 
-import sys
-
-from fomoe.cli import main
+from fomoe.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +20,7 @@ from fomoe import __version__
 from fomoe.errors import ConfigError, FomoeError
 from fomoe.hints import hint
 from fomoe.launch import Launch, launch_from_environment, site_label
-from fomoe.sync.waiting import leave_if_blocked
+from fomoe.sync.waiting import is_blocked
 from fomoe_sim.cli import add_commands
 
 _EXIT_FAILED, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 2, 130
@@ -33,12 +34,20 @@ class _Parser(argparse.ArgumentParser):
         self.exit(_EXIT_USAGE, f"fomoe: error: {message} (see {self.prog} --help)\n")
 
 
+def run() -> NoReturn:
+    """What the `fomoe` program runs: `main`, and the end of the process."""
+    status = main()
+    if status == _EXIT_INTERRUPTED or is_blocked():
+        # Taking torch down costs seconds on a busy machine, and hangs where a call is blocked.
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, 1 (failed), 2 (wrong input) or 130 (interrupted)."""
-    return leave_if_blocked(_run(argv))
-
-
-def _run(argv: Sequence[str] | None) -> int:
     # torch's C++ side prints stack traces of refused connections; our own line says it better.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     words = sys.argv[1:] if argv is None else list(argv)
@@ -180,7 +189,7 @@ def _train(args: argparse.Namespace) -> int:
 
             print_dry_run(run)
         return 0
-    launch = _launch()
+    launch = _launch(config.num_sites)
     from fomoe.train import train
 
     summary = train(
@@ -276,9 +285,9 @@ def _launched_site(config: Any) -> int | None:
     return int(rank) if rank.isdecimal() and int(rank) < config.num_sites else None
 
 
-def _launch() -> Launch:
+def _launch(num_sites: int | None = None) -> Launch:
     """What the environment says, checked; a warning is printed."""
-    launch = launch_from_environment()
+    launch = launch_from_environment(num_sites=num_sites)
     if launch.warning:
         print(f"fomoe: warning: {launch.warning}", file=sys.stderr)
     return launch
@@ -304,5 +313,6 @@ def _interrupt(signum: int, frame: Any) -> NoReturn:
 
 def _fail(message: object, status: int) -> int:
     line = re.sub(r"\s*[\r\n]\s*", " ", str(message).strip())  # names keep their spaces
-    print(f"fomoe: error{site_label()}: {line}", file=sys.stderr)
+    # One write, so that lines of several sites on one terminal stay whole.
+    sys.stderr.write(f"fomoe: error{site_label()}: {line}\n")
     return status

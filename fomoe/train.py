@@ -82,7 +82,7 @@ def train(
     Raises:
         FomoeError: for every mistake of a user and every failed sync.
     """
-    launch = launch or launch_from_environment()
+    launch = launch or launch_from_environment(num_sites=config.num_sites)
     # What is wrong at this site alone is told before it waits for the others.
     where = choose_device(device, launch.local_rank)
     transport = open_transport(

@@ -10,6 +10,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
@@ -21,7 +22,8 @@ T = TypeVar("T")
 
 _POLL_S = 0.05
 _ANSWER_S = 1.0  # longest wait for the store's answer after a failure
-_GRACE_S = 0.5  # time for a site that has closed its connections to have said why, and to be read
+_GRACE_S = 1.0  # time given to a site that has closed its connections to have said why
+_LINGER_S = 0.5  # time given to the others to read it where the store ends with its process
 _FIRST, _LEFT = "first failure", "left"
 
 
@@ -59,7 +61,7 @@ class Membership:
         self.members, self.site = tuple(members), site
         self._store, self._hosts_store = store, hosts_store
         self._places = {site: place}
-        self._joined = False
+        self._claimed = False
 
     def names(self, sites: Iterable[int]) -> str:
         """Sites with their places, where they are known."""
@@ -72,7 +74,7 @@ class Membership:
             SyncError: at once, if another process is this site, if the members do not agree on who
                 they are, or if one of them fails; else at the timeout, naming who is missing.
         """
-        started, said, seconds = time.monotonic(), False, f"{round(timeout_s, 1):g} s"
+        started, said, seconds = time.monotonic(), False, f"{timeout_s:.0f} s"
         self._claim(timeout_s)
         keys = [_key(member) for member in self.members]
         while not self._ask(lambda: self._store.check(keys), timeout_s):
@@ -110,23 +112,26 @@ class Membership:
             failure = failure or self._tell(seen)
         except SyncError:  # the store has gone with its process
             return seen
-        if failure.site == self.site:
+        if failure.site == self.site or failure.reason in seen:
             return seen
         return str(failure) if failure.site in lost else f"{seen}; first, {failure}"
 
-    def leave(self, reason: str = "") -> None:
+    def tell(self, reason: str) -> None:
         """Tell the others why this site stops before the run's end."""
-        if not self._joined or not reason:
+        if self._claimed:
+            with suppress(SyncError):  # the store has gone with its process
+                self._tell(reason)
+
+    def leave(self) -> None:
+        """Leave before the run's end; where the store lives, the others get a moment to read it."""
+        if not self._claimed:
             return
-        try:
-            self._tell(reason)
+        with suppress(SyncError):
             left = self._ask(lambda: self._store.add(_LEFT, 1), _ANSWER_S)
-            end = time.monotonic() + _GRACE_S
+            end = time.monotonic() + _LINGER_S
             while self._hosts_store and left < len(self.members) and time.monotonic() < end:
                 time.sleep(_POLL_S)
                 left = self._ask(lambda: self._store.add(_LEFT, 0), _ANSWER_S)
-        except SyncError:
-            return  # the store has gone with its process: nobody can be told
 
     def _claim(self, timeout_s: float) -> None:
         everyone = ",".join(map(str, self.members))
@@ -143,7 +148,7 @@ class Membership:
                 f"{_name(self.site, json.loads(holder)[0])} has joined already: is another run "
                 f"there, or are two processes started as site {self.site}?"
             )
-        self._joined = True
+        self._claimed = True
 
     def _missing(self, timeout_s: float) -> str:
         present = self._ask(
@@ -168,9 +173,8 @@ class Membership:
         try:
             return waiting.in_thread(call, timeout_s=timeout_s)
         except (RuntimeError, TimeoutError) as error:
-            raise SyncError(
-                f"the sites' store does not answer: {waiting.one_line(error)}"
-            ) from None
+            why = waiting.one_line(error)
+            raise SyncError(f"the store where the sites meet is gone: {why}") from None
 
 
 def _key(site: int) -> str:

@@ -219,7 +219,8 @@ class GlooTransport:
                 timeout_s=end - time.monotonic(),
             )
         except BaseException as error:
-            self._membership.leave(failure_text(error))
+            self._membership.tell(failure_text(error))
+            self._membership.leave()
             if not isinstance(error, Exception):
                 raise
             raise SyncError(f"joining the other sites failed: {one_line(error)}") from error
@@ -347,9 +348,10 @@ class GlooTransport:
 
     def close(self, reason: str = "") -> None:
         """Leave the group: peers that still wait for this site fail now, not at their timeout."""
-        self._membership.leave(reason)
         if reason:
+            self._membership.tell(reason)
             self._abort()
+            self._membership.leave()
         self._waits.close()
         # The connections close with the last reference to the group; shutdown alone leaves them.
         self._group.shutdown()
