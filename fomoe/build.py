@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -13,12 +14,19 @@ from fomoe.errors import ConfigError
 from fomoe.hostmemory import keep_freed_memory
 from fomoe.parking import Parking, parks
 from fomoe.planning import RunPlan, plan_run
+from fomoe.remains import check_resumable
 from fomoe.report import Progress
 from fomoe.resume import resume
 from fomoe.run import Run
-from fomoe.rundir import compare_fingerprints, remove_run, write_run_files
+from fomoe.rundir import (
+    claim_run_dir,
+    compare_configs,
+    compare_fingerprints,
+    remove_run,
+    write_run_files,
+)
 from fomoe.runlock import RunLock
-from fomoe.services import open_log
+from fomoe.services import check_services, open_log
 from fomoe.site import Site
 from fomoe.summary import Totals
 from fomoe.sync.ddp import GradientSync
@@ -47,13 +55,48 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     return device
 
 
+@contextmanager
+def started(
+    config: Config,
+    transport: Transport,
+    *,
+    mode: str,
+    resume_round: int | None = None,
+    device: torch.device,
+    show: bool,
+) -> Iterator[Run]:
+    """A run that is ready for its rounds; the order keeps every byte where a start is refused.
+
+    Raises:
+        FomoeError: at every site, if what the sites were started with differs, or if the run's
+            folder cannot be used as `mode` says.
+    """
+    agreed(transport, lambda: check_services(config, transport.sites, device))
+    how = mode if resume_round is None else f"resume from round {resume_round}"
+    compare_configs(config, transport, how)
+    if mode == "resume":  # before anything is made or built
+        check_resumable(config, transport, resume_round)
+    with claim_run_dir(config, transport, mode) as (claimed, lock):
+        run = build_run(
+            claimed,
+            transport,
+            lock,
+            mode=mode,
+            resume_round=resume_round,
+            device=device,
+            show=show,
+        )
+        with run.progress:
+            yield run
+
+
 def build_run(
     config: Config,
     transport: Transport,
     lock: RunLock,
     *,
     mode: str,
-    resume_round: int | None = None,
+    resume_round: int | None,
     device: torch.device,
     show: bool,
 ) -> Run:

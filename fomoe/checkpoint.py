@@ -44,7 +44,9 @@ def saved_rounds(run_dir: Path) -> list[int]:
     """
     folder = run_dir / "checkpoints"
     try:
-        names = listing(folder)
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}") from None
     numbers = [name.removeprefix(_ROUND) for name in names if name.startswith(_ROUND)]

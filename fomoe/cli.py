@@ -189,7 +189,7 @@ def _train(args: argparse.Namespace) -> int:
 
             print_dry_run(run)
         return 0
-    launch = _launch()
+    launch = _launch(config.num_sites)
     from fomoe.train import train
 
     summary = train(
@@ -285,9 +285,9 @@ def _launched_site(config: Any) -> int | None:
     return int(rank) if rank.isdecimal() and int(rank) < config.num_sites else None
 
 
-def _launch() -> Launch:
+def _launch(num_sites: int | None = None) -> Launch:
     """What the environment says, checked; a warning is printed."""
-    launch = launch_from_environment()
+    launch = launch_from_environment(num_sites=num_sites)
     if launch.warning:
         print(f"fomoe: warning: {launch.warning}", file=sys.stderr)
     return launch
@@ -313,5 +313,6 @@ def _interrupt(signum: int, frame: Any) -> NoReturn:
 
 def _fail(message: object, status: int) -> int:
     line = re.sub(r"\s*[\r\n]\s*", " ", str(message).strip())  # names keep their spaces
-    print(f"fomoe: error{site_label()}: {line}", file=sys.stderr)
+    # One write, so that lines of several sites on one terminal stay whole.
+    sys.stderr.write(f"fomoe: error{site_label()}: {line}\n")
     return status

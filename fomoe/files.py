@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,12 @@ def listing(folder: Path) -> list[str]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file that a peer may have removed first."""
+    """Remove a file, or the folder of a temporary one; a peer may have removed it first."""
     try:
-        path.unlink()
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
     except OSError as error:
         if error.errno not in _GONE:
             raise
@@ -73,15 +77,16 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     Raises:
         OSError: if it cannot be written; what was there is untouched.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    # A folder of its own, since libraries make temporary files beside the one they write.
+    own = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        _make(temporary)
-        write(temporary)
-        _flush(temporary)
-        os.replace(temporary, path)
+        _make(own)
+        write(own / path.name)
+        _flush(own / path.name)
+        os.replace(own / path.name, path)
         _flush(path.parent)
     finally:
-        remove(temporary)
+        remove(own)
 
 
 def remove_temporaries(folder: Path, name: str) -> None:
@@ -94,13 +99,11 @@ def remove_temporaries(folder: Path, name: str) -> None:
             remove(folder / found)
 
 
-def _make(path: Path) -> None:
-    """Make a file and its folder. A peer may remove the folder while it is still empty."""
+def _make(folder: Path) -> None:
+    """Make a folder and those above it, which a peer may remove while they are still empty."""
     for attempt in range(_ATTEMPTS):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o666))
-            return
+            return folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ESTALE) or attempt == _ATTEMPTS - 1:
                 raise

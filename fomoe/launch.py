@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 from fomoe.errors import ConfigError
 
-_USE = "start one process per site with torchrun, launch/site.sh or launch/slurm.sbatch"
+_PROXY = "this is a proxy run, which trains all sites in every process that is started"
+_USE = "for a distributed run, start one process per site with torchrun or launch/*.sh"
+_SLURM = "for a distributed run, use launch/slurm.sbatch or set them per task"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +52,14 @@ class Launch:
         return f"{host}:{self.port}"
 
 
-def launch_from_environment(environment: Mapping[str, str] | None = None) -> Launch:
+def launch_from_environment(
+    environment: Mapping[str, str] | None = None, *, num_sites: int | None = None
+) -> Launch:
     """Read and check what a launcher sets; without it the run is a proxy run.
+
+    Args:
+        environment: the process's own by default.
+        num_sites: sites of the experiment, which must be as many as were started.
 
     Raises:
         ConfigError: naming the variable, its value and the rule.
@@ -68,7 +76,11 @@ def launch_from_environment(environment: Mapping[str, str] | None = None) -> Lau
             rule = f"must be from 0 to {world_size - 1}: WORLD_SIZE is {world_size}"
             raise ConfigError(name, value, rule)
     if world_size == 1:
-        return Launch()
+        alone = f"WORLD_SIZE is 1 but num_sites is {num_sites}: {_PROXY}; {_USE}"
+        return Launch(warning=alone if num_sites not in (None, 1) else "")
+    if num_sites not in (None, world_size):
+        rule = f"must be num_sites, which is {num_sites}: start one process per site"
+        raise ConfigError("WORLD_SIZE", world_size, rule)
     address = given.get("MASTER_ADDR", "").strip()
     if not address:
         raise ConfigError("MASTER_ADDR", "", f"must be set to site 0's address; {_USE}")
@@ -106,11 +118,10 @@ def _integer(given: Mapping[str, str], name: str) -> int:
 
 def _looks_distributed(given: Mapping[str, str]) -> str:
     """Why this proxy run may be meant as a distributed one; empty if nothing says so."""
-    alone = "this is a proxy run, which trains all sites in each process that is started"
     for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
         if name in given:
-            return f"{name} is set to {given[name]!r} but {other} is not: {alone}; {_USE}"
+            return f"{name} is set to {given[name]!r} but {other} is not: {_PROXY}; {_USE}"
     tasks = given.get("SLURM_NTASKS", "")
     if "SLURM_PROCID" in given and tasks.isdecimal() and int(tasks) > 1:
-        return f"Slurm runs {tasks} tasks but RANK and WORLD_SIZE are not set: {alone}; {_USE}"
+        return f"Slurm runs {tasks} tasks but RANK and WORLD_SIZE are not set: {_PROXY}; {_SLURM}"
     return ""

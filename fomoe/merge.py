@@ -78,11 +78,13 @@ def _newest_whole(
                 config, tensors = _read_whole(run_dir, candidate)
             except CheckpointError as error:
                 refused.append(str(error))
+                if saved_rounds(run_dir) != rounds:
+                    break
                 continue
             for problem in refused:
                 say(f"refused: {problem}")
             return candidate, config, tensors
-        if saved_rounds(run_dir) == rounds:
+        else:
             of_round = "" if asked is None else f" of round {asked}"
             reason = f": {refused[0]}" if refused else ""
             raise CheckpointError(f"{run_dir} holds no complete checkpoint{of_round}{reason}")

@@ -340,7 +340,10 @@ def save_round(run: Run, rounds_done: int) -> None:
 
     agreed(run.transport, save)
     keep = run.config.run.keep_checkpoints
-    checkpoint.remove_old(run.run_dir, rounds_done, keep, run.sites)
+    try:
+        checkpoint.remove_old(run.run_dir, rounds_done, keep, run.sites)
+    except OSError as error:  # the round is saved: no reason to end the run
+        run.progress.warn(f"{error.filename} cannot be removed: {error.strerror}")
 
 
 def load_round(run: Run, round_idx: int) -> dict[str, Any]:

@@ -120,8 +120,8 @@ def claim_run_dir(
     if mode == "next-free":
         lock = _lock_next_free(wanted, run_id, transport)
     else:
-        if mode == "new":  # before anything is made
-            agreed(transport, lambda: _refuse_existing(wanted))
+        if mode == "new":  # before anything is made; with a lock file the run may be alive
+            agreed(transport, lambda: None if _has_lock(wanted) else _refuse_existing(wanted))
         found = _lock_in_turn(lambda: lock_folder(wanted, run_id), transport)
         assert found is not None
         lock = found
@@ -187,6 +187,10 @@ def _lock_if_free(folder: Path, run_id: str) -> RunLock | None:
         return lock
     lock.release()
     return None
+
+
+def _has_lock(folder: Path) -> bool:
+    return LOCK_NAME in listing(folder)
 
 
 def _is_free(folder: Path) -> bool:

@@ -11,18 +11,15 @@ from typing import Any
 
 import torch
 
-from fomoe.build import build_run, choose_device
+from fomoe.build import choose_device, started
 from fomoe.config import Config
 from fomoe.errors import SyncError
 from fomoe.evaluate import MergedEvaluation, evaluate_local, evaluate_merged, topk_agreement
 from fomoe.launch import Launch, launch_from_environment
 from fomoe.metrics import Metrics
 from fomoe.parking import unparked
-from fomoe.remains import check_resumable
 from fomoe.resume import save_round
 from fomoe.run import Run
-from fomoe.rundir import claim_run_dir, compare_configs
-from fomoe.services import check_services
 from fomoe.site import STEP_FIELDS, RoundRouting, learning_rate
 from fomoe.summary import Counts, merged_record, round_record, summarize
 from fomoe.sync.ddp import GradientSync
@@ -55,30 +52,17 @@ def train(
     Raises:
         FomoeError: for every mistake of a user and every failed sync.
     """
-    launch = launch or launch_from_environment()
+    launch = launch or launch_from_environment(num_sites=config.num_sites)
     # What is wrong at this site alone is told before it waits for the others.
     where = choose_device(device, launch.local_rank)
     transport = open_transport(
         launch, config.num_sites, timeout_s=config.sync.timeout_s, interface=interface
     )
     try:
-        agreed(transport, lambda: check_services(config, transport.sites, where))
-        asked = mode if resume_round is None else f"resume from round {resume_round}"
-        compare_configs(config, transport, asked)
-        if mode == "resume":  # before anything is made or built
-            check_resumable(config, transport, resume_round)
-        with claim_run_dir(config, transport, mode) as (claimed, lock):
-            run = build_run(
-                claimed,
-                transport,
-                lock,
-                mode=mode,
-                resume_round=resume_round,
-                device=where,
-                show=show,
-            )
-            with run.progress:
-                summary = run_rounds(run)
+        with started(
+            config, transport, mode=mode, resume_round=resume_round, device=where, show=show
+        ) as run:
+            summary = run_rounds(run)
     except BaseException as error:
         transport.close(failure_text(error))
         raise
@@ -94,7 +78,7 @@ def run_rounds(run: Run) -> dict[str, Any]:
         lambda: Metrics(run.run_dir, transport.sites, first_round=run.first_round, log=run.log),
     )
     if metrics.num_damaged:
-        run.progress.warn(f"{metrics.path}: {metrics.num_damaged} damaged lines are left out")
+        run.progress.warn(f"{metrics.path}: damaged lines dropped: {metrics.num_damaged}")
     try:
         for round_idx in range(run.first_round, config.rounds):
             records, train_s, gradient_s = run_local_steps(run, round_idx)

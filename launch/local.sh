@@ -18,7 +18,9 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( cores > sites ? cores / sites : 1 
 interface=()
 if [ -d /sys/class/net/lo ] && [[ " $* " != *" --interface"* ]]; then interface=(--interface lo); fi
 pids=()
-trap 'kill "${pids[@]}" 2>/dev/null || true' EXIT
+# Whatever ends this script ends the sites, and waits until they have said so.
+trap 'kill "${pids[@]}" 2>/dev/null || true; wait' EXIT
+trap 'exit 130' INT TERM # the shell hides Ctrl-C from what runs in its background
 for ((site = 0; site < sites; site++)); do
   "$root/launch/site.sh" "$site" "$sites" "127.0.0.1:$port" "$@" "${interface[@]}" &
   pids+=($!)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict, dataclass, fields
 from math import isfinite
 from pathlib import Path
@@ -250,14 +251,14 @@ def add_command(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fit, check, write and print."""
-    rounds = read_runs(args.runs)
+    rounds = read_runs(args.runs, _say)
     bandwidth = read_rate(args.bandwidth, "--bandwidth") if args.bandwidth else None
     both = {Path(path).resolve() for path in args.runs} & {
         Path(path).resolve() for path in args.hold_out
     }
     if both:
         raise ConfigError("--hold-out", str(both.pop()), "is also a run to fit")
-    held_out = read_runs(args.hold_out)
+    held_out = read_runs(args.hold_out, _say)
     if not held_out:
         rounds, held_out = split_rounds(rounds)
     calibration = fit(rounds, held_out, bandwidth_bps=bandwidth)
@@ -265,6 +266,10 @@ def run(args: argparse.Namespace) -> int:
     save_calibration(calibration, out)
     print(json.dumps(asdict(calibration), indent=2) if args.json else text(calibration, out))
     return 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def text(calibration: Calibration, out: Path) -> str:

@@ -3,12 +3,12 @@
 The trainer writes one JSON object per line. Used here are those of kind `round`, one per site:
 `round, site, train_s, sync_s, wire_bytes, payload_bytes, local_steps`. A site's `sync_s` includes
 its wait for slower sites, so a link shows only where the records of all sites stand side by side.
+Damaged lines are left out, and with them the rounds that are then not those of all sites.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -18,6 +18,7 @@ import numpy as np
 
 from fomoe.config import Config, load_config
 from fomoe.errors import ConfigError
+from fomoe.jsonlines import Lines, read_lines
 from fomoe.placement import Placement, build_placement
 from fomoe.segments import build_plan, sync_traffic
 from fomoe.shapes import parameter_specs
@@ -25,6 +26,7 @@ from fomoe_sim.flops import token_flops
 from fomoe_sim.presets import shape_from_config
 from fomoe_sim.traffic import executed_share, table_holdings
 
+Say = Callable[[str], None]
 NUMBERS = ("round", "site", "train_s", "sync_s", "wire_bytes", "payload_bytes", "local_steps")
 
 
@@ -63,23 +65,30 @@ class Round:
         return self.train_s + self.sync_s
 
 
-def read_runs(folders: Iterable[str | Path]) -> list[Round]:
+def read_runs(folders: Iterable[str | Path], say: Say = lambda line: None) -> list[Round]:
     """Rounds of several runs, in order.
+
+    Args:
+        folders: of the runs.
+        say: told of each file with damaged lines, in one line.
 
     Raises:
         ConfigError: naming the folder, if it holds no rounds to fit a link from.
     """
-    return [round_ for folder in dict.fromkeys(map(str, folders)) for round_ in read_run(folder)]
+    names = dict.fromkeys(map(str, folders))
+    return [round_ for folder in names for round_ in read_run(folder, say)]
 
 
-def read_run(folder: str | Path) -> list[Round]:
+def read_run(folder: str | Path, say: Say = lambda line: None) -> list[Round]:
     """Rounds of one run; a round that was repeated after a resume counts once, as it ran last."""
     folder = Path(folder)
     config_path = folder / "config.yaml"
     config = load_config(config_path) if config_path.exists() else None
     path = folder / "metrics.jsonl"
     table: dict[int, dict[int, dict[str, Any]]] = {}
-    for record in _round_records(path):
+    lines = _read(path, say)
+    damaged = bool(lines.damaged)
+    for record in _round_records(lines, path):
         table.setdefault(int(record["round"]), {})[int(record["site"])] = record
     if not table:
         raise ConfigError(str(path), "", "has no round records")
@@ -87,11 +96,18 @@ def read_run(folder: str | Path) -> list[Round]:
         rule = "is a proxy run, whose sites exchange in memory: it shows no link to calibrate"
         raise ConfigError("run", str(folder), rule)
     for path in folder.glob("metrics.site*.jsonl"):
-        for record in _round_records(path):
+        lines = _read(path, say)
+        damaged |= bool(lines.damaged)
+        for record in _round_records(lines, path):
             index, site = int(record["round"]), int(record["site"])
             # A longer or larger run that was replaced here may have left its other sites' files.
             if index in table and (config is None or site < config.num_sites):
                 table[index][site] = record
+    if damaged:
+        everyone = {site for sites in table.values() for site in sites}
+        table = {index: sites for index, sites in table.items() if sites.keys() == everyone}
+        if not table:
+            raise ConfigError(str(path.parent), "", "has no round with the records of all sites")
     if not any(record["wire_bytes"] for sites in table.values() for record in sites.values()):
         rule = "sent no bytes between sites: it shows no link to calibrate"
         raise ConfigError("run", str(folder), rule)
@@ -135,33 +151,24 @@ def most_step_flops(config: Config, placement: Placement) -> float:
     return float(config.tokens_per_step * per_token.max())
 
 
-def _round_records(path: Path) -> Iterable[dict[str, Any]]:
-    for number, record in _records(path):
+def _round_records(lines: Lines, path: Path) -> Iterable[dict[str, Any]]:
+    for number, _, record in lines.objects:
         if record.get("kind") == "round":
             _check_record(record, f"{path}:{number}")
             yield record
 
 
-def _records(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+def _read(path: Path, say: Say) -> Lines:
     try:
-        content = path.read_text(encoding="utf-8")
+        lines = read_lines(path)
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError("run", str(path.parent), "has no metrics.jsonl") from None
-    except (OSError, UnicodeDecodeError):
-        raise ConfigError(str(path), "", "cannot be read as text") from None
-    lines = content.split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            if number == len(lines):
-                continue  # torn by a kill: every whole line ends with a newline
-            raise ConfigError(f"{path}:{number}", "", "is not a JSON object") from None
-        if not isinstance(record, dict):
-            raise ConfigError(f"{path}:{number}", "", "is not a JSON object")
-        yield number, record
+    except OSError as error:
+        raise ConfigError(str(path), "", f"cannot be read: {error.strerror}") from None
+    if lines.damaged:
+        first, count = lines.damaged[0], len(lines.damaged)
+        say(f"{path}: damaged lines left out: {count}, the first is line {first}")
+    return lines
 
 
 def _check_record(record: dict[str, Any], where: str) -> None:

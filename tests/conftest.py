@@ -18,8 +18,10 @@ from torch import Tensor
 
 from fomoe.config import Config, build_config, set_option
 from fomoe.data.dataset import Data
+from fomoe.model.transformer import Transformer
 from fomoe.planning import RunPlan, plan_run
 from fomoe.run import Run
+from fomoe.shapes import parameter_specs
 from fomoe.site import Site
 from fomoe.summary import Totals
 from fomoe.sync.ddp import GradientSync
@@ -154,6 +156,20 @@ def make_run(config: Config, transport: Transport | None = None) -> Run:
         progress=Silent(),  # type: ignore[arg-type]
         totals={site: Totals() for site in sites},
     )
+
+
+def whole_model(config: Config, tensors: Mapping[str, Tensor]) -> Transformer:
+    """A model that holds every expert, with the tensors of a merged file."""
+    everyone = tuple(range(config.model.num_experts))
+    model = Transformer(config, dict.fromkeys(config.model.moe_layers, everyone))
+    values = {}
+    for spec in parameter_specs(config):
+        if spec.kind == "expert":
+            values[spec.name] = torch.stack([tensors[spec.row_name(e)] for e in everyone])
+        else:
+            values[spec.name] = tensors[spec.name]
+    model.load_state_dict(values)
+    return model
 
 
 def make_sync(plan: RunPlan, sites: dict[int, Site], transport: Transport) -> Sync:

@@ -401,7 +401,7 @@ def test_onednn_gets_few_numbers_of_rows(monkeypatch: pytest.MonkeyPatch) -> Non
         scores = torch.rand(len(x_TD), 6, generator=generator) + skew_E
         chosen_TK = scores.topk(2, dim=-1).indices
         routing = routing_of(chosen_TK, shape[1], 6, torch.ones(chosen_TK.shape))
-        layer.run_residents(x_TD, routing).sum().backward()
+        layer.experts(x_TD, routing).sum().backward()
         experts = {int(e): module for e, module in layer.experts.items()}
         run_experts(x_TD, routing, experts, layer._slot_E)
     rows = {size for shape in seen for size in shape} - {12, 16, 24}

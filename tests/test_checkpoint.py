@@ -124,9 +124,7 @@ def crash_in_round(monkeypatch: pytest.MonkeyPatch, round_idx: int, where: str) 
     monkeypatch.setattr(fomoe.train, where, stop)
 
 
-@pytest.mark.parametrize(
-    "where", ["synchronize", "verify_replicas", "evaluate_sites", "save_checkpoint"]
-)
+@pytest.mark.parametrize("where", ["synchronize", "evaluate_sites", "save_round"])
 def test_a_crash_anywhere_in_a_round_costs_that_round_only(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -139,7 +137,7 @@ def test_a_crash_anywhere_in_a_round_costs_that_round_only(
             train(config, show=False)
     assert saved_rounds(crashed) == [1]
     left = records(crashed, "round")
-    assert {row["round"] for row in left} == ({0, 1} if where == "save_checkpoint" else {0})
+    assert {row["round"] for row in left} == ({0, 1} if where == "save_round" else {0})
     again = trained(tiny, "rounds=3", f"run.dir={crashed}", "--resume")
     assert_same_parts(straight, crashed, 3)
     assert without_times(records(crashed)) == without_times(records(straight))
@@ -355,6 +353,23 @@ def test_how_often_and_how_many(
     assert saved_rounds(tmp_path / "run") == rounds
     for round_idx in rounds:
         assert not any(checkpoint.check_part(tmp_path / "run", round_idx, s) for s in range(3))
+
+
+def test_an_old_part_that_cannot_be_removed_ends_no_run(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Path.unlink
+
+    def unlink(path: Path, **options: bool) -> None:
+        if path.name == "site-1.json":
+            raise PermissionError(13, "Permission denied", str(path))
+        kept(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    outcome = fomoe("train", tiny, "rounds=3", "run.keep_checkpoints=2")
+    assert outcome.status == 0, outcome.err
+    part = round_folder(tmp_path / "run", 1) / "site-1.json"
+    assert f"{part} cannot be removed: Permission denied\n" in outcome.err
 
 
 # ------------------------------------------------------------------------------- the run's folder

@@ -294,7 +294,15 @@ def test_version_and_help() -> None:
     assert fomoe("--version").out.strip() == f"fomoe {__version__}"
     out = fomoe("--help").out
     assert all(command in out for command in ("train", "compare", "merge"))
-    for flag in ("--resume", "--overwrite", "--next-free", "--dry-run", "--json", "--device"):
+    for flag in (
+        "--resume",
+        "--resume-round",
+        "--overwrite",
+        "--next-free",
+        "--dry-run",
+        "--json",
+        "--device",
+    ):
         assert flag in fomoe("train", "--help").out
 
 

@@ -23,7 +23,9 @@ from conftest import (
     make_run,
     one_round,
     over_gloo,
+    parameters_of,
     tiny_config,
+    whole_model,
 )
 from safetensors.torch import load_file
 
@@ -31,7 +33,6 @@ from fomoe.config import load_config
 from fomoe.data.dataset import build_data
 from fomoe.errors import DataError, FomoeError, SiteMismatchError
 from fomoe.merge import merge
-from fomoe.model.transformer import Transformer
 from fomoe.planning import plan_run, planned_summary
 from fomoe.rundir import agreed, compare_configs, compare_fingerprints
 from fomoe.sync.transport import InMemoryTransport
@@ -201,10 +202,8 @@ def test_the_merged_evaluation_is_that_of_the_merged_model(runs, tmp_path):
         whole[name] = load_file(merge(run_dir, out=tmp_path / name))
     assert whole["proxy"].keys() == whole["distributed"].keys()
     assert all(torch.equal(t, whole["distributed"][n]) for n, t in whole["proxy"].items())
-    everything = dict.fromkeys(config.model.moe_layers, tuple(range(8)))
-    model = Transformer(config, everything)
+    model = whole_model(config, whole["proxy"])
     biases = {n: t for n, t in whole["proxy"].items() if n.endswith("balance_bias")}
-    model.load_state_dict({n: t for n, t in whole["proxy"].items() if n not in biases})
     for name, bias in biases.items():
         model.moe(int(name.split(".")[1])).router.balance_bias_E.copy_(bias)
     assert len(biases) == 2
@@ -236,16 +235,12 @@ def test_the_merged_model_is_evaluated_alike_in_memory_and_over_gloo(layout):
         run = make_run(config, transport)
         one_round(run)
         merged = merged_loss(run)
-        parameters = {n: p for own in run.sites.values() for n, p in own.parameters.items()}
-        return merged, {name: value.detach() for name, value in parameters.items()}
+        return merged, {name: value for (_, name), value in parameters_of(run).items()}
 
     results = all_good(over_gloo(config.num_sites, work))
     proxy, parameters = work(InMemoryTransport(range(config.num_sites)))
     assert all(merged == proxy for merged, _ in results)
-    whole = Transformer(
-        config, dict.fromkeys(config.model.moe_layers, tuple(range(config.model.num_experts)))
-    )
-    whole.load_state_dict(parameters)
+    whole = whole_model(config, parameters)
     held_out = torch.from_numpy(RandomStream(config, 7).next_batch(5))
     with torch.no_grad():
         output = whole(held_out[:, :-1], held_out[:, 1:])

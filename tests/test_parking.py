@@ -10,7 +10,7 @@ from conftest import assert_same_bits, make_run, make_site, one_round, tiny_conf
 
 from fomoe.errors import ConfigError
 from fomoe.parking import Parking, parks, unparked
-from fomoe.train import Run
+from fomoe.run import Run
 
 
 def park_all(run: Run) -> None:

@@ -21,13 +21,15 @@ from helpers_cli import Outcome, fomoe, records, snapshot, trained, write_config
 from safetensors.torch import load_file, save_file
 
 from fomoe import checkpoint
+from fomoe.build import started
 from fomoe.checkpoint import load_part, remove_parts, round_folder, saved_rounds
-from fomoe.config import Config, load_config
+from fomoe.config import load_config
 from fomoe.errors import CheckpointError
 from fomoe.resume import expected_state, wrong_value
 from fomoe.resume import resume as resume_run
+from fomoe.run import Run
 from fomoe.sync.transport import InMemoryTransport, Transport
-from fomoe.train import Run, build_run, run_local_steps, run_rounds
+from fomoe.train import run_local_steps, run_rounds
 
 SITES = 3
 
@@ -186,10 +188,8 @@ class Stop(Exception):
     """A kill."""
 
 
-def killed_while_saving(
-    monkeypatch: pytest.MonkeyPatch, saves: int, config: Config, run: Callable[[], Any]
-) -> None:
-    """Run until some parts were written, and die before the next one."""
+def killed_while_saving(monkeypatch: pytest.MonkeyPatch, saves: int, *words: object) -> None:
+    """`fomoe train` that dies after some parts were written, before the next one."""
     real, left = checkpoint.save_part, iter(range(saves))
 
     def save_part(*arguments: Any) -> None:
@@ -200,24 +200,17 @@ def killed_while_saving(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_part", save_part)
         with pytest.raises(Stop):
-            run()
+            fomoe("train", *words)
 
 
-@pytest.mark.parametrize("every", [0, 1])
-@pytest.mark.parametrize("saved", [0, 1, 2])
+@pytest.mark.parametrize(("every", "saved"), [(0, 0), (0, 2), (1, 0), (1, 1)])
 def test_a_kill_before_the_first_checkpoint_was_whole_costs_nothing_but_time(
     done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, saved: int
 ) -> None:
     """A job that always passes --resume starts again; nothing could have been continued."""
     always = [f"run.checkpoint_every={every}"]
-    config = load_config(done / "tiny.yaml", [f"run.dir={tmp_path / 'run'}", *always])
-
-    def run() -> None:
-        transport = InMemoryTransport(range(SITES))
-        cpu = torch.device("cpu")
-        run_rounds(build_run(config, transport, mode="new", device=cpu, show=False))
-
-    killed_while_saving(monkeypatch, saved, config, run)
+    words = [done / "tiny.yaml", f"run.dir={tmp_path / 'run'}", *always]
+    killed_while_saving(monkeypatch, saved, *words)
     outcome = resume(done, tmp_path / "run", *always, "--json")
     assert outcome.status == 0, outcome.err
     when = "while its first checkpoint was saved" if saved else "before its first checkpoint"
@@ -230,7 +223,6 @@ def test_a_kill_before_the_first_checkpoint_was_whole_costs_nothing_but_time(
 def test_a_crash_in_the_very_first_round_is_no_run_to_lose(
     done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-
     def stop(*_: Any) -> None:
         raise Stop
 
@@ -265,8 +257,7 @@ def at_site(done: Path, folder: Path, *words: str, **start: Any) -> Callable[[Tr
         (site,) = transport.sites
         config = load_config(done / "tiny.yaml", [f"run.dir={folder / str(site)}", *words])
         options = {"mode": "resume", "device": torch.device("cpu"), "show": False} | start
-        run = build_run(config, transport, **options)
-        with run.progress:
+        with started(config, transport, **options) as run:
             run_rounds(run)
         return run
 
@@ -357,8 +348,7 @@ def test_a_kill_while_sites_save_their_first_part_on_folders_of_their_own(
 # ------------------------------------------------------------------------ never a poisoned one
 
 
-@pytest.mark.parametrize("method", ["fomoe", "ddp"])
-@pytest.mark.parametrize("kind", ["exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize(("method", "kind"), [("fomoe", "exp_avg_sq"), ("ddp", "exp_avg")])
 def test_a_poisoned_optimizer_stops_the_run_in_its_round_and_is_never_saved(
     done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, kind: str
 ) -> None:
@@ -391,9 +381,9 @@ def test_a_poisoned_optimizer_stops_the_run_in_its_round_and_is_never_saved(
 def test_resume_round_goes_back_and_what_came_later_is_gone(done: Path, tmp_path: Path) -> None:
     run, straight = tmp_path / "run", tmp_path / "straight"
     config = done / "tiny.yaml"
-    trained(config, "rounds=4", f"run.dir={straight}")
+    trained(config, "rounds=3", f"run.dir={straight}")
     shutil.copytree(straight, run)
-    for round_idx in (2, 3, 4):  # a history that must not be mixed with the one to come
+    for round_idx in (2, 3):  # a history that must not be mixed with the one to come
         for site in range(SITES):
             edit(run, round_idx, site, lambda tensors, _: tensors["probe"].add_(1))
     outcome = fomoe("train", config, "rounds=2", f"run.dir={run}", "--resume-round", 1)
@@ -401,8 +391,8 @@ def test_resume_round_goes_back_and_what_came_later_is_gone(done: Path, tmp_path
     assert "resuming after round 1\n" in outcome.err
     assert saved_rounds(run) == [2, 1]
     assert {row["round"] for row in records(run)} == {0, 1}
-    assert resume(done, run, "rounds=4").status == 0
-    for round_idx in (1, 2, 3, 4):
+    assert resume(done, run, "rounds=3").status == 0
+    for round_idx in (1, 2, 3):
         for site in range(SITES):
             assert_same_bits(
                 load_part(run, round_idx, site)[0], load_part(straight, round_idx, site)[0]
@@ -438,15 +428,8 @@ def test_after_a_fallback_no_part_of_the_refused_round_is_left(
         1,
         lambda tensors, _: tensors["inner/exp_avg/final_norm.weight"].fill_(torch.inf),
     )
-    config = load_config(done / "tiny.yaml", ["rounds=3", f"run.dir={run_dir}"])
-
-    def run() -> None:
-        transport = InMemoryTransport(range(SITES))
-        start = build_run(config, transport, mode="resume", device=torch.device("cpu"), show=False)
-        assert start.first_round == 1
-        run_rounds(start)
-
-    killed_while_saving(monkeypatch, 1, config, run)
+    words = [done / "tiny.yaml", f"run.dir={run_dir}", "rounds=3", "--resume"]
+    killed_while_saving(monkeypatch, 1, *words)
     left = [checkpoint.has_part(run_dir, 2, site) for site in range(SITES)]
     assert left == [True, False, False]
 
@@ -464,7 +447,8 @@ class Bench:
         config = load_config(done / "tiny.yaml", [f"run.dir={self.run_dir}"])
         transport = InMemoryTransport(range(SITES))
         cpu = torch.device("cpu")
-        self.run = build_run(config, transport, mode="resume", device=cpu, show=False)
+        with started(config, transport, mode="resume", device=cpu, show=False) as self.run:
+            pass
         self.said: list[str] = []
         self.run.progress.say = self.said.append  # type: ignore[method-assign]
 
@@ -478,7 +462,7 @@ class Bench:
         self.said.clear()
         resume_run(self.run, None, show=False)
         for site, own in self.run.sites.items():
-            loaded = own.state()[0] | self.run.outer.state_of(site)
+            loaded = own.state()[0] | self.run.sync.anchors.state_of(site)
             kept, _ = load_part(self.run_dir, self.run.first_round, site)
             others = ("rng", "probe")
             assert_same_bits(loaded, {n: t for n, t in kept.items() if n not in others})
@@ -663,6 +647,20 @@ def test_values_of_any_other_kind_are_refused(bench: Bench) -> None:
     allowed |= {(".".join(p), "'missing'") for p in bytes_by_class if len(p) == 3}  # none sent
     allowed |= {(".".join(p), "{}") for p in bytes_by_class if len(p) == 2}
     assert taken == allowed
+
+
+@pytest.mark.parametrize("damage", [cut, Path.unlink, lambda path: path.write_bytes(b"\xff")])
+def test_a_damaged_tokenizer_is_trained_anew_and_must_be_the_same(
+    done: Path, tmp_path: Path, damage: Callable[[Path], Any]
+) -> None:
+    run_dir = tmp_path / "run"
+    always = ["data.tokenizer=bpe", "data.bpe_vocab_size=280"]
+    trained(done / "tiny.yaml", f"run.dir={run_dir}", "rounds=1", *always)
+    good = (run_dir / "tokenizer.json").read_bytes()
+    damage(run_dir / "tokenizer.json")
+    outcome = resume(done, run_dir, *always)
+    assert outcome.status == 0, outcome.err
+    assert (run_dir / "tokenizer.json").read_bytes() == good
 
 
 # ------------------------------------------------------------------------------------ the schedule

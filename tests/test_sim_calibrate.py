@@ -344,11 +344,26 @@ def test_a_proxy_run_is_refused(tmp_path):
         run_command(run)
 
 
-def test_a_broken_line_is_named(tmp_path):
+@pytest.mark.parametrize("damage", [b"nonsense", b"\xff\xfe", b"\0" * 9, b"[1, 2]"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.site1.jsonl"])
+def test_a_damaged_line_costs_its_round_and_is_counted(tmp_path, capsys, name, damage):
     run = write_run(tmp_path / "a", local_steps=8, wire_bytes=1_000_000)
-    path = tmp_path / "a" / "metrics.jsonl"
-    path.write_text("nonsense\n" + path.read_text())
-    with pytest.raises(ConfigError, match=r"metrics.jsonl:1 is not a JSON object"):
+    whole = read_run(run)
+    path = tmp_path / "a" / name
+    *earlier, last = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(earlier[:-1]) + damage + b"\n" + last)  # the record of round 7
+    assert read_run(run) == whole[:7] + whole[8:]
+    run_command(run)
+    line = len(earlier)
+    assert capsys.readouterr().err == (
+        f"{path}: damaged lines left out: 1, the first is line {line}\n"
+    )
+
+
+def test_records_that_are_all_damaged_are_refused(tmp_path):
+    run = write_run(tmp_path / "a", local_steps=8, wire_bytes=1_000_000)
+    (tmp_path / "a" / "metrics.jsonl").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(ConfigError, match="has no round records"):
         read_run(run)
 
 

@@ -136,8 +136,9 @@ def _build_tokenizer(
         return named_tokenizer(config), None
 
     def train() -> bytes:
-        if kept_in is not None and (kept_in / "tokenizer.json").exists():
-            return (kept_in / "tokenizer.json").read_bytes()
+        kept = _kept_bpe(kept_in)
+        if kept is not None:
+            return kept
         documents = [
             document
             for source in sorted(set(names))
@@ -160,6 +161,21 @@ def named_tokenizer(config: Config) -> Tokenizer:
         rule = f"is below the tokenizer's {tokenizer.vocab_size} tokens"
         raise ConfigError("model.vocab_size", config.vocab_size, rule)
     return tokenizer
+
+
+def _kept_bpe(folder: Path | None) -> bytes | None:
+    """The tokenizer that a run keeps, or None: a damaged one is trained anew on the same text.
+
+    Whether it is the same is not taken on trust: a resume compares its hash with the checkpoint's.
+    """
+    if folder is None:
+        return None
+    try:
+        kept = (folder / "tokenizer.json").read_bytes()
+        parse_bpe(kept)
+    except Exception:  # the library raises plain Exception for every damage
+        return None
+    return kept
 
 
 # -------------------------------------------------------------------------------------- the split

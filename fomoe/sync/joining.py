@@ -40,15 +40,12 @@ def open_transport(
     """A transport for this process: all sites in memory, or this site over gloo.
 
     Raises:
-        ConfigError: if the launch does not fit the config or this machine.
+        ConfigError: if the launch does not fit this machine.
         SyncError: if the sites do not all join within `timeout_s`.
     """
     if not launch.distributed:
         return InMemoryTransport(range(num_sites))
-    if launch.world_size != num_sites:
-        raise ConfigError(
-            "WORLD_SIZE", launch.world_size, f"must be num_sites, {num_sites}: start one per site"
-        )
+    assert launch.world_size == num_sites
     open_interface(interface)
     end = time.monotonic() + timeout_s
     addresses = resolve(launch.address, launch.port, timeout_s)

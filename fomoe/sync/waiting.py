@@ -11,13 +11,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
 
 PATIENCE_S = 10.0  # a longer wait prints a line that names whom it waits for
-_CLOSING_S = 5.0  # longest wait for threads whose messages were made to fail
+_SETTLE_S = 2.0  # longest wait for threads whose messages were made to fail
 _CALL = "call that may block"
 
 
@@ -75,13 +76,15 @@ class PeerWaits:
     ) -> None:
         self._abort, self._timed_out = abort, timed_out
         self._patience_s = PATIENCE_S
-        self._results: SimpleQueue[tuple[int, BaseException | None]] = SimpleQueue()
+        # What ended for each peer stands in a table: a signal may take a wake-up, never a result.
+        self._ended: dict[int, BaseException | None] = {}
+        self._wake: SimpleQueue[None] = SimpleQueue()
         self._todo: dict[int, SimpleQueue[list[Pending] | None]] = {}
         for peer in peers:
             self._todo[peer] = SimpleQueue()
             threading.Thread(
                 target=_wait_for_peer,
-                args=(peer, self._todo[peer], self._results),
+                args=(peer, self._todo[peer], self._ended, self._wake),
                 name=f"messages with site {peer}",
                 daemon=True,
             ).start()
@@ -105,25 +108,23 @@ class PeerWaits:
             BaseException: what `on_failure` returned, or a signal's exception. All messages have
                 failed then, at the peers as well.
         """
-        started, waiting, said = time.monotonic(), set(works), False
-        for peer, own in works.items():
-            self._todo[peer].put(own)
+        self._ended.clear()
+        started, said, peers = time.monotonic(), False, sorted(works)
         try:
-            while waiting:
+            for peer, own in works.items():
+                self._todo[peer].put(own)
+            while waiting := [peer for peer in peers if peer not in self._ended]:
                 left = started + self._patience_s - time.monotonic()
                 try:
-                    peer, error = self._results.get(timeout=None if said else max(left, 0.0))
+                    self._wake.get(timeout=None if said else max(left, 0.0))
                 except Empty:
                     said = True
-                    on_slow(sorted(waiting))
-                    continue
-                waiting.remove(peer)
-                if error is not None:
-                    late = self._collect(waiting) if self._timed_out(error) else []
-                    raise on_failure(sorted([peer, *late]), error)
+                    on_slow(waiting)
+                self._raise_first(peers, on_failure)
+            self._raise_first(peers, on_failure)
         except BaseException:
             self._abort()
-            self._collect(waiting)
+            self._settle(peers)
             raise
         # Another wait as long as this one, which ended well, is not worth a line.
         self._patience_s = max(self._patience_s, 1.5 * (time.monotonic() - started))
@@ -133,24 +134,31 @@ class PeerWaits:
         for todo in self._todo.values():
             todo.put(None)
 
-    def _collect(self, waiting: set[int]) -> list[int]:
-        """Wait for threads that are about to end their waits; returns the peers that failed."""
-        failed = []
-        while waiting:
-            try:
-                peer, error = self._results.get(timeout=_CLOSING_S)
-            except Empty:
-                break
-            waiting.remove(peer)
-            if error is not None:
-                failed.append(peer)
-        return failed
+    def _raise_first(
+        self, peers: list[int], on_failure: Callable[[list[int], BaseException], BaseException]
+    ) -> None:
+        failed = [peer for peer in peers if self._ended.get(peer) is not None]
+        if failed:
+            error = self._ended[failed[0]]
+            assert error is not None
+            if self._timed_out(error):
+                self._settle(peers)
+                failed = [peer for peer in peers if self._ended.get(peer) is not None]
+            raise on_failure(failed, error)
+
+    def _settle(self, peers: list[int]) -> None:
+        """Wait for threads whose messages have all failed or crossed."""
+        end = time.monotonic() + _SETTLE_S
+        while any(peer not in self._ended for peer in peers) and time.monotonic() < end:
+            with suppress(Empty):
+                self._wake.get(timeout=_SETTLE_S / 100)
 
 
 def _wait_for_peer(
     peer: int,
     todo: SimpleQueue[list[Pending] | None],
-    results: SimpleQueue[tuple[int, BaseException | None]],
+    ended: dict[int, BaseException | None],
+    wake: SimpleQueue[None],
 ) -> None:
     while (works := todo.get()) is not None:
         failure: BaseException | None = None
@@ -161,12 +169,14 @@ def _wait_for_peer(
             # Frames would keep the messages, and so the connection, for as long as the error lives.
             failure = error.with_traceback(None)
         works.clear()
-        results.put((peer, failure))
+        ended[peer] = failure
+        wake.put(None)
 
 
 def say(site: int, text: str) -> None:
     """One line of a site on stderr."""
-    print(f"site {site}: {text}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"site {site}: {text}\n")
+    sys.stderr.flush()
 
 
 def one_line(error: BaseException) -> str:
