@@ -1,20 +1,14 @@
-"""Simulated against real: payload of small runs to the byte, peak memory of a process."""
+"""Simulated against real: payload of small runs to the byte, and the trainer's own plan."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from fomoe.cli import main as simulate
 from fomoe.config import load_config
 from fomoe.planning import plan_run, planned_summary
-from fomoe_sim import process
-from fomoe_sim.presets import shape_from_config
 
 pytest.importorskip("fomoe.train", reason="the trainer is not part of this checkout")
 
@@ -42,44 +36,6 @@ PLANNED = {
     "half": "num_sites: 3\nmethod: diloco-half\n",
     "dense": "num_sites: 3\nmethod: dense\n",
 }
-# Of those in docs/validation.md that the constants were not chosen on.
-HELD_OUT = {
-    "vocabulary, top-4, experts recomputed": {
-        "layers": 2,
-        "width": 384,
-        "ffn": 384,
-        "batch": 4,
-        "seq": 256,
-        "vocab": 12000,
-        "experts": 10,
-        "top_k": 4,
-        "recompute": "experts",
-    },
-    "16 experts, many sequences": {
-        "layers": 5,
-        "width": 128,
-        "ffn": 384,
-        "batch": 16,
-        "seq": 128,
-        "vocab": 600,
-        "experts": 16,
-    },
-}
-# Runs the command line and prints its peak, less what it held after its imports.
-PEAK = """
-import re, sys
-import fomoe.cli, fomoe.train, fomoe.data.dataset, rich, safetensors.torch, tokenizers, torch
-
-def held(name):
-    text = open("/proc/self/status").read()
-    return 1024 * int(re.search(name + r":\\s+(\\d+)", text)[1])
-
-torch.set_num_threads(1)
-before = held("VmRSS")
-assert fomoe.cli.main(sys.argv[1:]) == 0
-print("PEAK", held("VmHWM") - before)
-"""
-
 
 SIZES = {
     "layers": 2,
@@ -151,45 +107,3 @@ def test_answers_equal_the_trainers_plan(capsys, tmp_path, name):
     parts = row["memory_parts"]
     held = sum(parts[state]["bytes"] for state in states if state in parts)
     assert held in {memory.total for memory in run.memory}
-
-
-def test_peak_memory_knows_the_attention_of_the_trainer():
-    from fomoe.model import attention
-
-    assert (process.BLOCKS_LONGEST, process.BLOCK_ROWS) == (
-        attention._LONGEST,
-        attention._BLOCK_ROWS,
-    )
-
-
-@pytest.mark.parametrize(
-    ("seq", "model", "seen"),
-    [
-        (64, "", 64),
-        (130, "", (64 * 64 + 64 * 128 + 2 * 130) / 130),
-        (512, "", 288),
-        (513, "", None),
-        (64, "num_kv_heads: 2, ", None),
-    ],
-)
-def test_kept_attention_shares(tmp_path, seq, model, seen):
-    path = Path(write_config(tmp_path, RUNS["fomoe"]))
-    path.write_text(path.read_text().replace("model: {", "model: {" + model))
-    own = process.attention_shares(shape_from_config(load_config(str(path)), "own"), seq)
-    assert own == (0 if seen is None else pytest.approx(4 * 4 * (seen - 8)))
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak from /proc")
-@pytest.mark.parametrize("name", HELD_OUT)
-def test_peak_memory_of_a_one_site_process(capsys, tmp_path, name):
-    one = "num_sites: 1\nplacement: {replication_factor: 1}\n"
-    path = write_config(tmp_path, one, **HELD_OUT[name])
-    out = subprocess.run(
-        [sys.executable, "-c", PEAK, "train", path, "--device", "cpu"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    ).stdout
-    peak = int(out.split("PEAK")[1])
-    assert projected(capsys, path)["cpu_process_peak_bytes"] == pytest.approx(peak, rel=0.15)

@@ -1,0 +1,453 @@
+"""The columns of an answer: bytes, memory, time, failures, money; arrays over a grid's points."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import numpy as np
+
+from fomoe_sim import memory
+from fomoe_sim.layout import Layout
+from fomoe_sim.overlap import check_conservation
+from fomoe_sim.question import Question
+from fomoe_sim.risk import HOUR, Risk, risk
+from fomoe_sim.sites import Answered, Grid, grid, peak_flops
+from fomoe_sim.traffic import Floats, Traffic
+from fomoe_sim.trainer import can_train, read_data
+from fomoe_sim.units import central
+from fomoe_sim.work import token_work
+
+Row = dict[str, Any]
+REFERENCE_BITS = 32  # DDP and DiLoCo in the ratios send fp32, as the trainer does
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Load:
+    """What one exchange asks of the slowest link, [P].
+
+    Attributes:
+        transfer_s: time of the bytes alone at the effective rate.
+        bits, rate_bps: that the link carries, and its effective rate.
+        latency_s: messages in sequence and the fixed cost.
+        where: the slowest link, in words.
+    """
+
+    transfer_s: Floats
+    bits: Floats
+    rate_bps: Floats
+    latency_s: float
+    where: list[str]
+
+
+def columns_of(one: Grid, found: Answered, load: Load, times: Floats) -> dict[str, Any]:
+    """All columns of one grid."""
+    question, steps = one.question, one.local_steps
+    counts = question.cluster.counts
+    slowest = found.step_s.max(axis=1)  # [3]
+    mean_step = float((found.step_s[1] * counts).sum() / counts.sum())
+    round_s = times[1]
+    every = question.method.every_step
+    exchanges = steps if every else np.ones_like(steps)
+    _check(exchanges * load.bits, load, round_s, steps, float(slowest[1]))
+    utilisation = np.minimum(1.0, steps * mean_step / round_s)
+    parts = np.minimum(one.fragments, steps)
+    states = sum(
+        (
+            found.layouts[0].parts.get(n, 0.0)
+            for n in ("parameters", "inner optimizer", "master weights")
+        ),
+        0.0,
+    )
+    # Sites that exchange in every step can save after any; the others after a round.
+    safe_s = round_s / steps if every else round_s
+    failing = risk(question, safe_s=safe_s, bandwidth=one.bandwidth, state_bytes=states)
+    exposed = np.maximum(0.0, round_s - steps * slowest[1])
+    own = question.cluster.bandwidth_bps
+    columns: dict[str, Any] = {
+        **_fixed(one, found),
+        "local_steps": steps.astype(np.int64),
+        "bits": one.bits,
+        "fragments": one.fragments.astype(np.int64),
+        "overlap_steps": one.overlap_steps.astype(np.int64),
+        "bandwidth_bps": np.where(np.isnan(one.bandwidth), own, one.bandwidth),
+        **_bytes(one, found, exchanges),
+        **_memory(one, found),
+        "step_time_s": float(slowest[1]),
+        "sync_time_s": load.transfer_s / (1.0 if every else parts) + load.latency_s,
+        "exposed_s_per_round": exposed,
+        "round_time_s": round_s,
+        "utilisation": utilisation,
+        "tokens_per_s": question.batch_tokens * steps / round_s,
+        "slowest_link": np.array(load.where, dtype=object),
+    }
+    columns |= _money(one, found, times, exchanges, utilisation, failing)
+    columns["binds"] = _binds(found, exposed / round_s, utilisation, failing.goodput)
+    return columns
+
+
+def _check(bits: Floats, load: Load, round_s: Floats, steps: Floats, step_s: float) -> None:
+    """Refuse a round in which the slowest link would carry more than it can."""
+    over = bits / round_s - load.rate_bps * (1 + 1e-9)
+    worst = int(over.argmax())
+    if over[worst] > 0:
+        check_conservation(
+            bits=float(bits[worst]),
+            bandwidth_bps=float(load.rate_bps[worst]),
+            utilisation=float(steps[worst] * step_s / round_s[worst]),
+            local_steps=float(steps[worst]),
+            step_time_s=step_s,
+        )
+
+
+def _fixed(one: Grid, found: Answered) -> Row:
+    question, traffic = one.question, found.traffic
+    shape = question.shape
+    whole = 1.0 if question.method.crosses == "tokens" else float(question.cluster.num_sites)
+    placed = question.method.placed and shape.num_experts > 0
+    replication = question.replication if placed else whole
+    tightest = _tightest(found)
+    return {
+        "model": shape.name,
+        "method": question.label,
+        "num_sites": question.cluster.num_sites,
+        "accelerators": int(question.cluster.counts.sum()),
+        "replication_factor": int(replication) if replication == int(replication) else replication,
+        "residents": _residents(traffic),
+        "recompute": str(found.layouts[tightest].degrees["recompute"]),
+        "layout": found.layouts[tightest].words,
+        "micro_batch": int(found.layouts[tightest].degrees["micro"]),
+        "params_total": shape.total,
+        "params_active": shape.active,
+        "params_per_site": _mean(traffic.held),
+        "executed_fraction": float(traffic.executed.mean()),
+        "needs": "; ".join(missing(one, found)) or "runs today",
+    }
+
+
+def _residents(traffic: Traffic) -> str:
+    """Experts per layer of every site, or one number where all hold as many."""
+    most = traffic.residents.max(axis=0, initial=0).tolist()
+    return str(most[0]) if len(set(most)) == 1 else ",".join(map(str, most))
+
+
+def missing(one: Grid, found: Answered) -> list[str]:
+    """What `fomoe train` lacks for the first point of a grid; empty if it runs today."""
+    question = one.question
+    gaps = list(question.shape.unsupported)
+    unequal = len(set(found.tokens.tolist())) > 1
+    wanted = {
+        "bits": one.bits[0] != 32,
+        "fragments": one.fragments[0] > 1,
+        "overlap": one.overlap_steps[0] > 0,
+        "unequal_batches": unequal,
+        "accelerators": any(site.count > 1 for site in question.cluster.sites),
+        "adam": question.adam != "fp32",
+        "mixed": question.states != "fp32",
+    }
+    gaps += can_train(*(name for name, used in wanted.items() if used))
+    kinds = {str(one.degrees["recompute"]) for one in found.layouts}
+    gaps += [f"recomputation ({name})" for name in sorted(kinds & {"selective", "half"})]
+    if not question.method.trained_as:
+        gaps.append(f"method {question.method.name}")
+    return gaps
+
+
+def _mean(values: Any) -> int | float:
+    """A mean over sites; whole means stay integers."""
+    mean = float(values.mean())
+    return int(mean) if mean.is_integer() else mean
+
+
+def _whole(amount: Floats) -> Any:
+    """Bytes as integers: half a byte of low-bit payload is sent as a whole one."""
+    return np.ceil(amount - 1e-6).astype(np.int64)
+
+
+def payload_bytes(found: Answered, bits: Floats) -> Floats:
+    """Bytes reduced in one exchange per site, [P, K]."""
+    traffic = found.traffic
+    reduced = (traffic.shared + traffic.experts)[None, :] * bits[:, None] / 8
+    return reduced + traffic.token_bytes * found.tokens
+
+
+def _bytes(one: Grid, found: Answered, exchanges: Floats) -> dict[str, Any]:
+    question, traffic = one.question, found.traffic
+    width, tokens = one.bits / 8, float((traffic.token_bytes * found.tokens).mean())
+    payload = exchanges * payload_bytes(found, one.bits).mean(axis=1)
+    sent = exchanges * (width * float(traffic.sent.mean()) + tokens)
+    received = exchanges * (width * float(traffic.received.mean()) + tokens)
+    numel = question.shape.total * REFERENCE_BITS / 8
+    several = question.cluster.num_sites > 1 and bool((payload > 0).all())
+    none = np.full(len(one.bits), None, dtype=object)
+    return {
+        "payload_bytes_per_site_per_round": _whole(payload),
+        "wire_bytes_per_site_per_round": _whole(sent),
+        "received_bytes_per_site_per_round": _whole(received),
+        "ratio_vs_ddp": one.local_steps * numel / payload if several else none,
+        "ratio_vs_diloco": numel / payload if several else none,
+    }
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+def _tightest(found: Answered) -> int:
+    """The site that is nearest to, or furthest beyond, its accelerators' memory."""
+    sites = found.question.cluster.sites
+    shares = [
+        one.bytes / site.accelerator.memory_bytes
+        for one, site in zip(found.layouts, sites, strict=True)
+    ]
+    return int(np.argmax(shares))
+
+
+def host_parts(found: Answered, index: int, bits: Floats, fragments: Floats) -> dict[str, Floats]:
+    """Bytes on a site's hosts (or disks) by part, [P]."""
+    question, traffic = found.question, found.traffic
+    states = question.counted[index] if question.counted else None
+    several = question.cluster.num_sites > 1 and not question.method.every_step
+    parts: dict[str, Floats] = {}
+    if several and question.outer_on != "accelerator":
+        parts = memory.outer_parts(
+            held=float(traffic.held[index]),
+            synced=float(traffic.shared[index] + traffic.experts[index]),
+            bits=bits,
+            fragments=fragments,
+            outer_vectors=question.method.outer_vectors,
+            counted=(states.anchor, states.outer_optimizer) if states else None,
+        )
+        if question.outer_on == "disk":
+            # Buffers are worked on, so they stay in host memory even if the states are on disk.
+            parts = {name: size for name, size in parts.items() if "buffer" in name}
+    trained = float(traffic.trained[index])
+    weights = memory.STATES[question.states][0] * float(traffic.held[index])
+    copy = weights + (memory.ADAM[question.adam] + memory.STATES[question.states][2]) * trained
+    return parts | {"checkpoint copy": np.full(len(bits), copy)}
+
+
+def _memory(one: Grid, found: Answered) -> dict[str, Any]:
+    """Whether every site fits, by how much, because of what."""
+    question, size = one.question, len(one.bits)
+    sites = question.cluster.sites
+    hosts = np.zeros((size, len(sites)))
+    seen: dict[tuple[float, ...], Floats] = {}
+    for index in range(len(sites)):
+        amounts = (
+            found.traffic.held[index],
+            found.traffic.shared[index],
+            found.traffic.experts[index],
+        )
+        key = tuple(map(float, (*amounts, found.traffic.trained[index])))
+        if key not in seen or question.counted:
+            parts = host_parts(found, index, one.bits, one.fragments)
+            seen[key] = sum(parts.values(), np.zeros(size))
+        hosts[:, index] = seen[key]
+    room = np.array([site.host_bytes for site in sites])
+    lacking = (hosts - room).max(axis=1)
+    tightest = _tightest(found)
+    used, limit = found.layouts[tightest].bytes, sites[tightest].accelerator.memory_bytes
+    over = _over_capacity(found)
+    inside = np.array([one.bytes for one in found.layouts]) * question.cluster.counts
+    if over or used > limit:
+        words: Any = over or _verdict(sites[tightest].name, found.layouts[tightest], limit)
+        fits = np.zeros(size, bool)
+    else:
+        left = (
+            f"{sites[tightest].name} fits with {(limit - used) / 1e9:.1f} GB per accelerator left"
+        )
+        worst = (hosts - room).argmax(axis=1)
+        words = np.array(
+            [
+                left
+                if short <= 0
+                else f"{sites[k].name} does not fit: its hosts lack {short / 1e9:.1f} GB of "
+                f"{room[k] / 1e9:.0f}, for anchor, outer state, sync buffers and a checkpoint"
+                for short, k in zip(lacking.tolist(), worst.tolist(), strict=True)
+            ],
+            dtype=object,
+        )
+        fits = lacking <= 0
+    return {
+        "memory_bytes_per_site": _whole(inside.mean() + hosts.mean(axis=1)),
+        "memory_bytes_per_accelerator": ceil(used),
+        "host_bytes_per_site": _whole(hosts.max(axis=1)),
+        "fits": fits,
+        "memory_verdict": words,
+    }
+
+
+def _verdict(site: str, tightest: Layout, limit: float) -> str:
+    name, size = max(tightest.parts.items(), key=lambda item: item[1])
+    return (
+        f"{site} does not fit: each accelerator lacks {(tightest.bytes - limit) / 1e9:.1f} GB of "
+        f"{limit / 1e9:.0f}, most of it {name} ({size / 1e9:.1f} GB)"
+    )
+
+
+def _over_capacity(found: Answered) -> str:
+    """The first site that would store more experts of a layer than it states, in words."""
+    capacities, residents = found.question.cluster.capacities, found.traffic.residents
+    if capacities is None or found.question.method.crosses == "shards" or not residents.size:
+        return ""
+    most = residents.max(axis=0).tolist()
+    for site, held, limit in zip(found.question.cluster.sites, most, capacities, strict=True):
+        if held > limit:
+            return f"{site.name} does not fit: it holds {held} experts per layer, capacity {limit}"
+    return ""
+
+
+# ------------------------------------------------------------------------------------------- money
+
+
+def _money(
+    one: Grid,
+    found: Answered,
+    times: Floats,
+    exchanges: Floats,
+    utilisation: Floats,
+    failing: Risk,
+) -> dict[str, Any]:
+    """Days, failures, USD and energy of the whole run; low and high take each range's ends."""
+    question, sites = one.question, one.question.cluster.sites
+    count = question.tokens / (question.batch_tokens * one.local_steps)  # rounds
+    ideal = count * times[1] / HOUR
+    hours = ideal / failing.goodput
+    # A faster site (a high share of its peak) is the cheap end.
+    ends = [count * times[end] / HOUR / failing.goodput for end in (2, 0)]
+    fleet = [sum(site.count * site.price_per_hour[end] for site in sites) for end in (0, 1)]
+    usual = sum(site.count * central(site.price_per_hour) for site in sites)
+    egress = [count * exchanges * _egress(found, one.bits, end) for end in (0, 1)]
+    compute = usual * hours
+    typical = compute + (egress[0] + egress[1]) / 2
+    power = question.pue * sum(site.count * site.accelerator.watts for site in sites)
+    energy = power * hours / 1e6
+    overhead = token_overhead(question) * question.token_overhead
+    full = token_work(question.shape, question.seq_len).full
+    share = float((found.work * found.tokens).sum() / found.tokens.sum()) / full
+    failures = failing.failures_per_hour * hours
+    return {
+        "tokens": question.tokens,
+        "rounds": count,
+        "days_without_failures": ideal / 24,
+        "goodput": failing.goodput,
+        "days": hours / 24,
+        "days_low": ends[0] / 24,
+        "days_high": ends[1] / 24,
+        "executed_flops": share,
+        "days_at_equal_work": hours / 24 / share,
+        "token_overhead": overhead,
+        "days_at_equal_loss": hours / 24 * overhead,
+        "cost_usd": typical,
+        "cost_usd_low": fleet[0] * ends[0] + egress[0],
+        "cost_usd_high": fleet[1] * ends[1] + egress[1],
+        "egress_usd_high": egress[1],
+        "idle_usd": np.maximum(0.0, compute * (1 - utilisation * failing.goodput)),
+        "usd_per_1e6_tokens": typical / (question.tokens / 1e6),
+        "energy_mwh": energy,
+        "carbon_t": question.carbon * energy,
+        "site_mtbf_hours": failing.mtbf_hours,
+        "repair_hours": failing.repair_hours,
+        "failures_per_run": failures,
+        "lost_hours_per_failure": failing.lost_hours,
+        "rejoin_bytes": int(failing.rejoin_bytes),
+        "rejoin_time_s": failing.rejoin_s,
+        "coverage_loss_probability": -np.expm1(-hours * failing.coverage_per_hour),
+        "mfu": _mfu(found),
+    }
+
+
+def _egress(found: Answered, bits: Floats, end: int) -> Floats:
+    """USD of one exchange's bytes over all sites."""
+    sites = found.question.cluster.sites
+    prices = np.array([site.egress_per_gb[end] for site in sites]) / 1e9
+    if len(sites) == 1:
+        return np.zeros(len(bits))
+    elements = float((prices * found.traffic.sent).sum())
+    return bits / 8 * elements + float((prices * found.traffic.token_bytes * found.tokens).sum())
+
+
+def _mfu(found: Answered) -> float:
+    """Executed model FLOPs over peak while the sites compute."""
+    step_s = float(found.step_s[1].max())
+    return float((found.work * found.tokens).sum() / step_s / peak_flops(found.question).sum())
+
+
+def token_overhead(question: Question) -> float:
+    """Factor on tokens for data-parallel's loss with K replicas that sync once a round."""
+    if question.method.every_step or question.cluster.num_sites < 2:
+        return 1.0
+    law = read_data("published")["diloco_law"]
+    size, replicas = max(law["smallest"], question.shape.active), question.cluster.num_sites
+    loss = law["a"] * size ** law["alpha"] * replicas ** law["beta"]
+    ratio = loss / (law["dp_a"] * size ** law["dp_alpha"])
+    return float(max(1.0, ratio ** (1 / law["tokens_exponent"])))
+
+
+def _binds(found: Answered, waiting: Floats, utilisation: Floats, goodput: Floats) -> Any:
+    """What takes most of the run: compute, traffic inside the sites, the link, others, failures."""
+    seconds = found.layouts[_slowest(found)].seconds
+    inside = [seconds.get(n, 0.0) for n in ("tensor parallel", "experts' tokens")]
+    names = ("products", "attention scores", "experts", "values between products")
+    compute = sum(seconds[name] for name in names)
+    hidden = max(0.0, seconds["shards"] - compute)
+    busy = compute + sum(inside) + hidden + seconds["optimizer"]
+    site_share = (sum(inside) + hidden) / busy if busy else 0.0
+    given = found.question.mfu or found.question.step_time_s
+    shares = np.stack(
+        [
+            goodput * utilisation * (1.0 if given else 1 - site_share),
+            goodput * utilisation * (0.0 if given else site_share),
+            goodput * waiting,
+            goodput * np.maximum(0.0, 1 - utilisation - waiting),
+            1 - goodput,
+        ]
+    )
+    words = ("compute", "site traffic", "link", "slower sites", "failures")
+    return np.array([words[index] for index in shares.argmax(axis=0)], dtype=object)
+
+
+def _slowest(found: Answered) -> int:
+    return int(found.step_s[1].argmax())
+
+
+def details(found: Answered) -> Row:
+    """What a row's means are means of, site by site, and where memory and time go."""
+    question, traffic = found.question, found.traffic
+    one = grid(question)
+    exchanges = question.local_steps if question.method.every_step else 1
+    width, tokens = question.bits / 8, traffic.token_bytes * found.tokens
+    moved = {
+        "payload": (traffic.shared + traffic.experts) * width + tokens,
+        "wire": traffic.sent * width + tokens,
+        "received": traffic.received * width + tokens,
+    }
+    tightest = _tightest(found)
+    inside = found.layouts[tightest].parts
+    hosts = host_parts(found, tightest, one.bits, one.fragments)
+    sites = question.cluster.sites
+    return {
+        **{
+            f"{name}_bytes_per_site_per_round_by_site": _whole(exchanges * amount).tolist()
+            for name, amount in moved.items()
+        },
+        "params_per_site_by_site": traffic.held.tolist(),
+        "tokens_per_step_by_site": found.tokens.tolist(),
+        "step_time_s_by_site": found.step_s[1].tolist(),
+        "layout_by_site": [layout_.words for layout_ in found.layouts],
+        "memory_parts": {
+            name: {"where": "accelerator", "bytes": round(size)} for name, size in inside.items()
+        }
+        | {
+            name: {"where": "host", "bytes": round(float(v[0]))}
+            for name, v in hosts.items()
+            if v[0]
+        },
+        "step_parts": {
+            name: value
+            for name, value in found.layouts[_slowest(found)].seconds.items()
+            if value and question.mfu is None and question.step_time_s is None
+        },
+        "prices": [list(site.price_per_hour) for site in sites],
+    }
