@@ -14,8 +14,8 @@ from bench.machine import Machine, StepShape
 from bench.timing import side_by_side
 from fomoe.config import Config, build_config
 from fomoe.site import Site
-from fomoe_sim.flops import token_flops
-from fomoe_sim.presets import shape_from_config
+from fomoe_sim.shape import shape_from_config
+from fomoe_sim.work import token_work
 
 RESIDENTS = {"1": 1.0, "1/2": 0.5, "1/4": 0.25, "0": 0.0}
 
@@ -152,8 +152,9 @@ def step_rows(machine: Machine, peak_gflops: float) -> list[Row]:
 def step_flops(shape: StepShape, executed: float) -> float:
     """Matrix products and causal attention of one step, as the cost model counts them."""
     config = step_config(shape)
-    per_token = token_flops(shape_from_config(config, "step"), shape.seq_len)
-    return float(shape.batch * shape.seq_len * per_token.executed(np.array(executed)))
+    work = token_work(shape_from_config(config, "step"), shape.seq_len)
+    per_token = work.products + work.scores + work.experts * executed
+    return shape.batch * shape.seq_len * per_token
 
 
 def executed_fraction(site: Site) -> float:

@@ -161,8 +161,9 @@ def _mean(values: Any) -> int | float:
 
 
 def _whole(amount: Floats) -> Any:
-    """Bytes as integers: half a byte of low-bit payload is sent as a whole one."""
-    return np.ceil(amount - 1e-6).astype(np.int64)
+    """Bytes as integers, if they fit: half a byte of low-bit payload is sent as a whole one."""
+    whole = np.ceil(amount - 1e-6)
+    return whole.astype(np.int64) if np.max(whole) < 2**62 else whole
 
 
 def payload_bytes(found: Answered, bits: Floats) -> Floats:

@@ -148,7 +148,7 @@ def candidates(
         degrees = ", ".join(f"{name} {value}" for name, value in parallel)
         rule = (
             f"leaves accelerators idle: {count} of them take {sequences:g} sequences"
-            + (f" with {degrees}" if degrees else "")
+            + (f" with {degrees}, which must divide them" if degrees else "")
             + " (--batch-tokens, --micro-batch, --seq-len, --parallel)"
         )
         raise ConfigError("--batch-tokens", f"{sequences:g} sequences per site", rule)

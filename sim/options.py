@@ -50,7 +50,7 @@ class Ask:
     bits: float | None = option("per element on the wire, 0.11 too", TRAINING, low=1e-3, high=32)
     fragments: int | None = option("parts synced at staggered steps", TRAINING, low=1, high=1e6)
     overlap_steps: int | None = option(
-        "steps a sync may take beside compute", TRAINING, low=0, high=1000
+        "steps a sync may take beside compute", TRAINING, low=0, high=100
     )
     tokens: float | None = option(
         "of the run (default 20 per active parameter)", TRAINING, low=1, high=1e18

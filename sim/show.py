@@ -197,7 +197,8 @@ def words(rows: list[Row]) -> list[str]:
     for row in rows:
         parts = [
             f"{row['memory_verdict']} ({row['layout']}, recompute {row['recompute']})",
-            f"step at {percent(row['mfu'])} of peak",
+            f"step at {percent(row['mfu'])} of peak ({days(row['days_low'])} to "
+            f"{days(row['days_high'])} over its range)",
         ]
         if row["num_sites"] > 1:
             waits = duration(row["exposed_s_per_round"])

@@ -121,15 +121,15 @@ def slots_placement(
     return Placement(num_sites=num_sites, moe_layers=moe_layers, holders=table, trainers=table)
 
 
-# What a plan may need of the trainer: the name of the option that has it, or None where none can.
+# What a plan may need of the trainer, and the option that has it where there is one.
 _ABILITIES = {
-    "bits": ("low-bit sync (sync.bits)", "sync.bits"),
-    "fragments": ("fragments (sync.fragments)", "sync.fragments"),
-    "overlap": ("overlap (sync.overlap_steps)", "sync.overlap_steps"),
-    "unequal_batches": ("a batch by each site's speed (inner.batch_sizes)", "inner.batch_sizes"),
-    "accelerators": ("several accelerators per site (model.parallel)", "model.parallel"),
-    "adam": ("Adam states of 16 or 8 bits (inner.state_bits)", "inner.state_bits"),
-    "mixed": ("bf16 weights with fp32 masters (inner.master_weights)", "inner.master_weights"),
+    "bits": ("low-bit sync", "sync.bits"),
+    "fragments": ("fragments", "sync.fragments"),
+    "overlap": ("overlap", "sync.overlap_steps"),
+    "unequal_batches": ("a batch by each site's speed", ""),
+    "accelerators": ("several accelerators per site", ""),
+    "adam": ("Adam states of 16 or 8 bits", ""),
+    "mixed": ("bf16 weights with fp32 masters", ""),
 }
 
 
