@@ -25,35 +25,6 @@ SLACK = 0.10  # of what changes within a step: pieces that the allocator cannot 
 CONTEXT_BYTES = 1.5e9  # CUDA context, library workspaces and NCCL buffers, outside the allocator
 RESERVED = "context"  # the one part that an allocator's own reading leaves out
 
-SOURCES = {
-    "states": "fp32: 4 bytes parameter, 4 gradient, 8 Adam per element, as the trainer keeps",
-    "allocator slack": "10 % of what changes within a step: an assumption",
-    "context": "1.5 GB for CUDA context, workspaces and NCCL: an assumption",
-    "logits": "12 bytes: torch's cross entropy keeps fp32 log-probabilities and two gradients",
-    "host copy": "parameters and moments of a checkpoint stand on the hosts while it is written",
-}
-
-PARTS = {
-    "parameters": "of all experts and shared parameters that the site stores",
-    "gradients": "of what it trains",
-    "inner optimizer": "two Adam moments of what it trains",
-    "master weights": "fp32 copies of bf16 weights (--states mixed)",
-    "gathered layers": "the layer in use and the next, the embedding and head, whole on a rank",
-    "unsharded gradients": "of the layer in the backward pass, and what is scattered from it",
-    "activations": "that a micro-batch keeps for the backward pass",
-    "routing": "scores and choices of the MoE layers",
-    "logits": "of a micro-batch, their fp32 copy and its gradients",
-    "outer states": "anchor, outer momentum and sync buffers (--outer-on accelerator)",
-    "allocator slack": "10 % of what changes within a step",
-    "context": "CUDA, its libraries and NCCL",
-    "anchor": "parameters after the last outer step",
-    "outer momentum": "state of the outer optimizer",
-    "error feedback": "what low bits left out, below 16 bits",
-    "fragment buffer": "the copy that one fragment's reduction works on",
-    "codec buffers": "a fragment in low bits, sent and received",
-    "checkpoint copy": "parameters and moments while a checkpoint is written",
-}
-
 
 def accelerator_parts(work: SiteWork, degrees: Degrees) -> dict[str, Array]:
     """Bytes on the fullest accelerator by part, [C] each."""

@@ -1,11 +1,11 @@
-"""Methods as data: one row per method says all that the formulas need to know of it."""
+"""Methods by name: one row of `sim/data/methods.yaml` says all that the formulas need to know."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from fomoe_sim.trainer import CONFIG_METHODS, ConfigError, nearest
+from fomoe_sim.trainer import CONFIG_METHODS, ConfigError, nearest, read_data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,86 +50,10 @@ class Method:
     source: str = ""
 
 
-_ROWS = (
-    Method(
-        name="fomoe",
-        placed=True,
-        stores="placed",
-        skips=True,
-        trained_as="fomoe",
-        searched=True,
-        source="ours: each parameter is averaged over the sites that hold it",
-    ),
-    Method(name="diloco", trained_as="diloco", searched=True, source="arXiv 2311.08105"),
-    Method(
-        name="streaming",
-        config_as="diloco",
-        bits=4,
-        overlap_steps=1,
-        layers_per_fragment=3,
-        searched=True,
-        source="arXiv 2501.18512: 4 bits, fragments of 3 strided layers, one step of overlap",
-    ),
-    Method(
-        name="spes",
-        placed=True,
-        crosses="server",
-        outer_vectors=0,
-        fetches=1,
-        trained_as="spes",
-        searched=True,
-        source="arXiv 2602.11543: own share up, everything down, through a server",
-    ),
-    Method(
-        name="ddp",
-        every_step=True,
-        hidden="layers",
-        outer_vectors=0,
-        fetches=3,
-        trained_as="ddp",
-        searched=True,
-        source="gradients are averaged in every step",
-    ),
-    Method(
-        name="fsdp",
-        every_step=True,
-        stores="share",
-        crosses="shards",
-        hidden="step",
-        outer_vectors=0,
-        fetches=0,
-        config_as="ddp",
-        searched=True,
-        source="states sharded over all sites: two gathers and a scatter in every step",
-    ),
-    Method(
-        name="ep",
-        every_step=True,
-        stores="share",
-        crosses="tokens",
-        hidden="nothing",
-        outer_vectors=0,
-        fetches=3,
-        config_as="ddp",
-        searched=True,
-        source="each expert at one site, tokens travel to it",
-    ),
-    Method(name="photon", outer_vectors=0, fetches=1, trained_as="photon", config_only=True),
-    Method(
-        name="resident-routing",
-        placed=True,
-        stores="placed",
-        trained_as="resident-routing",
-        config_only=True,
-    ),
-    Method(name="dense", trained_as="dense", config_only=True),
-    Method(name="diloco-half", trained_as="diloco-half", config_only=True),
-    Method(name="single", trained_as="single", config_only=True),
-)
-METHODS = {row.name: row for row in _ROWS}
+METHODS = {name: Method(name=name, **row) for name, row in read_data("methods").items()}
 BASELINE = "one-site"  # the same accelerators on one site: the first row of a comparison
-PUBLIC = tuple(row.name for row in _ROWS if not row.config_only)
-SEARCHED = tuple(row.name for row in _ROWS if row.searched)
+PUBLIC = tuple(name for name, row in METHODS.items() if not row.config_only)
+SEARCHED = tuple(name for name, row in METHODS.items() if row.searched)
 assert set(CONFIG_METHODS) <= set(METHODS), "a method of the trainer's has no row"
 
 

@@ -34,25 +34,6 @@ BATCH_TOKENS = 4 * 2**20
 OWN_RECOMPUTE = {"none": "none", "experts": "experts", "layers": "full"}  # model.recompute in ours
 UNSEEN_BPS = 1e18  # of a calibration whose link was too fast to be seen
 
-SOURCES = {
-    "sites": "4 sites, each expert at 2 of them, H = 32, 1 Gbit/s both ways; a preset of 1e9 "
-    "parameters or more has 64 H100 per site, else one: choices to start from, no figures",
-    "batch tokens": "4 Mi tokens per step over all sites: the first batch size of Llama-3 405B "
-    "(arXiv 2407.21783, section 3.4)",
-    "bits": "32: the trainer sends fp32; streaming 4 (arXiv 2501.18512)",
-    "streaming": METHODS["streaming"].source,
-    "link efficiency, fixed cost": "1/1.15 and 0.07 s per sync: fitted to shaped TCP links "
-    "between 4 sites (diloco-measured)",
-    "rtt": "40 ms: light in 4,000 km of fibre and back",
-    "fp32": "a config with inner.precision fp32 computes at the datasheets' fp32 peak",
-    "tokens of the run": "20 per active parameter (arXiv 2203.15556)",
-    "egress": "USD 0-0.09 per GB: neoclouds charge nothing, AWS's first Internet tier 0.09 (2026)",
-    "layout": "tensor, pipeline, expert-parallel and sharding degrees, micro-batch, recomputation "
-    "that fit and take the least time, unless they are given",
-    "pue": "1.2: an assumption; Uptime Institute's survey average is 1.56",
-    "carbon": "0.414 kg per kWh: Llama 3.1's 11,390 t for 39.3 M hours of 700 W (model card)",
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Question:

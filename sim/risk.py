@@ -25,13 +25,6 @@ CHECKPOINT_MINUTES = 15.0
 COPY_BYTES_PER_S = 25e9  # from an accelerator to its host, PCIe 4.0 x16
 FLOAT32, HOUR = 4, 3600.0
 
-SOURCES = {
-    "failures": "one per 50,700 accelerator-hours, repaired in 0.28 h: Llama-3 405B's 419 in 54 "
-    "days on 16,384 (arXiv 2407.21783, table 5) and its effective training time",
-    "checkpoints": "every 15 minutes, at least every round; accelerators wait for the copy to "
-    "their hosts at 25 GB/s (PCIe 4.0 x16): choices to start from",
-}
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Risk:

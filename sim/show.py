@@ -8,7 +8,6 @@ import json
 import textwrap
 from typing import Any
 
-from fomoe_sim import memory, question, risk, time
 from fomoe_sim.cluster import accelerator_names, accelerator_preset
 from fomoe_sim.evaluate import Row
 from fomoe_sim.methods import BASELINE, METHODS, PUBLIC
@@ -17,91 +16,8 @@ from fomoe_sim.units import duration, percent, scaled
 
 WIDTH = 100
 
-# name -> (unit, meaning); the order of the CSV and of --explain.
-COLUMNS: dict[str, tuple[str, str]] = {
-    "model": ("", "preset, file or config"),
-    "method": ("", "how sites exchange what they learn; one-site: the same accelerators together"),
-    "num_sites": ("sites", "K"),
-    "accelerators": ("", "of all sites"),
-    "replication_factor": ("holders", "r, holders per expert: mean over experts"),
-    "residents": ("experts", "per layer that a site holds, or each site's; --capacity takes it"),
-    "local_steps": ("steps", "H, inner steps per round"),
-    "bits": ("bit", "per element on the wire"),
-    "fragments": ("", "parts of the model synced at staggered steps"),
-    "overlap_steps": ("steps", "that a sync may take beside compute"),
-    "bandwidth_bps": ("bit/s", "slowest site link, nominal"),
-    "recompute": ("", "activations computed twice, as the layout chose or as given"),
-    "layout": ("", "degrees inside the tightest site: tensor, pipeline, experts, sharding"),
-    "micro_batch": ("sequences", "per accelerator at a time"),
-    "params_total": ("elements", "all parameters of the model"),
-    "params_active": ("elements", "one token runs through, by the vendor's convention"),
-    "params_per_site": ("elements", "stored at a site, mean over sites"),
-    "executed_fraction": ("", "of top-k assignments that run; the others are skipped"),
-    "executed_flops": ("", "of the model's FLOPs that run"),
-    "payload_bytes_per_site_per_round": ("bytes", "reduced per round of H steps, mean over sites"),
-    "wire_bytes_per_site_per_round": ("bytes", "sent per round, mean over sites"),
-    "received_bytes_per_site_per_round": ("bytes", "received per round, mean over sites"),
-    "ratio_vs_ddp": ("x", "payload of DDP in fp32 over this payload"),
-    "ratio_vs_diloco": ("x", "payload of DiLoCo in fp32 over this payload"),
-    "memory_bytes_per_site": ("bytes", "all memory of a site, hosts included, mean"),
-    "memory_bytes_per_accelerator": ("bytes", "of the tightest accelerator"),
-    "host_bytes_per_site": ("bytes", "host memory of the fullest site"),
-    "fits": ("", "whether every site has that memory"),
-    "memory_verdict": ("", "by how much, because of what"),
-    "step_time_s": ("s", "one step at the slowest site, its inside traffic included"),
-    "mfu": ("", "executed model FLOPs over peak while sites compute"),
-    "sync_time_s": ("s", "one exchange: a round's or a fragment's sync, or a step's"),
-    "exposed_s_per_round": ("s", "of a round in which sites wait for the link"),
-    "round_time_s": ("s", "H steps and what is exposed"),
-    "utilisation": ("", "share of time not spent on waiting for other sites"),
-    "tokens_per_s": ("1/s", "of all sites together, without failures"),
-    "slowest_link": ("", "link and direction that take longest"),
-    "binds": (
-        "",
-        "what takes most of the run: compute, site traffic, link, slower sites, failures",
-    ),
-    "tokens": ("tokens", "of the whole run"),
-    "rounds": ("", "of the whole run"),
-    "days_without_failures": ("days", "of the whole run if nothing failed"),
-    "goodput": ("", "share of the time that becomes progress"),
-    "days": ("days", "of the whole run, failures included"),
-    "days_low": ("days", "at the high end of the shares of peak"),
-    "days_high": ("days", "at the low end of the shares of peak"),
-    "days_at_equal_work": ("days", "if it ran until it had executed the whole model's FLOPs"),
-    "token_overhead": ("x", "tokens for data-parallel's loss: scaling law for K, --token-overhead"),
-    "days_at_equal_loss": ("days", "with that many more tokens"),
-    "cost_usd": ("USD", "central prices: accelerator-hours and half of the egress range"),
-    "cost_usd_low": ("USD", "lowest prices, high shares of peak, low egress"),
-    "cost_usd_high": ("USD", "highest prices, low shares of peak, full egress"),
-    "egress_usd_high": ("USD", "of it for bytes sent, at the high price"),
-    "idle_usd": ("USD", "of it for accelerators that wait or compute what is lost"),
-    "usd_per_1e6_tokens": ("USD", "central cost per million tokens"),
-    "energy_mwh": ("MWh", "accelerators at their limit, times PUE"),
-    "carbon_t": ("t", "of CO2 for that energy"),
-    "site_mtbf_hours": ("h", "between failures of the least reliable site"),
-    "repair_hours": ("h", "until a failed site is back, before it fetches"),
-    "failures_per_run": ("", "of all sites"),
-    "lost_hours_per_failure": ("h", "of work since the last state that was safe"),
-    "rejoin_bytes": ("bytes", "that a returning site fetches from the others, the largest"),
-    "rejoin_time_s": ("s", "that takes, the longest; it counts as downtime"),
-    "coverage_loss_probability": ("", "that an expert loses its last live holder in the run"),
-    "needs": ("", "what fomoe train lacks for it, or: runs today"),
-}
-# In JSON of one answer only.
-NESTED: dict[str, tuple[str, str]] = {
-    "payload_bytes_per_site_per_round_by_site": ("bytes", "reduced per round, each site"),
-    "wire_bytes_per_site_per_round_by_site": ("bytes", "sent per round, each site"),
-    "received_bytes_per_site_per_round_by_site": ("bytes", "received per round, each site"),
-    "params_per_site_by_site": ("elements", "stored, each site"),
-    "tokens_per_step_by_site": ("tokens", "of a step, each site"),
-    "step_time_s_by_site": ("s", "compute of one step, each site"),
-    "layout_by_site": ("", "degrees inside, each site"),
-    "prices": ("USD/h", "low and high per accelerator, each site"),
-    **{f"memory_parts.{name}.bytes": ("bytes", text) for name, text in memory.PARTS.items()},
-    "memory_parts.*.where": ("", "accelerator (one of them) or host (of the site)"),
-    "step_parts.*": ("s", "of one step at the slowest site; pipeline bubble: a share"),
-}
-SOURCES = question.SOURCES | time.SOURCES | memory.SOURCES | risk.SOURCES
+EXPLAIN = read_data("explain")
+COLUMNS: dict[str, list[str]] = EXPLAIN["columns"]  # name -> unit, meaning
 
 
 def to_json(rows: list[Row], *, single: bool) -> str:
@@ -236,13 +152,15 @@ def words(rows: list[Row]) -> list[str]:
 
 def explain() -> str:
     """Every column with its unit and meaning, and the source of every default."""
-    wide = max(map(len, NESTED))
+    parts = {f"memory_parts.{n}.bytes": ["bytes", text] for n, text in EXPLAIN["parts"].items()}
+    nested = EXPLAIN["nested"] | parts
+    wide = max(map(len, nested))
     lines = []
-    for head, columns in (("Columns", COLUMNS), ("In JSON of one answer only", NESTED)):
+    for head, columns in (("Columns", COLUMNS), ("In JSON of one answer only", nested)):
         lines.append(f"{head} (unit): meaning")
         lines += [f"  {n:<{wide}}  ({unit or '-'}) {text}" for n, (unit, text) in columns.items()]
     lines += ["", "Defaults and their sources:"]
-    lines += [f"  {name}: {text}" for name, text in SOURCES.items()]
+    lines += [f"  {name}: {text}" for name, text in EXPLAIN["sources"].items()]
     lines += ["", "Methods and their sources:"]
     lines += [f"  {name}: {METHODS[name].source}" for name in PUBLIC]
     lines += ["", "Prices of a contract, as a share of on-demand:"]

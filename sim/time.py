@@ -22,20 +22,6 @@ Array = NDArray[np.float64]
 # (low, central, high) of every range; the central figure is used unless a range is asked for.
 SCALE = (0.75, 1.0, 1.2)  # of the shares below: what equal models reach on equal accelerators
 
-SOURCES = {
-    "products": "0.60 of the bf16 peak, range 0.45-0.72: the best shapes alone reach 0.80 on H100, "
-    "0.78 on B200 and 0.86 on A100 (stas00/ml-engineering, maximum achievable matmul FLOPS); what "
-    "training's shapes and power limits keep of it, three quarters, is an assumption",
-    "attention scores": "0.35 of peak: FlashAttention-2 on H100 (arXiv 2407.08608)",
-    "values between products": "each kept value passes device memory 5 times (written and read, "
-    "read again, its gradient written and read) at 0.8 of the bandwidth, and twice as often where "
-    "kernels are not fused (--kernels eager, a config's): assumptions",
-    "rows per expert": "a group of rows wastes half a tile of 128, and its weights' 12 bytes pass "
-    "device memory; 0.06 of an expert layer's full time stays where nothing runs "
-    "(docs/performance.md)",
-    "traffic inside a site": "0.8 of the peak of NVLink and NICs; rings over nodes use all NICs of "
-    "the ranks that a node has in them",
-}
 KERNELS = {"products": 0.60, "experts": 0.60, "scores": 0.35, "tile_rows": 64.0}
 EXPERT_FIXED = 0.06
 VALUE_PASSES = {"fused": 5.0, "eager": 10.0}
