@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from fomoe_sim import memory
-from fomoe_sim.cluster import uniform_cluster
-from fomoe_sim.evaluate import answer_one, evaluate, grid, vary
+from fomoe_sim.cluster import Cluster, uniform_cluster
+from fomoe_sim.evaluate import answer_one, evaluate, grid
 from fomoe_sim.methods import METHODS
 from fomoe_sim.options import Ask
 from fomoe_sim.overlap import (
@@ -31,7 +31,7 @@ from fomoe_sim.overlap import (
     strided,
 )
 from fomoe_sim.question import Question, build
-from fomoe_sim.shape import read_shape
+from fomoe_sim.shape import ModelShape, read_shape
 from fomoe_sim.traffic import cyclic_holdings
 from fomoe_sim.trainer import read_data
 
@@ -164,21 +164,12 @@ def gains_table() -> Table:
 def _own_step(data: dict[str, Any], executed: float | None) -> float:
     """Seconds of a step of the trainer's, with all experts resident or a share executed."""
     shape = read_shape("own-step", data["shape"], "published gains")
-    cluster = uniform_cluster(2, accelerator=data["accelerator"], count=1, up_bps=1e9, down_bps=1e9)
-    question = Question(
-        shape=shape,
-        cluster=cluster,
-        method=METHODS["fomoe"],
-        label="fomoe",
-        holdings=cyclic_holdings(shape, 2, 1 if executed else 2),
-        replication=1.0 if executed else 2.0,
-        local_steps=1,
-        bits=32.0,
-        fragments=1,
-        overlap_steps=0,
-        tokens=1e6,
+    question = _question(
+        shape,
+        uniform_cluster(2, accelerator=data["accelerator"], count=1, up_bps=1e9, down_bps=1e9),
+        "fomoe",
+        replication=1 if executed else 2,
         batch_tokens=2.0 * data["tokens"],
-        seq_len=shape.seq_len,
         micro_batch=data["tokens"] // shape.seq_len,
         recompute=("none",),
         element_bytes=4,
@@ -190,29 +181,35 @@ def _own_step(data: dict[str, Any], executed: float | None) -> float:
 def measured_tables() -> list[Table]:
     """Shaped TCP links: ring volume over bandwidth, and with our default efficiency and cost."""
     data = read_data("published")["measured"]
-    shape = read_shape("measured", data["shape"], "published measured")
-    count = data["num_sites"]
+    shape, count = read_shape("measured", data["shape"], "published measured"), data["num_sites"]
     cluster = uniform_cluster(count, accelerator="H100", count=1, up_bps=1e9, down_bps=1e9)
-    plain = replace(cluster, rtt_s=0.0, efficiency=1.0, sync_fixed_s=0.0)
-    ours = replace(cluster, rtt_s=0.0)
-    question = Question(
+    links = {
+        "ring": replace(cluster, rtt_s=0.0, efficiency=1.0, sync_fixed_s=0.0),
+        "defaults": replace(cluster, rtt_s=0.0),
+    }
+    more = {"batch_tokens": float(count * shape.seq_len), "step_time_s": data["step_time_s"]}
+    return [
+        _measured(data, name, _question(shape, link, "diloco", replication=count, **more))
+        for name, link in links.items()
+    ]
+
+
+def _question(
+    shape: ModelShape, cluster: Cluster, method: str, *, replication: int, **more: Any
+) -> Question:
+    """A question about a shape that is no preset."""
+    options: dict[str, Any] = {"local_steps": 1, "bits": 32.0, "fragments": 1, "overlap_steps": 0}
+    return Question(
         shape=shape,
-        cluster=plain,
-        method=METHODS["diloco"],
-        label="diloco",
-        holdings=cyclic_holdings(shape, count, count),
-        replication=float(count),
-        local_steps=1,
-        bits=32.0,
-        fragments=1,
-        overlap_steps=0,
+        cluster=cluster,
+        method=METHODS[method],
+        label=method,
+        holdings=cyclic_holdings(shape, cluster.num_sites, replication),
+        replication=float(replication),
         tokens=1e9,
-        batch_tokens=float(count * shape.seq_len),
         seq_len=shape.seq_len,
-        step_time_s=data["step_time_s"],
+        **(options | more),
     )
-    links = {"ring": plain, "defaults": ours}
-    return [_measured(data, name, vary(question, cluster=link)) for name, link in links.items()]
 
 
 def _measured(data: dict[str, Any], name: str, question: Question) -> Table:
