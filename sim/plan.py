@@ -42,7 +42,6 @@ from fomoe_sim.units import MOST_LOCAL_STEPS, percent, scaled
 LOCAL_STEPS = (8, 16, 32, 64, 100, 128, 256, 512)
 BITS = (32.0, 8.0, 4.0)
 LAYERS_PER_FRAGMENT = 3
-SCORES = ("days", "cost_usd", "local_steps", "executed_fraction")
 
 CONSTRAINTS = "constraints"
 

@@ -142,11 +142,14 @@ def build(ask: Ask, method: str, *, other_link: bool = False) -> Question:
 def baseline(question: Question) -> Question:
     """The same accelerators on one site, with the same batch and tokens: gradients every step."""
     sites = question.cluster.sites
+    count = sum(site.count for site in sites)
+    prices = [sum(s.count * s.price_per_hour[end] for s in sites) / count for end in (0, 1)]
     one = replace(
         sites[0],
         name=BASELINE,
-        count=sum(site.count for site in sites),
+        count=count,
         host_bytes=sum(site.host_bytes for site in sites),
+        price_per_hour=(prices[0], prices[1]),
         capacity=None,
         uplink=None,
     )
@@ -166,21 +169,22 @@ def baseline(question: Question) -> Question:
             for site, rate in zip(sites, joined, strict=True)
         )
         cluster = replace(cluster, sites=fast, rtt_s=0.0, sync_fixed_s=0.0, efficiency=0.8)
-    count = cluster.num_sites
+    joined_sites = cluster.num_sites
     return replace(
         question,
         cluster=cluster,
         method=METHODS["ddp"],
         label=BASELINE,
-        holdings=cyclic_holdings(question.shape, count, count),
-        replication=float(count),
+        holdings=cyclic_holdings(question.shape, joined_sites, joined_sites),
+        replication=float(joined_sites),
         bits=32.0,
         fragments=1,
         overlap_steps=0,
         counted=None,
         quorum=None,
         token_overhead=1.0,
-        mtbf_hours=question.mtbf_hours / len(sites) if question.mtbf_hours else None,
+        step_flops=question.step_flops and question.step_flops * len(sites) / joined_sites,
+        mtbf_hours=question.mtbf_hours and question.mtbf_hours * joined_sites / len(sites),
     )
 
 

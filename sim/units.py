@@ -110,11 +110,6 @@ def _three(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
-def money(value: float) -> str:
-    """USD as a person writes it: 1.23 M, 45.6 k, 7.89, and less than a cent."""
-    return f"{scaled(value)} USD"
-
-
 def duration(seconds: float) -> str:
     """Seconds, minutes, hours, days or years, whichever a person would say."""
     for limit, size, word in (

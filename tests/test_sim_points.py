@@ -249,6 +249,15 @@ def test_a_comparison_begins_with_the_same_accelerators_on_one_site():
     assert slower["days"] > solved["days"]
 
 
+def test_the_one_site_of_unequal_sites_pays_no_egress_and_fails_no_more_often():
+    flags = ["--cluster", THREE, "--model", "100b-moe", "--mtbf-hours", "500"]
+    rows = project(*flags, "--compare", "fomoe")
+    assert rows[0]["egress_usd_high"] == 0
+    assert rows[0]["site_mtbf_hours"] == rows[1]["site_mtbf_hours"] == 500
+    alone = project(*SITE, "--compare", "fomoe", "--mtbf-hours", "500")[0]
+    assert alone["site_mtbf_hours"] == 500 / 8, "as many accelerators fail as often"
+
+
 def test_json_is_json(capsys):
     assert main(["project", *SITE, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["model"] == "100b-moe"
