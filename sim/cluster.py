@@ -40,8 +40,9 @@ class AcceleratorFile(Options):
     peak_flops: dense bf16 FLOP/s; peak_fp32_flops: where products run in fp32. memory_bytes and
     memory_bandwidth (bytes/s) are the device's. nvlink and nic: bytes/s in one direction, to the
     others of its node and to other nodes. node: accelerators that share NVLink. host_bytes: of a
-    server, per accelerator. watts: the board's limit. price_per_hour: USD, low and high. kernels:
-    shares of peak of its kernels where they are measured, see `fomoe_sim.time.KERNELS`.
+    server, per accelerator. watts: the board's limit. price_per_hour: USD, low and high. products,
+    experts, scores: share of peak of matrix products, of routed experts' and of attention's scores;
+    tile_rows: rows that a group of an expert's rows wastes (`fomoe project --explain`).
     """
 
     peak_flops: Annotated[float, Field(ge=1e6, le=1e20)]
@@ -54,27 +55,17 @@ class AcceleratorFile(Options):
     host_bytes: Annotated[float, Field(ge=1e6, le=1e16)]
     watts: Annotated[float, Field(ge=0, le=1e6)]
     price_per_hour: Annotated[tuple[float, float], Field(strict=False)]
-    kernels: dict[str, float] = Field(default_factory=dict)
+    products: Annotated[float, Field(gt=0.01, le=1)] = 0.60
+    experts: Annotated[float, Field(gt=0.01, le=1)] = 0.60
+    scores: Annotated[float, Field(gt=0.01, le=1)] = 0.35
+    tile_rows: Annotated[float, Field(ge=0, le=1e6)] = 64.0
     source: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Accelerator:
-    """One accelerator; fields as in `AcceleratorFile`."""
+class Accelerator(AcceleratorFile):
+    """The same with its name."""
 
     name: str
-    peak_flops: float
-    peak_fp32_flops: float
-    memory_bytes: float
-    memory_bandwidth: float
-    nvlink: float
-    nic: float
-    node: int
-    host_bytes: float
-    watts: float
-    price_per_hour: tuple[float, float]
-    kernels: tuple[tuple[str, float], ...] = ()
-    source: str = ""
 
 
 def accelerator_names() -> list[str]:
@@ -104,11 +95,8 @@ def _preset(name: str) -> Accelerator:
 
 
 def _accelerator(name: str, file: AcceleratorFile) -> Accelerator:
-    prices = _range(file.price_per_hour, f"accelerators.{name}.price_per_hour")
-    shares = tuple(file.kernels.items())
-    return Accelerator(
-        name=name, **(file.model_dump() | {"price_per_hour": prices, "kernels": shares})
-    )
+    _range(file.price_per_hour, f"accelerators.{name}.price_per_hour")
+    return Accelerator(name=name, **file.model_dump())
 
 
 def price_kinds() -> dict[str, tuple[float, float]]:

@@ -179,4 +179,5 @@ def explain() -> str:
             f"{device.peak_flops / 1e12:g}, {device.nvlink / 1e9:g} and {device.nic / 1e9:g}, "
             f"{device.watts:g}; {device.source}"
         )
-    return "\n".join(lines)
+    wrapped = (textwrap.wrap(x, WIDTH, subsequent_indent="    ") if x else [""] for x in lines)
+    return "\n".join(line for some in wrapped for line in some)

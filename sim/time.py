@@ -22,7 +22,6 @@ Array = NDArray[np.float64]
 # (low, central, high) of every range; the central figure is used unless a range is asked for.
 SCALE = (0.75, 1.0, 1.2)  # of the shares below: what equal models reach on equal accelerators
 
-KERNELS = {"products": 0.60, "experts": 0.60, "scores": 0.35, "tile_rows": 64.0}
 EXPERT_FIXED = 0.06
 VALUE_PASSES = {"fused": 5.0, "eager": 10.0}
 LOGIT_BYTES = 12.0
@@ -103,28 +102,22 @@ class Degrees:
 RECOMPUTE = ("none", "experts", "selective", "half", "full")
 
 
-def kernels(device: Accelerator) -> dict[str, float]:
-    """Shares of peak that the device's kernels reach."""
-    return KERNELS | dict(device.kernels)
-
-
 def parts(work: SiteWork, degrees: Degrees, scale: float = 1.0) -> dict[str, Array]:
     """Seconds of one step by what they are spent on, [C] each; see `total`.
 
     Args:
         scale: of the shares of peak, one of `SCALE`.
     """
-    own = kernels(work.device)
-    peak = work.device.peak_fp32_flops if work.element_bytes == 4 else work.device.peak_flops
-    rate = peak * scale
+    device = work.device
+    rate = scale * (device.peak_fp32_flops if work.element_bytes == 4 else device.peak_flops)
     token = token_work(work.shape, work.seq_len)
     ranks = degrees.tp * degrees.pp * degrees.cp  # of one replica
     tokens = work.tokens / degrees.dp / ranks  # of one accelerator, as shares of a replica's
-    memory = work.device.memory_bandwidth * REACHED
-    forward = tokens * token.products / TRAIN / (rate * own["products"])
-    scores = tokens * token.scores / (rate * own["scores"])
+    memory = device.memory_bandwidth * REACHED
+    forward = tokens * token.products / TRAIN / (rate * device.products)
+    scores = tokens * token.scores / (rate * device.scores)
     share = EXPERT_FIXED + (1 - EXPERT_FIXED) * work.executed if work.executed < 1 else 1.0
-    experts = tokens * token.experts * share / (rate * own["experts"]) * _rows(work, degrees, own)
+    experts = tokens * token.experts * share / (rate * device.experts) * _rows(work, degrees)
     # Full recomputation runs a forward pass again, `half` every second product of it.
     again = np.array([0.0, 0.0, 0.0, 0.5, 1.0])[degrees.recompute]
     again_experts = np.array([0.0, 1.0, 0.0, 0.5, 1.0])[degrees.recompute]
@@ -163,16 +156,17 @@ def bubble(degrees: Degrees) -> Array:
     return (degrees.pp - 1) / (degrees.steps * degrees.stages)
 
 
-def _rows(work: SiteWork, degrees: Degrees, own: dict[str, float]) -> Any:
+def _rows(work: SiteWork, degrees: Degrees) -> Any:
     """How much longer products of few rows per expert take."""
     if not work.shape.num_experts or not work.executed:
         return 1.0
     chosen = degrees.micro * work.seq_len / degrees.cp * work.shape.top_k * work.executed
     rows = chosen * degrees.ep / max(work.residents, 1e-9)
-    peak = work.device.peak_fp32_flops if work.element_bytes == 4 else work.device.peak_flops
+    device = work.device
+    peak = device.peak_fp32_flops if work.element_bytes == 4 else device.peak_flops
     # Three products of 2 FLOPs per weight and row against the bytes of that weight.
-    least = WEIGHT_BYTES * peak * own["experts"] / (6 * work.device.memory_bandwidth * REACHED)
-    return np.maximum(1 + own["tile_rows"] / rows, least / rows)
+    least = WEIGHT_BYTES * peak * device.experts / (6 * device.memory_bandwidth * REACHED)
+    return np.maximum(1 + device.tile_rows / rows, least / rows)
 
 
 def ring_bytes_per_s(device: Accelerator, ranks: Array, per_node: Array) -> Array:
