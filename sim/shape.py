@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, fields
 from functools import cached_property, lru_cache
-from math import prod
 from typing import Any, Literal
 
 from fomoe_sim.trainer import (
@@ -56,44 +55,23 @@ class Attention:
         value = self.value_dim if self.latent else self.head_dim
         return self.heads * (self.head_dim + self.rope_dim + value)
 
-    def parameters(self, d_model: int) -> list[tuple[str, tuple[int, ...], str]]:
-        """Name, shape and kind of each parameter of one layer's attention."""
-        return self._latent(d_model) if self.latent else self._grouped(d_model)
+    def matrices(self, d_model: int) -> int:
+        """Elements of one layer's products: what a token multiplies with."""
+        if self.latent:  # DeepSeek-V2/V3 latent attention (arXiv 2412.19437, section 2.1.1)
+            queries = self.heads * (self.head_dim + self.rope_dim)
+            up = self.kv_lora * self.heads * (self.head_dim + self.value_dim)
+            down = d_model * (self.q_lora + self.kv_lora + self.rope_dim)
+            return down + self.q_lora * queries + up + self.heads * self.value_dim * d_model
+        return 2 * d_model * self.head_dim * (self.heads + self.kv_heads)
 
-    def _grouped(self, d_model: int) -> list[tuple[str, tuple[int, ...], str]]:
-        q_size, kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        out: list[tuple[str, tuple[int, ...], str]] = [
-            ("q_proj.weight", (q_size, d_model), "attention"),
-            ("k_proj.weight", (kv_size, d_model), "attention"),
-            ("v_proj.weight", (kv_size, d_model), "attention"),
-            ("o_proj.weight", (d_model, q_size), "attention"),
-        ]
-        if self.qkv_bias:
-            sizes = (("q", q_size), ("k", kv_size), ("v", kv_size))
-            out += [(f"{name}_proj.bias", (size,), "attention") for name, size in sizes]
-        if self.out_bias:
-            out.append(("o_proj.bias", (d_model,), "attention"))
-        if self.sinks:
-            out.append(("sinks", (self.heads,), "attention"))
-        if self.qk_norm != "none":
-            full = self.qk_norm == "full"
-            for name, size in (("q_norm", q_size), ("k_norm", kv_size)):
-                out.append((f"{name}.weight", (size if full else self.head_dim,), "norm"))
-        return out
-
-    def _latent(self, d_model: int) -> list[tuple[str, tuple[int, ...], str]]:
-        """DeepSeek-V2/V3 latent attention (arXiv 2412.19437, section 2.1.1)."""
-        q_size = self.heads * (self.head_dim + self.rope_dim)
-        kv_size = self.heads * (self.head_dim + self.value_dim)
-        return [
-            ("q_a_proj.weight", (self.q_lora, d_model), "attention"),
-            ("q_a_norm.weight", (self.q_lora,), "norm"),
-            ("q_b_proj.weight", (q_size, self.q_lora), "attention"),
-            ("kv_a_proj.weight", (self.kv_lora + self.rope_dim, d_model), "attention"),
-            ("kv_a_norm.weight", (self.kv_lora,), "norm"),
-            ("kv_b_proj.weight", (kv_size, self.kv_lora), "attention"),
-            ("o_proj.weight", (d_model, self.heads * self.value_dim), "attention"),
-        ]
+    def vectors(self, d_model: int) -> int:
+        """Elements of one layer's norms, biases and sinks."""
+        if self.latent:
+            return self.q_lora + self.kv_lora
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        norms = {"none": 0, "head": 2 * self.head_dim, "full": queries + keys}[self.qk_norm]
+        biases = self.qkv_bias * (queries + 2 * keys) + self.out_bias * d_model
+        return norms + biases + self.sinks * self.heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +145,9 @@ class ModelShape:
     @cached_property
     def layer_shared(self) -> tuple[int, ...]:
         """Shared elements (all but routed experts) of each layer."""
-        common = 2 * self.d_model + _numel(self.attention.parameters(self.d_model))
+        attention = self.attention
+        attention_numel = attention.matrices(self.d_model) + attention.vectors(self.d_model)
+        common = 2 * self.d_model + attention_numel
         router = self.num_experts * (self.d_model + self.router_bias + self.score_bias)
         moe = common + router + (self._ffn_numel(self.shared_ffn) if self.shared_ffn else 0)
         dense = [common + self._ffn_numel(self.dense_width(i)) for i in range(self.num_dense)]
@@ -196,10 +176,6 @@ class ModelShape:
 
     def _ffn_numel(self, width: int) -> int:
         return (3 if self.gated else 2) * self.d_model * width
-
-
-def _numel(parameters: list[tuple[str, tuple[int, ...], str]]) -> int:
-    return sum(prod(shape) for _, shape, _ in parameters)
 
 
 # ------------------------------------------------------------------------------------------ names

@@ -45,9 +45,7 @@ def token_work(shape: ModelShape, seq_len: int) -> TokenWork:
     experts = shape.num_moe_layers * shape.top_k * matrices * shape.d_model * shape.expert_ffn
     # Tied or not, the head is one product; the embedding is a look-up.
     weights = shape.vocab_size * shape.d_model
-    for name, size, _ in shape.attention.parameters(shape.d_model):
-        if len(size) == 2 and name.endswith(".weight"):
-            weights += shape.num_layers * size[0] * size[1]
+    weights += shape.num_layers * shape.attention.matrices(shape.d_model)
     weights += (
         shape.num_moe_layers * shape.d_model * (shape.num_experts + matrices * shape.shared_ffn)
     )
