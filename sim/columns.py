@@ -11,7 +11,7 @@ import numpy as np
 from fomoe_sim import memory
 from fomoe_sim.layout import Layout
 from fomoe_sim.overlap import check_conservation
-from fomoe_sim.question import Question
+from fomoe_sim.question import OWN_RECOMPUTE, Question
 from fomoe_sim.risk import HOUR, Risk, risk
 from fomoe_sim.sites import Answered, Grid, grid, peak_flops
 from fomoe_sim.traffic import Floats, Traffic
@@ -122,7 +122,7 @@ def _fixed(one: Grid, found: Answered) -> Row:
         "params_active": shape.active,
         "params_per_site": _mean(traffic.held),
         "executed_fraction": float(traffic.executed.mean()),
-        "needs": "; ".join(missing(one, found)) or "runs today",
+        "needs": np.array(_needs(one, found), dtype=object),
     }
 
 
@@ -132,26 +132,26 @@ def _residents(traffic: Traffic) -> str:
     return str(most[0]) if len(set(most)) == 1 else ",".join(map(str, most))
 
 
-def missing(one: Grid, found: Answered) -> list[str]:
-    """What `fomoe train` lacks for the first point of a grid; empty if it runs today."""
+def _needs(one: Grid, found: Answered) -> list[str]:
+    """What `fomoe train` lacks for each point of a grid, or that it runs today."""
     question = one.question
-    gaps = list(question.shape.unsupported)
-    unequal = len(set(found.tokens.tolist())) > 1
-    wanted = {
-        "bits": one.bits[0] != 32,
-        "fragments": one.fragments[0] > 1,
-        "overlap": one.overlap_steps[0] > 0,
-        "unequal_batches": unequal,
+    kinds = {str(layout.degrees["recompute"]) for layout in found.layouts}
+    always = {
+        "unequal_batches": len(set(found.tokens.tolist())) > 1,
         "accelerators": any(site.count > 1 for site in question.cluster.sites),
         "adam": question.adam != "fp32",
         "mixed": question.states != "fp32",
     }
-    gaps += can_train(*(name for name, used in wanted.items() if used))
-    kinds = {str(one.degrees["recompute"]) for one in found.layouts}
-    gaps += [f"recomputation ({name})" for name in sorted(kinds & {"selective", "half"})]
-    if not question.method.trained_as:
-        gaps.append(f"method {question.method.name}")
-    return gaps
+    rest = can_train(*(name for name, used in always.items() if used))
+    rest += [f"recomputation ({name})" for name in sorted(kinds - set(OWN_RECOMPUTE.values()))]
+    rest += [] if question.method.trained_as else [f"method {question.method.name}"]
+    used = np.stack([one.bits != 32, one.fragments > 1, one.overlap_steps > 0], axis=1)
+    words: dict[tuple[bool, ...], str] = {}
+    for row in map(tuple, np.unique(used, axis=0).tolist()):
+        names = [n for n, here in zip(("bits", "fragments", "overlap"), row, strict=True) if here]
+        gaps = [*question.shape.unsupported, *can_train(*names), *rest]
+        words[row] = "; ".join(gaps) or "runs today"
+    return [words[row] for row in map(tuple, used.tolist())]
 
 
 def _mean(values: Any) -> int | float:

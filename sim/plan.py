@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from fomoe_sim.columns import missing
 from fomoe_sim.evaluate import Answered, Grid, evaluate, grid, vary
 from fomoe_sim.methods import BASELINE, METHODS, SEARCHED, method_of
 from fomoe_sim.options import Ask, add_flags, check_ask, check_methods, option, read_flags
@@ -187,13 +186,10 @@ def search(ask: Ask, limits: Constraints, *, trainable: bool) -> tuple[list[Cand
     found: list[Candidate] = []
     for row, owner in zip(rows[:-1], columns.owners[:-1], strict=True):
         known = columns.answered[owner]
-        if trainable:
-            row = row | {"needs": _needs(row, known)}
-            if row["needs"] != "runs today":
-                lacking.append(row["needs"].split("; "))
-                continue
-        rules = broken(limits, row, known)
-        found.append(Candidate(row=row | {"needs": _needs(row, known)}, broken=rules, found=known))
+        if trainable and row["needs"] != "runs today":
+            lacking.append(row["needs"].split("; "))
+            continue
+        found.append(Candidate(row=row, broken=broken(limits, row, known), found=known))
     if not found:
         fewest = (
             "; ".join(sorted(lacking, key=lambda gaps: len(gaps))[0])
@@ -203,13 +199,6 @@ def search(ask: Ask, limits: Constraints, *, trainable: bool) -> tuple[list[Cand
         rule = f"leaves nothing: fomoe train lacks at least {fewest}"
         raise ConfigError("--trainable", "", rule)
     return found, rows[-1]
-
-
-def _needs(row: Row, known: Answered) -> str:
-    """What `fomoe train` lacks for one point of a grid."""
-    names = ("bits", "fragments", "overlap_steps")
-    one = grid(known.question, **{name: row[name] for name in names})
-    return "; ".join(missing(one, known)) or "runs today"
 
 
 def _as_trained(ask: Ask, question: Question, experts: bool) -> Question:

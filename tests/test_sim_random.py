@@ -70,6 +70,13 @@ def check(row):
     assert sum(inside) == pytest.approx(row["memory_bytes_per_accelerator"], rel=1e-6)
 
 
+def same(one, other):
+    """Equal rows, to the rounding of another order of sums."""
+    for name, value in other.items():
+        number = isinstance(value, float)
+        assert one[name] == (pytest.approx(value, rel=1e-12) if number else value), name
+
+
 @pytest.mark.parametrize("group", range(GROUPS))
 def test_drawn_questions(group):
     chance = random.Random(group)
@@ -90,10 +97,14 @@ def test_drawn_questions(group):
         # A point of a grid is the single question of that point.
         rate = float(RATES[3])
         alone = vary(question, cluster=question.cluster.with_bandwidth(rate, rate))
-        single = evaluate([grid(alone)]).rows()[0]
-        for name, value in swept.rows()[3].items():
-            number = isinstance(value, float)
-            assert single[name] == (pytest.approx(value, rel=1e-12) if number else value), name
+        same(evaluate([grid(alone)]).rows()[0], swept.rows()[3])
+        axes = {"local_steps": [3, 64], "bits": [32.0, 2.0]}
+        if not question.method.every_step:
+            axes |= {"fragments": [1, 5], "overlap_steps": [0, 2]}
+        pair = evaluate([grid(question, **axes)]).rows()
+        for index in range(2):
+            one = vary(question, **{name: values[index] for name, values in axes.items()})
+            same(evaluate([grid(one)]).rows()[0], pair[index])
 
 
 @pytest.mark.parametrize("seed", range(20))
