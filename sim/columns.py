@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
 from typing import Any
 
 import numpy as np
 
-from fomoe_sim import memory
-from fomoe_sim.layout import Layout
 from fomoe_sim.overlap import check_conservation
 from fomoe_sim.question import OWN_RECOMPUTE, Question
 from fomoe_sim.risk import HOUR, Risk, risk
-from fomoe_sim.sites import Answered, Grid, grid, peak_flops
+from fomoe_sim.sites import (
+    Answered,
+    Grid,
+    grid,
+    host_parts,
+    memory_columns,
+    peak_flops,
+    tightest_site,
+    whole_bytes,
+)
 from fomoe_sim.traffic import Floats, Traffic
 from fomoe_sim.trainer import can_train, read_data
 from fomoe_sim.units import central
@@ -73,7 +79,7 @@ def columns_of(one: Grid, found: Answered, load: Load, times: Floats) -> dict[st
         "overlap_steps": one.overlap_steps.astype(np.int64),
         "bandwidth_bps": np.where(np.isnan(one.bandwidth), own, one.bandwidth),
         **_bytes(one, found, exchanges),
-        **_memory(one, found),
+        **memory_columns(one, found),
         "step_time_s": float(slowest[1]),
         "sync_time_s": load.transfer_s / (1.0 if every else parts) + load.latency_s,
         "exposed_s_per_round": exposed,
@@ -107,7 +113,7 @@ def _fixed(one: Grid, found: Answered) -> Row:
     whole = 1.0 if question.method.crosses == "tokens" else float(question.cluster.num_sites)
     placed = question.method.placed and shape.num_experts > 0
     replication = question.replication if placed else whole
-    tightest = _tightest(found)
+    tightest = tightest_site(found)
     return {
         "model": shape.name,
         "method": question.label,
@@ -160,12 +166,6 @@ def _mean(values: Any) -> int | float:
     return int(mean) if mean.is_integer() else mean
 
 
-def _whole(amount: Floats) -> Any:
-    """Bytes as integers, if they fit: half a byte of low-bit payload is sent as a whole one."""
-    whole = np.ceil(amount - 1e-6)
-    return whole.astype(np.int64) if np.max(whole) < 2**62 else whole
-
-
 def payload_bytes(found: Answered, bits: Floats) -> Floats:
     """Bytes reduced in one exchange per site, [P, K]."""
     traffic = found.traffic
@@ -183,120 +183,12 @@ def _bytes(one: Grid, found: Answered, exchanges: Floats) -> dict[str, Any]:
     several = question.cluster.num_sites > 1 and bool((payload > 0).all())
     none = np.full(len(one.bits), None, dtype=object)
     return {
-        "payload_bytes_per_site_per_round": _whole(payload),
-        "wire_bytes_per_site_per_round": _whole(sent),
-        "received_bytes_per_site_per_round": _whole(received),
+        "payload_bytes_per_site_per_round": whole_bytes(payload),
+        "wire_bytes_per_site_per_round": whole_bytes(sent),
+        "received_bytes_per_site_per_round": whole_bytes(received),
         "ratio_vs_ddp": one.local_steps * numel / payload if several else none,
         "ratio_vs_diloco": numel / payload if several else none,
     }
-
-
-# ------------------------------------------------------------------------------------------ memory
-
-
-def _tightest(found: Answered) -> int:
-    """The site that is nearest to, or furthest beyond, its accelerators' memory."""
-    sites = found.question.cluster.sites
-    shares = [
-        one.bytes / site.accelerator.memory_bytes
-        for one, site in zip(found.layouts, sites, strict=True)
-    ]
-    return int(np.argmax(shares))
-
-
-def host_parts(found: Answered, index: int, bits: Floats, fragments: Floats) -> dict[str, Floats]:
-    """Bytes on a site's hosts (or disks) by part, [P]."""
-    question, traffic = found.question, found.traffic
-    states = question.counted[index] if question.counted else None
-    several = question.cluster.num_sites > 1 and not question.method.every_step
-    parts: dict[str, Floats] = {}
-    if several and question.outer_on != "accelerator":
-        parts = memory.outer_parts(
-            held=float(traffic.held[index]),
-            synced=float(traffic.shared[index] + traffic.experts[index]),
-            bits=bits,
-            fragments=fragments,
-            outer_vectors=question.method.outer_vectors,
-            counted=(states.anchor, states.outer_optimizer) if states else None,
-        )
-        if question.outer_on == "disk":
-            # Buffers are worked on, so they stay in host memory even if the states are on disk.
-            parts = {name: size for name, size in parts.items() if "buffer" in name}
-    trained = float(traffic.trained[index])
-    weights = memory.STATES[question.states][0] * float(traffic.held[index])
-    copy = weights + (memory.ADAM[question.adam] + memory.STATES[question.states][2]) * trained
-    return parts | {"checkpoint copy": np.full(len(bits), copy)}
-
-
-def _memory(one: Grid, found: Answered) -> dict[str, Any]:
-    """Whether every site fits, by how much, because of what."""
-    question, size = one.question, len(one.bits)
-    sites = question.cluster.sites
-    hosts = np.zeros((size, len(sites)))
-    seen: dict[tuple[float, ...], Floats] = {}
-    for index in range(len(sites)):
-        amounts = (
-            found.traffic.held[index],
-            found.traffic.shared[index],
-            found.traffic.experts[index],
-        )
-        key = tuple(map(float, (*amounts, found.traffic.trained[index])))
-        if key not in seen or question.counted:
-            parts = host_parts(found, index, one.bits, one.fragments)
-            seen[key] = sum(parts.values(), np.zeros(size))
-        hosts[:, index] = seen[key]
-    room = np.array([site.host_bytes for site in sites])
-    lacking = (hosts - room).max(axis=1)
-    tightest = _tightest(found)
-    used, limit = found.layouts[tightest].bytes, sites[tightest].accelerator.memory_bytes
-    over = _over_capacity(found)
-    inside = np.array([one.bytes for one in found.layouts]) * question.cluster.counts
-    if over or used > limit:
-        words: Any = over or _verdict(sites[tightest].name, found.layouts[tightest], limit)
-        fits = np.zeros(size, bool)
-    else:
-        left = (
-            f"{sites[tightest].name} fits with {(limit - used) / 1e9:.1f} GB per accelerator left"
-        )
-        worst = (hosts - room).argmax(axis=1)
-        words = np.array(
-            [
-                left
-                if short <= 0
-                else f"{sites[k].name} does not fit: its hosts lack {short / 1e9:.1f} GB of "
-                f"{room[k] / 1e9:.0f}, for anchor, outer state, sync buffers and a checkpoint"
-                for short, k in zip(lacking.tolist(), worst.tolist(), strict=True)
-            ],
-            dtype=object,
-        )
-        fits = lacking <= 0
-    return {
-        "memory_bytes_per_site": _whole(inside.mean() + hosts.mean(axis=1)),
-        "memory_bytes_per_accelerator": ceil(used),
-        "host_bytes_per_site": _whole(hosts.max(axis=1)),
-        "fits": fits,
-        "memory_verdict": words,
-    }
-
-
-def _verdict(site: str, tightest: Layout, limit: float) -> str:
-    name, size = max(tightest.parts.items(), key=lambda item: item[1])
-    return (
-        f"{site} does not fit: each accelerator lacks {(tightest.bytes - limit) / 1e9:.1f} GB of "
-        f"{limit / 1e9:.0f}, most of it {name} ({size / 1e9:.1f} GB)"
-    )
-
-
-def _over_capacity(found: Answered) -> str:
-    """The first site that would store more experts of a layer than it states, in words."""
-    capacities, residents = found.question.cluster.capacities, found.traffic.residents
-    if capacities is None or found.question.method.crosses == "shards" or not residents.size:
-        return ""
-    most = residents.max(axis=0).tolist()
-    for site, held, limit in zip(found.question.cluster.sites, most, capacities, strict=True):
-        if held > limit:
-            return f"{site.name} does not fit: it holds {held} experts per layer, capacity {limit}"
-    return ""
 
 
 # ------------------------------------------------------------------------------------------- money
@@ -424,13 +316,13 @@ def details(found: Answered) -> Row:
         "wire": traffic.sent * width + tokens,
         "received": traffic.received * width + tokens,
     }
-    tightest = _tightest(found)
+    tightest = tightest_site(found)
     inside = found.layouts[tightest].parts
     hosts = host_parts(found, tightest, one.bits, one.fragments)
     sites = question.cluster.sites
     return {
         **{
-            f"{name}_bytes_per_site_per_round_by_site": _whole(exchanges * amount).tolist()
+            f"{name}_bytes_per_site_per_round_by_site": whole_bytes(exchanges * amount).tolist()
             for name, amount in moved.items()
         },
         "params_per_site_by_site": traffic.held.tolist(),

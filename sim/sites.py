@@ -1,8 +1,9 @@
-"""What one question's sites do in a step: traffic, tokens, layouts and times, whatever H is."""
+"""What one question's sites do in a step, whatever H is: traffic, layouts, times, and memory."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -188,3 +189,117 @@ def _by_speed(
         tokens = wanted * question.seq_len
         layouts = _layouts(question, traffic, tokens)
     return tokens, layouts
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+def tightest_site(found: Answered) -> int:
+    """The site that is nearest to, or furthest beyond, its accelerators' memory."""
+    sites = found.question.cluster.sites
+    shares = [
+        one.bytes / site.accelerator.memory_bytes
+        for one, site in zip(found.layouts, sites, strict=True)
+    ]
+    return int(np.argmax(shares))
+
+
+def host_parts(found: Answered, index: int, bits: Floats, fragments: Floats) -> dict[str, Floats]:
+    """Bytes on a site's hosts (or disks) by part, [P]."""
+    question, traffic = found.question, found.traffic
+    states = question.counted[index] if question.counted else None
+    several = question.cluster.num_sites > 1 and not question.method.every_step
+    parts: dict[str, Floats] = {}
+    if several and question.outer_on != "accelerator":
+        parts = memory.outer_parts(
+            held=float(traffic.held[index]),
+            synced=float(traffic.shared[index] + traffic.experts[index]),
+            bits=bits,
+            fragments=fragments,
+            outer_vectors=question.method.outer_vectors,
+            counted=(states.anchor, states.outer_optimizer) if states else None,
+        )
+        if question.outer_on == "disk":
+            # Buffers are worked on, so they stay in host memory even if the states are on disk.
+            parts = {name: size for name, size in parts.items() if "buffer" in name}
+    trained = float(traffic.trained[index])
+    weights = memory.STATES[question.states][0] * float(traffic.held[index])
+    copy = weights + (memory.ADAM[question.adam] + memory.STATES[question.states][2]) * trained
+    return parts | {"checkpoint copy": np.full(len(bits), copy)}
+
+
+def memory_columns(one: Grid, found: Answered) -> dict[str, Any]:
+    """Whether every site fits, by how much, because of what."""
+    question, size = one.question, len(one.bits)
+    sites = question.cluster.sites
+    hosts = np.zeros((size, len(sites)))
+    seen: dict[tuple[float, ...], Floats] = {}
+    for index in range(len(sites)):
+        amounts = (
+            found.traffic.held[index],
+            found.traffic.shared[index],
+            found.traffic.experts[index],
+        )
+        key = tuple(map(float, (*amounts, found.traffic.trained[index])))
+        if key not in seen or question.counted:
+            parts = host_parts(found, index, one.bits, one.fragments)
+            seen[key] = sum(parts.values(), np.zeros(size))
+        hosts[:, index] = seen[key]
+    room = np.array([site.host_bytes for site in sites])
+    lacking = (hosts - room).max(axis=1)
+    tightest = tightest_site(found)
+    used, limit = found.layouts[tightest].bytes, sites[tightest].accelerator.memory_bytes
+    over = _over_capacity(found)
+    inside = np.array([one.bytes for one in found.layouts]) * question.cluster.counts
+    if over or used > limit:
+        words: Any = over or _verdict(sites[tightest].name, found.layouts[tightest], limit)
+        fits = np.zeros(size, bool)
+    else:
+        left = (
+            f"{sites[tightest].name} fits with {(limit - used) / 1e9:.1f} GB per accelerator left"
+        )
+        worst = (hosts - room).argmax(axis=1)
+        words = np.array(
+            [
+                left
+                if short <= 0
+                else f"{sites[k].name} does not fit: its hosts lack {short / 1e9:.1f} GB of "
+                f"{room[k] / 1e9:.0f}, for anchor, outer state, sync buffers and a checkpoint"
+                for short, k in zip(lacking.tolist(), worst.tolist(), strict=True)
+            ],
+            dtype=object,
+        )
+        fits = lacking <= 0
+    return {
+        "memory_bytes_per_site": whole_bytes(inside.mean() + hosts.mean(axis=1)),
+        "memory_bytes_per_accelerator": ceil(used),
+        "host_bytes_per_site": whole_bytes(hosts.max(axis=1)),
+        "fits": fits,
+        "memory_verdict": words,
+    }
+
+
+def _verdict(site: str, tightest: Layout, limit: float) -> str:
+    name, size = max(tightest.parts.items(), key=lambda item: item[1])
+    return (
+        f"{site} does not fit: each accelerator lacks {(tightest.bytes - limit) / 1e9:.1f} GB of "
+        f"{limit / 1e9:.0f}, most of it {name} ({size / 1e9:.1f} GB)"
+    )
+
+
+def _over_capacity(found: Answered) -> str:
+    """The first site that would store more experts of a layer than it states, in words."""
+    capacities, residents = found.question.cluster.capacities, found.traffic.residents
+    if capacities is None or found.question.method.crosses == "shards" or not residents.size:
+        return ""
+    most = residents.max(axis=0).tolist()
+    for site, held, limit in zip(found.question.cluster.sites, most, capacities, strict=True):
+        if held > limit:
+            return f"{site.name} does not fit: it holds {held} experts per layer, capacity {limit}"
+    return ""
+
+
+def whole_bytes(amount: Floats) -> Any:
+    """Bytes as integers, if they fit: half a byte of low-bit payload is sent as a whole one."""
+    whole = np.ceil(amount - 1e-6)
+    return whole.astype(np.int64) if np.max(whole) < 2**62 else whole

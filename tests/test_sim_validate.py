@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from helpers_cli import fomoe
 
+from fomoe_sim import tables as bandwidth
 from fomoe_sim import validate
 from fomoe_sim.overlap import GRID_BPS, ImpossibleResult, check_conservation
+from fomoe_sim.tables import bandwidth_table, bins_between, predictions, printed
 from fomoe_sim.trainer import read_data
-from fomoe_sim.validate import bandwidth_table, bins_between, predictions, printed
 
 DATA = read_data("published")
 
@@ -29,7 +30,8 @@ def tables():
 def published(monkeypatch):
     """Our copy of the published figures, which a test may change."""
     tree = copy.deepcopy(DATA)
-    monkeypatch.setattr(validate, "read_data", lambda name: tree)
+    for module in (validate, bandwidth):
+        monkeypatch.setattr(module, "read_data", lambda name: tree)
     return tree
 
 
