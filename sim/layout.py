@@ -121,7 +121,8 @@ def candidates(
         _sizes(given.get("pp"), layers),
         (given.get("cp", 1),),
     ):
-        if count % (tp * pp * cp):
+        # Tensor ranks lie inside a node and share the heads.
+        if count % (tp * pp * cp) or ("tp" not in given and (node % tp or heads % tp)):
             continue
         dp = count // (tp * pp * cp)
         for micro in (micro_batch,) if micro_batch else MICRO:

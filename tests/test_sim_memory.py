@@ -168,6 +168,14 @@ def test_the_search_fits_where_something_fits():
     assert plain.bytes > accelerator_preset("H100").memory_bytes
 
 
+@pytest.mark.parametrize("count", [24, 48, 96])
+def test_tensor_ranks_divide_a_node_and_the_heads(count):
+    for name in ("llama3-70b", "mixtral-8x22b", "gpt-oss-120b"):
+        tp = layout.choose(work(name, count)).degrees["tp"]
+        assert 8 % tp == 0
+        assert model_preset(name).attention.heads % tp == 0
+
+
 def test_too_few_sequences_are_refused():
     with pytest.raises(ConfigError, match="leaves accelerators idle"):
         layout.choose(work(tokens=4096.0, parallel=(("pp", 1), ("tp", 1))))
