@@ -195,12 +195,7 @@ def _bytes(one: Grid, found: Answered, exchanges: Floats) -> dict[str, Any]:
 
 
 def _money(
-    one: Grid,
-    found: Answered,
-    times: Floats,
-    exchanges: Floats,
-    utilisation: Floats,
-    failing: Risk,
+    one: Grid, found: Answered, times: Floats, exchanges: Floats, utilisation: Floats, failing: Risk
 ) -> dict[str, Any]:
     """Days, failures, USD and energy of the whole run; low and high take each range's ends."""
     question, sites = one.question, one.question.cluster.sites

@@ -15,24 +15,9 @@ import numpy as np
 
 from fomoe_sim.evaluate import Columns, Grid, answer_one, evaluate, grid, vary
 from fomoe_sim.methods import METHODS, PUBLIC, method_of, unused
-from fomoe_sim.options import (
-    AXES,
-    GRID,
-    Ask,
-    add_flags,
-    check_ask,
-    check_methods,
-    read_flags,
-)
+from fomoe_sim.options import AXES, GRID, Ask, add_flags, check_ask, check_methods, read_flags
 from fomoe_sim.plot import draw, tornado_svg
-from fomoe_sim.question import (
-    Question,
-    baseline,
-    build,
-    check_fragments,
-    has_experts,
-    own_method,
-)
+from fomoe_sim.question import Question, baseline, build, check_fragments, has_experts, own_method
 from fomoe_sim.show import Row, days, explain, to_csv, to_json, to_table, words
 from fomoe_sim.solve import days_within, least, utilisation_of
 from fomoe_sim.trainer import ConfigError, nearest

@@ -10,14 +10,7 @@ from dataclasses import MISSING, dataclass, fields
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
-from fomoe_sim.trainer import (
-    Config,
-    ConfigError,
-    nearest,
-    read_data,
-    read_yaml,
-    stamp,
-)
+from fomoe_sim.trainer import Config, ConfigError, nearest, read_data, read_yaml, stamp
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,12 +91,7 @@ def answer(question: Question) -> Answered:
     if question.step_time_s is not None:
         step_s = np.tile(_measured(question, tokens, work), (3, 1))
     return Answered(
-        question=question,
-        traffic=traffic,
-        tokens=tokens,
-        step_s=step_s,
-        layouts=layouts,
-        work=work,
+        question=question, traffic=traffic, tokens=tokens, step_s=step_s, layouts=layouts, work=work
     )
 
 

@@ -14,17 +14,8 @@ from typing import Any
 
 import yaml
 
-from fomoe.config import (
-    METHODS as CONFIG_METHODS,
-)
-from fomoe.config import (
-    Config,
-    NonNegativeFloat,
-    Options,
-    build_config,
-    load_config,
-    option_names,
-)
+from fomoe.config import METHODS as CONFIG_METHODS
+from fomoe.config import Config, NonNegativeFloat, Options, build_config, load_config, option_names
 from fomoe.errors import ConfigError, FomoeError
 from fomoe.memory import SiteMemory, site_memory
 from fomoe.placement import Placement, build_placement, by_capacity, capacity_slots
