@@ -9,6 +9,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["fomoe", "fomoe.*"]), "fomoe_sim"],
     package_dir={"fomoe_sim": "sim"},
+    package_data={"fomoe_sim": ["data/*.yaml"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "numpy>=1.26,<3",

@@ -13,9 +13,10 @@ from bench.layers import Row
 from bench.machine import Machine, StepShape
 from bench.timing import side_by_side
 from fomoe.config import Config, build_config
+from fomoe.planning import plan_run
 from fomoe.site import Site
-from fomoe_sim.flops import token_flops
-from fomoe_sim.presets import shape_from_config
+from fomoe_sim.shape import shape_from_config
+from fomoe_sim.work import token_work
 
 RESIDENTS = {"1": 1.0, "1/2": 0.5, "1/4": 0.25, "0": 0.0}
 
@@ -36,11 +37,14 @@ class RandomTokens:
         pass
 
 
-def step_config(shape: StepShape, **model: Any) -> Config:
+def step_config(shape: StepShape, share: float = 1.0, **model: Any) -> Config:
+    """The experiment of a step whose first site holds a share of the experts of every layer."""
+    held = round(shape.num_experts * share)
+    table = [[0] if expert < held else [1] for expert in range(shape.num_experts)]
     return build_config(
         {
-            "num_sites": 1,
-            "placement": {"replication_factor": 1},
+            "num_sites": 2,
+            "placement": {"kind": "table", "table": table},
             "router": {"at_least_one": model.pop("at_least_one", False)},
             "inner": {"batch_size": shape.batch},
             "data": {"source": "random.npy", "tokenizer": "none", "seq_len": shape.seq_len},
@@ -61,13 +65,8 @@ def step_config(shape: StepShape, **model: Any) -> Config:
 
 def build_site(machine: Machine, share: float, **model: Any) -> Site:
     """A site that holds a share of the experts of every layer."""
-    config = step_config(machine.step, **model)
-    held = tuple(range(round(machine.step.num_experts * share)))
-    residents = dict.fromkeys(config.model.moe_layers, held)
-    stream = RandomTokens(machine.step)
-    return Site(
-        config, 0, residents=residents, trained=residents, stream=stream, device=machine.device
-    )
+    plan = plan_run(step_config(machine.step, share, **model))
+    return Site(plan, 0, stream=RandomTokens(machine.step), device=machine.device)
 
 
 def transformers_step(machine: Machine, setting: str) -> Callable[[], object] | None:
@@ -152,8 +151,9 @@ def step_rows(machine: Machine, peak_gflops: float) -> list[Row]:
 def step_flops(shape: StepShape, executed: float) -> float:
     """Matrix products and causal attention of one step, as the cost model counts them."""
     config = step_config(shape)
-    per_token = token_flops(shape_from_config(config, "step"), shape.seq_len)
-    return float(shape.batch * shape.seq_len * per_token.executed(np.array(executed)))
+    work = token_work(shape_from_config(config, "step"), shape.seq_len)
+    per_token = work.products + work.scores + work.experts * executed
+    return shape.batch * shape.seq_len * per_token
 
 
 def executed_fraction(site: Site) -> float:

@@ -1,47 +1,83 @@
 """`fomoe plan`: which method and settings suit these sites and constraints, and what binds?
 
-Every candidate is costed by the code behind `fomoe project`. Constraints refuse candidates, the
-rest is ranked by cost, and the Pareto set shows what more money, time or syncing would buy.
-Fewer executed assignments make a token cheaper and a model worse; the planner does not predict
-losses, so it keeps to a least executed share and a largest H instead.
+Every candidate is answered by `evaluate`, as `fomoe project` would. Constraints refuse candidates,
+the rest is ranked by cost, and the Pareto set shows what more money, time or syncing would buy. The
+same accelerators on one site stand in the first row. Fewer executed assignments make a token
+cheaper and a model worse; the planner does not predict that loss, so it keeps to a least executed
+share and a largest H, and names the cheapest plan that they keep out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
+import shlex
+import textwrap
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from fomoe.errors import ConfigError
-from fomoe_sim.answer import Row, answer, answers
-from fomoe_sim.flags import PLACED, add_question_flags, check_methods, check_question
-from fomoe_sim.memory import capacity_verdict, site_memories
-from fomoe_sim.methods import check_method
-from fomoe_sim.output import to_table
-from fomoe_sim.plan_config import missing_features, write_config
-from fomoe_sim.question import Point, build_scenario, has_experts
-from fomoe_sim.reasons import Candidate, describe, nothing, why
-from fomoe_sim.risk import RiskOptions, risk_columns
-from fomoe_sim.scenario import LAYERS_PER_FRAGMENT, Scenario
-from fomoe_sim.search import placements
-from fomoe_sim.sites import check_replication
-from fomoe_sim.traffic import EVERY_STEP
+import numpy as np
+
+from fomoe_sim.evaluate import Answered, Grid, evaluate, grid, vary
+from fomoe_sim.methods import BASELINE, METHODS, SEARCHED, method_of
+from fomoe_sim.options import Ask, add_flags, check_ask, check_methods, option, read_flags
+from fomoe_sim.question import (
+    Question,
+    baseline,
+    build,
+    check_replication,
+    has_experts,
+    slot_holdings,
+)
+from fomoe_sim.show import WIDTH, Row, days, to_table
+from fomoe_sim.traffic import cyclic_holdings
+from fomoe_sim.trainconfig import config_tree, write_config
+from fomoe_sim.trainer import ConfigError, capacity_slots
+from fomoe_sim.units import MOST_LOCAL_STEPS, percent, scaled
 
 LOCAL_STEPS = (8, 16, 32, 64, 100, 128, 256, 512)
-BITS = (32, 8, 4)
-# Largest H: Streaming DiLoCo and SPES sync every 100 steps (arXiv 2501.18512, 2602.11543).
-MAX_LOCAL_STEPS = 100
-# Least executed share: half of the assignments is what plain skipping runs at r = K/2, the most
-# skipping that this project has trained at.
-MIN_EXECUTED = 0.5
-# Photon is DiLoCo's cost, and Streaming DiLoCo is DiLoCo with fragments, low bits and overlap.
-NEEDS_EXPERTS = ("fomoe", "spes", "ep")
-SEARCHED = ("fomoe", "diloco", "spes", "ddp", "fsdp", "ep")
+BITS = (32.0, 8.0, 4.0)
+LAYERS_PER_FRAGMENT = 3
+
+CONSTRAINTS = "constraints"
 
 
-Recompute = Literal["none", "experts", "selective", "full"]
+@dataclass(frozen=True, kw_only=True)
+class Constraints:
+    """What a plan must keep to."""
+
+    method: str | None = option("keep to one method", CONSTRAINTS)
+    budget: float | None = option("USD for the run, central prices", CONSTRAINTS, low=0, high=1e15)
+    deadline_days: float | None = option("of the run", CONSTRAINTS, low=0, high=1e9)
+    max_coverage_risk: float | None = option(
+        "chance to lose an expert's last live holder", CONSTRAINTS, low=0, high=1
+    )
+    min_executed: float | None = option(
+        "least share of assignments run: half is the most skipping trained at here",
+        CONSTRAINTS,
+        low=0,
+        high=1,
+        default=0.5,
+    )
+    max_local_steps: int | None = option(
+        "largest H: Streaming DiLoCo and SPES sync every 100 steps",
+        CONSTRAINTS,
+        low=1,
+        high=MOST_LOCAL_STEPS,
+        default=100,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Candidate:
+    """One configuration: its row, the constraints that it breaks, and its grid's answer."""
+
+    row: Row
+    broken: tuple[str, ...]
+    found: Answered = field(repr=False)
 
 
 def add_command(subparsers: Any) -> None:
@@ -49,95 +85,111 @@ def add_command(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "plan", help="search settings for given sites and constraints, and say what binds"
     )
-    add_question_flags(parser)
-    group = parser.add_argument_group("constraints")
-    group.add_argument("--method", help="keep to one method")
-    group.add_argument("--budget", type=float, help="USD for the run, at central prices")
-    group.add_argument("--deadline-days", type=float, help="of the run")
-    group.add_argument("--max-coverage-risk", type=float, help="chance to lose an expert's holders")
-    group.add_argument(
-        "--min-executed", type=float, default=MIN_EXECUTED, help="least share of assignments run"
-    )
-    group.add_argument(
-        "--max-local-steps", type=int, default=MAX_LOCAL_STEPS, help="largest H to consider"
-    )
-    group.add_argument(
+    add_flags(parser)
+    add_flags(parser, Constraints)
+    parser.add_argument(
         "--trainable", action="store_true", help="only what fomoe train runs as it stands"
     )
     shown = parser.add_argument_group("how it is shown")
+    shown.add_argument("--wide", action="store_true", help="more columns than 100 characters hold")
     shown.add_argument("--json", action="store_true")
-    shown.add_argument("--out", metavar="FILE.yaml", help="write the best plan as a config")
+    shown.add_argument(
+        "--out", metavar="FILE.yaml", help="write the best plan as a config (implies --trainable)"
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Search, print, and write; 1 with one line if nothing meets the constraints."""
-    check_question(args)
-    _check_constraints(args)
-    candidates = search(args)
+    ask: Ask = read_flags(args)
+    limits: Constraints = read_flags(args, Constraints)
+    check_ask(ask)
+    _check(args, ask, limits)
+    candidates, one = search(ask, limits, trainable=args.trainable or bool(args.out))
     allowed = [candidate for candidate in candidates if not candidate.broken]
-    front = pareto([c for c in timed(args, pareto(allowed)) if not c.broken])
-    if not front:
+    if not allowed:
         raise ConfigError("plan", "", nothing(candidates))
+    front = pareto(allowed)
     best = min(front, key=lambda c: (c.row["cost_usd"], c.row["days"]))
-    reasons = why(best, candidates)
-    gaps = missing_features(best.scenario)
-    if args.json:
-        rows = [candidate.row for candidate in front]
-        report = {"best": best.row, "why": reasons, "missing": gaps, "pareto": rows}
-        print(json.dumps(report, indent=2))
-    else:
-        rows = sorted((c.row for c in front), key=lambda row: row["cost_usd"])
-        print(f"{len(candidates)} configurations, {len(allowed)} allowed; the {len(front)} that no")
-        print("other beats in days, cost, local steps and executed share at once, cheapest first:")
-        print(to_table(rows, limit=15))
-        print("\nbest (cheapest):", describe(best.row))
-        print("\n".join(f"  {reason}" for reason in reasons))
-        if gaps:
-            print("  fomoe train lacks: " + "; ".join(gaps) + " (--trainable keeps to what it has)")
+    reasons = why(best, candidates, one)
     if args.out:
-        write_config(args.out, best.scenario)
+        write_config(args.out, planned(best))
+    shown = sorted(front, key=lambda c: c.row["cost_usd"])
+    if args.json:
+        rows = [{**c.row, "command": command(ask, c)} for c in shown]
+        top = {**best.row, "command": command(ask, best)}
+        gaps = [] if best.row["needs"] == "runs today" else best.row["needs"].split("; ")
+        report = {"best": top, "why": reasons, "missing": gaps, "pareto": rows, "one_site": one}
+        print(json.dumps(report, indent=2))
+        return 0
+    print(f"{len(candidates)} configurations, {len(allowed)} allowed; the {len(front)} that no")
+    print("other beats in days, cost, local steps and executed share at once, cheapest first:")
+    print(to_table([one, *(c.row for c in shown)], limit=16, wide=args.wide))
+    print(f"\nbest (cheapest): {describe(best.row)}")
+    for reason in [*reasons, f"again: {command(ask, best)}"]:
+        filled = textwrap.wrap(reason, WIDTH - 4, break_on_hyphens=False, break_long_words=False)
+        print("\n".join(("  " if index == 0 else "    ") + x for index, x in enumerate(filled)))
+    if args.out:
         print(f"wrote {args.out}")
     return 0
 
 
-def _check_constraints(args: argparse.Namespace) -> None:
-    if args.local_steps and args.local_steps > args.max_local_steps:
-        rule = f"exceeds --max-local-steps {args.max_local_steps}"
-        raise ConfigError("--local-steps", args.local_steps, rule)
+def _check(args: argparse.Namespace, ask: Ask, limits: Constraints) -> None:
+    most = limits.max_local_steps or MOST_LOCAL_STEPS
+    if ask.local_steps and ask.local_steps > most:
+        rule = f"exceeds --max-local-steps {most}"
+        raise ConfigError("--local-steps", ask.local_steps, rule)
     if args.out and Path(args.out).suffix not in (".yaml", ".yml"):
         raise ConfigError("--out", args.out, "must end in .yaml")
+    if args.out and not Path(args.out).resolve().parent.is_dir():
+        raise ConfigError("--out", args.out, "is in a folder that does not exist")
     if args.json and args.out:
         raise ConfigError("--out", args.out, "contradicts --json: it prints more than one object")
-    if args.config:
-        raise ConfigError("--config", args.config, "is already decided; plan starts from --model")
-    methods = [check_method(args.method)] if args.method else list(SEARCHED)
-    experts = has_experts(args)
-    check_methods(args, methods, experts=experts)
-    if args.method in NEEDS_EXPERTS and not experts:
-        raise ConfigError("--method", args.method, "has no meaning for a model without experts")
-    if args.max_coverage_risk is not None and "fomoe" not in methods:
-        rule = f"has no meaning for method {args.method}, whose sites hold every expert"
-        raise ConfigError("--max-coverage-risk", args.max_coverage_risk, rule)
+    if ask.config:
+        raise ConfigError("--config", ask.config, "is already decided; plan starts from --model")
+    methods = [method_of(limits.method).name] if limits.method else list(SEARCHED)
+    experts = has_experts(ask)
+    check_methods(ask, methods, experts=experts)
+    if limits.method and not experts and _needs_experts(limits.method):
+        rule = "has no meaning for a model without experts"
+        raise ConfigError("--method", limits.method, rule)
+    if limits.max_coverage_risk is not None and not any(METHODS[m].skips for m in methods):
+        rule = f"has no meaning for method {limits.method}, whose sites hold every expert"
+        raise ConfigError("--max-coverage-risk", limits.max_coverage_risk, rule)
+
+
+def _needs_experts(method: str) -> bool:
+    """Without routed experts these are DDP and DiLoCo."""
+    return METHODS[method].placed or METHODS[method].crosses == "tokens"
 
 
 # ------------------------------------------------------------------------------------------ search
 
 
-def search(args: argparse.Namespace) -> list[Candidate]:
-    """All candidates of the grid, with the constraints that each breaks."""
-    found: list[Candidate] = []
+def search(ask: Ask, limits: Constraints, *, trainable: bool) -> tuple[list[Candidate], Row]:
+    """All candidates with the constraints that each breaks, and one site's row."""
+    experts = has_experts(ask)
+    grids: list[Grid] = []
     lacking: list[list[str]] = []
-    for scenario in scenarios(args):
-        if args.trainable and (gaps := missing_features(scenario)):
-            lacking.append(gaps)
+    for method in (limits.method,) if limits.method else SEARCHED:
+        if not experts and _needs_experts(method):
             continue
-        steps = [h for h in _axis(args.local_steps, LOCAL_STEPS) if h <= args.max_local_steps]
-        if scenario.traffic.every_step:
-            steps = steps[:1]
-        for row in answers(scenario, steps or [args.max_local_steps], None):
-            here = replace(scenario, local_steps=int(row["local_steps"]))
-            found.append(Candidate(scenario=here, row=row, broken=broken(args, here, row)))
+        plain = build(replace(ask, replication=None), method)
+        check_replication(ask.replication, plain.cluster.num_sites)
+        if trainable:
+            plain = _as_trained(ask, plain, experts)
+        for question in _placements(ask, plain):
+            grids.append(_settings(ask, question, trainable=trainable))
+    first = baseline(grids[0].question)
+    columns = evaluate([*grids, grid(first)])
+    rows = columns.rows()
+    found: list[Candidate] = []
+    for row, owner in zip(rows[:-1], columns.owners[:-1], strict=True):
+        known = columns.answered[owner]
+        if trainable and row["needs"] != "runs today":
+            lacking.append(row["needs"].split("; "))
+            continue
+        found.append(Candidate(row=row, broken=broken(limits, row, known), found=known))
     if not found:
         fewest = (
             "; ".join(sorted(lacking, key=lambda gaps: len(gaps))[0])
@@ -146,83 +198,100 @@ def search(args: argparse.Namespace) -> list[Candidate]:
         )
         rule = f"leaves nothing: fomoe train lacks at least {fewest}"
         raise ConfigError("--trainable", "", rule)
-    return found
+    return found, rows[-1]
 
 
-def timed(args: argparse.Namespace, candidates: list[Candidate]) -> list[Candidate]:
-    """The candidates as `fomoe project` answers them: the search is analytic, overlap is events."""
+def _as_trained(ask: Ask, question: Question, experts: bool) -> Question:
+    """Equal batches, and the recomputation that the trainer has."""
+    chosen: tuple[str, ...] = ("none", "experts", "full") if experts else ("none", "full")
+    if ask.recompute or ask.step_time:
+        chosen = (ask.recompute or "none",)
+    return vary(question, split=ask.split or "equal", recompute=chosen)
+
+
+def _placements(ask: Ask, base: Question) -> list[Question]:
+    """The question under every replication factor, evenly and by what each site's memory holds."""
+    num_sites, shape = base.cluster.num_sites, base.shape
+    if not base.method.placed or ask.capacity:
+        return [base]
+    wanted = [ask.replication] if ask.replication else list(range(1, num_sites + 1))
     found = []
-    for candidate in candidates:
-        row = answer(candidate.scenario)
-        rules = broken(args, candidate.scenario, row)
-        found.append(replace(candidate, row=row, broken=rules))
+    for r in wanted:
+        if base.cluster.capacities is None:
+            even = cyclic_holdings(shape, num_sites, r)
+            found.append(vary(base, holdings=even, replication=float(r)))
+    capacity = base.cluster.capacities or _memory_capacity(base)
+    for target in [*wanted, *([] if ask.replication else [None])]:
+        room = sum(min(limit, shape.num_experts) for limit in capacity)
+        if room < shape.num_experts * (target or 1):
+            continue  # an expert would have too few holders
+        slots = capacity_slots(capacity, shape.num_experts, target)
+        if target and len(set(slots)) == 1 and base.cluster.capacities is None:
+            continue  # even: cyclic has it
+        holdings, replication = slot_holdings(shape, num_sites, slots)
+        found.append(vary(base, holdings=holdings, replication=replication))
+    if not found:
+        rule = f"has capacity for too few of the {shape.num_experts} experts"
+        raise ConfigError("--cluster", base.cluster.name, rule)
     return found
 
 
-def _axis(fixed: int | None, values: tuple[int, ...]) -> tuple[int, ...]:
-    return values if fixed is None else (fixed,)
+def _memory_capacity(base: Question) -> tuple[int, ...]:
+    """Experts per layer that each site's memory holds, [K], by a line through two placements.
 
-
-def scenarios(args: argparse.Namespace) -> list[Scenario]:
-    """Everything but local steps: method, placement, bits, fragments, overlap."""
-    experts = has_experts(args)
+    The candidates themselves are checked again, so an estimate is enough.
+    """
+    num_sites, experts = base.cluster.num_sites, base.shape.num_experts
+    ends = [cyclic_holdings(base.shape, num_sites, r) for r in (1, num_sites)]
+    grids = [grid(vary(base, holdings=one, replication=1.0)) for one in ends]
+    few, many = evaluate(grids).answered
     found = []
-    for method in (args.method,) if args.method else SEARCHED:
-        if method in NEEDS_EXPERTS and not experts:
-            continue  # without routed experts these are DDP and DiLoCo
-        plain = argparse.Namespace(**{**vars(args), "replication": None})
-        # The grid's fragments; a stated number is checked against the layers here.
-        base = build_scenario(plain, Point(method=method, fragments=args.fragments))
-        check_replication(args.replication, base.cluster.num_sites)
-        for recompute in _recompute(args, experts):
-            for table in _tables(replace(base, recompute=recompute), args.replication):
-                found += _syncs(args, table)
-    return found
+    for site in range(num_sites):
+        low, high = (one.layouts[site].bytes for one in (few, many))
+        counts = [float(one.traffic.residents[:, site].mean()) for one in (few, many)]
+        each = (high - low) / max(counts[1] - counts[0], 1e-9)
+        room = base.cluster.sites[site].accelerator.memory_bytes - low
+        holds = counts[0] + room / each if each > 0 else experts
+        found.append(int(max(0, min(experts, holds))))
+    return tuple(found)
 
 
-def _recompute(args: argparse.Namespace, experts: bool) -> tuple[Recompute, ...]:
-    """Choices to try; a stated step time has its recomputation in it, so there is one."""
-    if args.recompute:
-        return (args.recompute,)
-    if not args.trainable:
-        return ("selective",) if args.step_time else ("selective", "full")
-    if args.step_time:
-        return ("none",)
-    return ("none", "experts", "full") if experts else ("none", "full")
-
-
-def _tables(base: Scenario, replication: int | None) -> list[Scenario]:
-    return placements(base, replication) if base.method in PLACED else [base]
-
-
-def _syncs(args: argparse.Namespace, table: Scenario) -> list[Scenario]:
-    """One placement under every number of bits, fragments and steps of overlap."""
-    if table.method in EVERY_STEP:
-        return [replace(table, bits=bits) for bits in _axis(args.bits, BITS)]
-    by_size = -(-table.shape.num_layers // LAYERS_PER_FRAGMENT)
-    parts = (by_size,) if table.method == "streaming" else (1, by_size)
-    return [
-        replace(table, bits=bits, fragments=fragments, overlap_steps=overlap)
-        for bits in _axis(args.bits, BITS)
-        for fragments in _axis(args.fragments, parts)
-        for overlap in _axis(args.overlap_steps, (0, 1) if fragments > 1 else (0,))
+def _settings(ask: Ask, question: Question, *, trainable: bool) -> Grid:
+    """One placement under every H, bits, fragments and overlap."""
+    every = question.method.every_step
+    steps = (ask.local_steps,) if ask.local_steps else LOCAL_STEPS[: 1 if every else None]
+    bits = (ask.bits,) if ask.bits else ((32.0,) if trainable else BITS)
+    size = -(-question.shape.num_layers // LAYERS_PER_FRAGMENT)
+    parts = (1,) if trainable or every else (1, size)
+    if question.method.layers_per_fragment:
+        parts = (size,)
+    overlaps = (0,) if trainable or every else (0, 1)
+    if not every:
+        parts = (ask.fragments,) if ask.fragments else parts
+        overlaps = (ask.overlap_steps,) if ask.overlap_steps is not None else overlaps
+    points = [
+        point
+        for point in product(steps, bits, parts, overlaps)
+        if point[2] > 1 or not point[3] or ask.overlap_steps is not None
     ]
+    names = ("local_steps", "bits", "fragments", "overlap_steps")
+    return grid(question, **dict(zip(names, np.array(points, float).T, strict=True)))
 
 
-def broken(args: argparse.Namespace, scenario: Scenario, row: Row) -> tuple[str, ...]:
+def broken(limits: Constraints, row: Row, known: Answered) -> tuple[str, ...]:
     """Constraints that a candidate breaks."""
-    over = capacity_verdict(scenario) is not None
+    over = "experts per layer, capacity" in row["memory_verdict"]
+    most = limits.max_local_steps or MOST_LOCAL_STEPS
     checks = {
         "capacity": not over,
-        "memory": all(m.fits for m in site_memories(scenario)) if over else row["fits"],
-        "executed share": row["executed_fraction"] >= args.min_executed,
-        "deadline": args.deadline_days is None or row["days"] <= args.deadline_days,
-        "budget": args.budget is None or row["cost_usd"] <= args.budget,
+        "memory": over or row["fits"],
+        "executed share": row["executed_fraction"] >= (limits.min_executed or 0.0) - 1e-12,
+        "local steps": known.question.method.every_step or row["local_steps"] <= most,
+        "deadline": limits.deadline_days is None or row["days"] <= limits.deadline_days,
+        "budget": limits.budget is None or row["cost_usd"] <= limits.budget,
+        "coverage risk": limits.max_coverage_risk is None
+        or row["coverage_loss_probability"] <= limits.max_coverage_risk,
     }
-    if args.max_coverage_risk is not None and scenario.method == "fomoe":
-        risk = risk_columns(scenario, row, RiskOptions())
-        row["coverage_loss_probability"] = risk["coverage_loss_probability"]
-        checks["coverage risk"] = risk["coverage_loss_probability"] <= args.max_coverage_risk
     return tuple(name for name, kept in checks.items() if not kept)
 
 
@@ -240,3 +309,93 @@ def pareto(candidates: list[Candidate]) -> list[Candidate]:
         if not any(all(a <= b for a, b in zip(other, own, strict=True)) for other, _ in front):
             front.append((own, candidate))
     return [candidate for _, candidate in front]
+
+
+# ------------------------------------------------------------------------------------------- words
+
+
+def describe(row: Row) -> str:
+    """One plan in words."""
+    return (
+        f"{row['method']}, r = {row['replication_factor']:.3g}, H = {row['local_steps']}, "
+        f"{row['bits']:g} bits, {row['fragments']} fragments, overlap {row['overlap_steps']}: "
+        f"{days(row['days'])}, {scaled(row['cost_usd'])} USD"
+    )
+
+
+def why(best: Candidate, candidates: list[Candidate], one: Row) -> list[str]:
+    """What binds, what one site would take, and which constraints keep cheaper plans out."""
+    row = best.row
+    waiting = row["exposed_s_per_round"] / row["round_time_s"]
+    uneven = max(0.0, 1 - row["utilisation"] - waiting)
+    reasons = [
+        f"binding resource: {row['binds']} (of a round: compute {percent(row['utilisation'])}, the "
+        f"link {percent(waiting)}, slower sites {percent(uneven)}; {row['slowest_link']})",
+        f"memory: {row['memory_verdict']}; experts per site {row['residents']}; {row['layout']}",
+        f"{BASELINE}, the same accelerators: {days(one['days'])}, {scaled(one['cost_usd'])} USD",
+        f"at equal work {days(row['days_at_equal_work'])}, goodput {percent(row['goodput'])}, "
+        f"an expert's last live holder lost with probability "
+        f"{percent(row['coverage_loss_probability'])}",
+    ]
+    if row["needs"] != "runs today":
+        reasons.append(f"fomoe train lacks: {row['needs']} (--trainable keeps to what it has)")
+    cheaper = [c for c in candidates if c.row["cost_usd"] < row["cost_usd"] and c.broken]
+    counts = Counter(name for candidate in cheaper for name in candidate.broken)
+    for name, count in counts.most_common():
+        out = min((c for c in cheaper if name in c.broken), key=lambda c: c.row["cost_usd"])
+        words = f"{count} cheaper configurations break the {name} constraint"
+        reasons.append(f"{words}; the cheapest: {describe(out.row)}")
+    others: dict[str, Candidate] = {}
+    for candidate in sorted(candidates, key=lambda c: c.row["cost_usd"]):
+        if candidate.row["method"] != row["method"]:
+            others.setdefault(candidate.row["method"], candidate)
+    for name, other in others.items():
+        times = other.row["cost_usd"] / row["cost_usd"]
+        note = f" and breaks {', '.join(other.broken)}" if other.broken else ""
+        reasons.append(f"cheapest {name}: {scaled(times)} x the cost{note}")
+    return reasons
+
+
+def nothing(candidates: list[Candidate]) -> str:
+    """One line: why no candidate is left, and the nearest."""
+    counts = Counter(name for candidate in candidates for name in candidate.broken)
+    parts = ", ".join(f"{name} refuses {count}" for name, count in counts.most_common())
+    fewest = min(candidates, key=lambda c: (len(c.broken), c.row["cost_usd"]))
+    hint = fewest.row["memory_verdict"] if "memory" in fewest.broken else describe(fewest.row)
+    return f"nothing of {len(candidates)} configurations is left: {parts}; nearest: {hint}"
+
+
+def planned(candidate: Candidate) -> dict[str, Any]:
+    """The candidate as nested options of a config."""
+    row, known = candidate.row, candidate.found
+    names = ("local_steps", "bits", "fragments", "overlap_steps")
+    return config_tree(vary(known.question, **{n: row[n] for n in names}), known)
+
+
+def command(ask: Ask, candidate: Candidate) -> str:
+    """The `fomoe project` command that gives the candidate's row."""
+    row, question = candidate.row, candidate.found.question
+    method = question.method
+    values = {k: v for k, v in vars(ask).items() if v is not None and k != "replication"}
+    values |= {"method": row["method"], "local_steps": row["local_steps"], "bits": row["bits"]}
+    if not method.every_step:
+        values |= {"fragments": row["fragments"], "overlap_steps": row["overlap_steps"]}
+    if method.placed and question.shape.num_experts:
+        counts = question.holdings.residents.max(axis=0).tolist()
+        even = cyclic_holdings(
+            question.shape, question.cluster.num_sites, max(1, round(question.replication))
+        )
+        if np.array_equal(even.residents, question.holdings.residents):
+            values["replication"] = round(question.replication)
+        else:
+            values["capacity"] = ",".join(map(str, counts))
+    if question.split != "speed":
+        values["split"] = question.split
+    if len(question.recompute) != 2 or set(question.recompute) != {"selective", "full"}:
+        values["recompute"] = row["recompute"]
+    words = [f"--{name.replace('_', '-')} {shlex.quote(_plain(v))}" for name, v in values.items()]
+    return " ".join(["fomoe project", *words])
+
+
+def _plain(value: Any) -> str:
+    return f"{value:.17g}" if isinstance(value, float) else str(value)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from html import escape
 from math import ceil, floor, log10
 from pathlib import Path
 
-from fomoe.errors import ConfigError
-from fomoe_sim.answer import Row
+from fomoe_sim.evaluate import Row
+from fomoe_sim.methods import BASELINE
+from fomoe_sim.show import days
+from fomoe_sim.trainer import ConfigError
 
 WIDTH, HEIGHT = 720, 420
-LEFT, RIGHT, TOP, BOTTOM = 70, 170, 40, 55
+LEFT, RIGHT, TOP, BOTTOM = 70, 210, 40, 55
 # Colours that colour-blind readers can tell apart (Okabe and Ito, 2008).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 Series = tuple[str, list[tuple[float, float]]]
@@ -27,20 +30,30 @@ VARIED = {
 }
 
 
-def write_plot(path: str | Path, rows: list[Row]) -> None:
-    """Draw utilisation: over bandwidth or local steps if they vary, else as bars.
+def draw(path: str | Path, rows: list[Row]) -> None:
+    """Days over bandwidth (where a line meets that of one site is its break-even), utilisation over
+    local steps, or utilisation as bars; whichever of them varies.
 
     Raises:
         ConfigError: if the file cannot be written.
     """
-    if len({row["bandwidth_bps"] for row in rows}) > 1:
-        text = lines_svg(series_of(rows, "bandwidth_bps", 1e-9), "link, Gbit/s")
-    elif len({row["local_steps"] for row in rows}) > 1:
-        text = lines_svg(series_of(rows, "local_steps", 1.0), "local steps per round")
+    asked = [row for row in rows if row["method"] != BASELINE]
+    if len({row["bandwidth_bps"] for row in asked}) > 1:
+        level = [row["days"] for row in rows if row["method"] == BASELINE]
+        series = series_of(asked, "bandwidth_bps", "days", 1e-9)
+        text = days_svg(series, "link, Gbit/s", level[0] if level else None)
+    elif len({row["local_steps"] for row in asked}) > 1:
+        text = lines_svg(
+            series_of(asked, "local_steps", "utilisation", 1.0), "local steps per round"
+        )
     else:
         names = labels(rows, "")
         bars = zip(names, (row["utilisation"] for row in rows), strict=True)
         text = bars_svg(list(bars))
+    _write(path, text)
+
+
+def _write(path: str | Path, text: str) -> None:
     try:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
@@ -60,41 +73,97 @@ def labels(rows: list[Row], x_name: str) -> list[str]:
     return found
 
 
-def series_of(rows: list[Row], name: str, scale: float) -> list[Series]:
-    """Utilisation over one column, a line per label."""
+def series_of(rows: list[Row], name: str, what: str, scale: float) -> list[Series]:
+    """One column over another, a line per label."""
     found: dict[str, list[tuple[float, float]]] = {}
     for label, row in zip(labels(rows, name), rows, strict=True):
-        found.setdefault(label, []).append((scale * row[name], row["utilisation"]))
+        found.setdefault(label, []).append((scale * row[name], row[what]))
     return [(key, sorted(points)) for key, points in found.items()]
 
 
 def lines_svg(series: list[Series], x_name: str) -> str:
-    """Lines over a logarithmic x axis; y runs from 0 to 1."""
-    xs = [x for _, points in series for x, _ in points]
-    low, high = floor(log10(min(xs))), ceil(log10(max(xs)))
-    high = max(high, low + 1)
+    """Shares over a logarithmic x axis; y runs from 0 to 1."""
+    low, high = _powers([x for _, points in series for x, _ in points])
+    parts = [*_frame(x_name), *_x_ticks(low, high)]
+    return _document([*parts, *_lines(series, low, high, lambda y: y)])
 
-    def at(x: float, y: float) -> tuple[float, float]:
-        share = (log10(x) - low) / (high - low)
-        return LEFT + share * _inner_width(), TOP + (1 - y) * _inner_height()
 
-    parts = _frame(x_name)
+def days_svg(series: list[Series], x_name: str, level: float | None) -> str:
+    """Days over a link, both logarithmic; `level` is what one site takes."""
+    low, high = _powers([x for _, points in series for x, _ in points])
+    values = [y for _, points in series for _, y in points] + ([level] if level else [])
+    bottom, top = _powers(values)
+
+    def share(y: float) -> float:
+        return (log10(y) - bottom) / (top - bottom)
+
+    parts = [
+        _text(LEFT, TOP - 16, "days of the run, failures included", "start"),
+        *_x_ticks(low, high),
+    ]
+    parts.append(_text(LEFT + _inner_width() / 2, HEIGHT - 12, x_name, "middle"))
+    for power in range(bottom, top + 1):
+        y = TOP + (1 - share(10.0**power)) * _inner_height()
+        parts.append(_text(LEFT - 8, y + 4, days(10.0**power).replace(" days", " d"), "end"))
+        parts.append(
+            f'<line x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}" class="grid"/>'
+        )
+    if level:
+        ends = [(10.0**low, level), (10.0**high, level)]
+        series = [(f"{BASELINE} (break-even)", ends), *series]
+    return _document([*parts, *_lines(series, low, high, share)])
+
+
+def tornado_svg(path: str | Path, found: list[tuple[str, float, float]]) -> None:
+    """A bar from the fewest to the most days for each assumption, on a logarithmic axis."""
+    low, high = _powers([value for _, *ends in found for value in ends])
+    parts = [*_x_ticks(low, high), _text(LEFT, TOP - 16, "days, one assumption changed", "start")]
+    step = _inner_height() / len(found)
+    for i, (name, least, most) in enumerate(found):
+        x1, x2 = (_x(value, low, high) for value in (least, most))
+        y = TOP + (i + 0.2) * step
+        parts.append(
+            f'<rect x="{x1:.1f}" y="{y:.1f}" width="{max(1.0, x2 - x1):.1f}" '
+            f'height="{0.6 * step:.1f}" fill="{COLOURS[0]}"/>'
+        )
+        parts.append(_text(WIDTH - RIGHT + 8, y + 0.4 * step, name, "start"))
+    _write(path, _document(parts))
+
+
+def _powers(values: list[float]) -> tuple[int, int]:
+    """Powers of ten around the values, at least one apart."""
+    low, high = floor(log10(min(values))), ceil(log10(max(values)))
+    return low, max(high, low + 1)
+
+
+def _x(value: float, low: int, high: int) -> float:
+    return LEFT + (log10(value) - low) / (high - low) * _inner_width()
+
+
+def _x_ticks(low: int, high: int) -> list[str]:
+    parts, bottom = [], TOP + _inner_height()
     for power in range(low, high + 1):
-        x, bottom = at(10.0**power, 0)
+        x = _x(10.0**power, low, high)
         parts.append(_text(x, bottom + 18, f"{10.0**power:g}", "middle"))
         parts.append(f'<line x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{bottom:.1f}" class="grid"/>')
+    return parts
+
+
+def _lines(series: list[Series], low: int, high: int, share: Callable[[float], float]) -> list[str]:
+    """Lines and their legend; `share` of the height of a value."""
+    parts = []
     for i, (name, points) in enumerate(series):
         colour = COLOURS[i % len(COLOURS)]
         dash = "" if i < len(COLOURS) else ' stroke-dasharray="5 3"'
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in points))
+        at = [(_x(x, low, high), TOP + (1 - share(y)) * _inner_height()) for x, y in points]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
         parts.append(
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>'
         )
-        y = TOP + 12 + 17 * i
-        x = WIDTH - RIGHT + 12
+        y, x = TOP + 12 + 17 * i, WIDTH - RIGHT + 12
         parts.append(f'<rect x="{x}" y="{y - 8}" width="14" height="4" fill="{colour}"/>')
         parts.append(_text(x + 20, y, name, "start"))
-    return _document(parts)
+    return parts
 
 
 def bars_svg(bars: list[tuple[str, float]]) -> str:

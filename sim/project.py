@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from fomoe.errors import ConfigError
-from fomoe_sim.answer import Row, answer
-from fomoe_sim.flags import add_question_flags, check_methods, check_question
-from fomoe_sim.output import explain, risk_lines, sources_lines, to_csv, to_json, to_table
-from fomoe_sim.plot import write_plot
-from fomoe_sim.question import Point, build_scenario, has_experts, methods_asked
-from fomoe_sim.ranges import MOST_LOCAL_STEPS, flag_of
-from fomoe_sim.risk import REPAIR_HOURS, RiskOptions, risk_columns
-from fomoe_sim.scenario import Scenario
-from fomoe_sim.sweep import read_axes, sweep
+import numpy as np
 
-LEAST_BPS, MOST_BPS = 1e3, 1e15  # of --solve
+from fomoe_sim.evaluate import Columns, Grid, answer_one, evaluate, grid, vary
+from fomoe_sim.methods import METHODS, PUBLIC, method_of, unused
+from fomoe_sim.options import AXES, GRID, Ask, add_flags, check_ask, check_methods, read_flags
+from fomoe_sim.plot import draw, tornado_svg
+from fomoe_sim.question import Question, baseline, build, check_fragments, has_experts, own_method
+from fomoe_sim.show import Row, days, explain, to_csv, to_json, to_table, words
+from fomoe_sim.solve import days_within, least, utilisation_of
+from fomoe_sim.trainer import ConfigError, hint
+from fomoe_sim.units import check_number, flag_of, read_rate
+
+LIMIT = 1_000_000  # of a sweep
 
 
 def add_command(subparsers: Any) -> None:
@@ -27,12 +31,12 @@ def add_command(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "project", help="project traffic, memory, time and money of a run, before it is bought"
     )
-    add_question_flags(parser)
+    add_flags(parser)
     group = parser.add_argument_group("what is asked")
+    group.add_argument("--method", help=f"{', '.join(PUBLIC)}; a config's own")
     group.add_argument(
-        "--method", help="fomoe, diloco, photon, streaming, spes, ddp, fsdp, ep; a config's"
+        "--compare", metavar="M,M", help="several methods, and the same accelerators on one site"
     )
-    group.add_argument("--compare", metavar="M,M", help="several methods side by side")
     group.add_argument(
         "--sweep",
         nargs="+",
@@ -40,172 +44,299 @@ def add_command(subparsers: Any) -> None:
         help="grid of options: 1,2,4, or 32..512 (doubling), or 1..100..1 (with a step)",
     )
     group.add_argument(
-        "--solve", choices=("bandwidth", "local_steps"), help="least value that reaches a target"
+        "--solve",
+        choices=("bandwidth", "local_steps", "break_even"),
+        help="least value that reaches a target; break_even: the bandwidth at which a run takes no "
+        "more days than the same accelerators on one site",
     )
     group.add_argument("--utilisation", type=float, help="that target, between 0 and 1")
-    risk = parser.add_argument_group("what may go wrong")
-    risk.add_argument("--step-variation", type=float, help="deviation over mean of a step's time")
-    risk.add_argument("--slow-probability", type=float, help="chance of a slow site per round")
-    risk.add_argument("--slow-factor", type=float, help="how much slower it is")
-    risk.add_argument("--quorum", type=int, help="sites that a round waits for; all by default")
-    risk.add_argument("--mtbf-hours", type=float, help="between failures of one site")
-    risk.add_argument("--repair-hours", type=float, help="until a failed site is back")
+    group.add_argument("--tornado", action="store_true", help="what moves the answer most")
     shown = parser.add_argument_group("how it is shown")
+    shown.add_argument("--wide", action="store_true", help="more columns than 100 characters hold")
     shown.add_argument("--json", action="store_true", help="one object, or a list of them")
     shown.add_argument("--csv", action="store_true", help="all columns, one row per configuration")
-    shown.add_argument("--plot", metavar="OUT.svg", help="also draw utilisation over bandwidth")
-    shown.add_argument(
-        "--explain", action="store_true", help="what each column means, its unit, our defaults"
-    )
+    shown.add_argument("--plot", metavar="OUT.svg", help="also draw it")
+    shown.add_argument("--explain", action="store_true", help="columns, units, defaults, sources")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answer and print; 0, or 1 if a stated cluster can hold none of the answers."""
+    """Answer, print, and draw; 1 if a cluster file's sites can hold none of the answers."""
     if args.explain:
         if args.json or args.csv:
-            raise ConfigError("--explain", "", "is text: leave --json and --csv out")
+            raise ConfigError("--explain", "", "is text; leave out --json and --csv")
         print(explain())
         return 0
-    check_question(args)
-    _check_output(args)
-    methods = methods_asked(args)
+    ask: Ask = read_flags(args)
+    check_ask(ask)
+    _check_output(args, ask)
+    methods = methods_asked(args, ask)
     axes = read_axes(args.sweep) if args.sweep else {}
-    check_methods(args, methods, experts=has_experts(args), axes=tuple(axes))
-    points = {method: point_of(args, method) for method in methods}
+    check_methods(ask, methods, experts=has_experts(ask), axes=tuple(axes))
+    if args.tornado:
+        return _tornado(args, ask, methods[0])
     refused: list[str] = []
     if args.sweep:
-        rows, refused = sweep(args, methods, points, axes)
+        columns, refused = sweep(ask, methods, axes, first=bool(args.compare))
+        rows = columns.rows()
+        values = columns.values
     else:
-        rows = [_answer(args, points[method]) for method in methods]
-    _print(args, rows, single=not (args.sweep or args.compare))
+        rows = [answer_one(question) for question in _questions(args, ask, methods)]
+        values = {name: [row[name] for row in rows] for name in rows[0]}
+    _print(args, rows, values, single=len(rows) == 1)
     if args.plot:
-        write_plot(args.plot, rows)
+        draw(args.plot, rows)
     for reason in refused:
         print(f"left out: {reason}", file=sys.stderr)
-    if args.cluster and not any(row["fits"] for row in rows):
-        verdict = rows[0]["memory_verdict"]
+    asked = [row for row in rows if row["method"] in methods]
+    if args.cluster and not any(row["fits"] for row in asked):
+        verdict = asked[0]["memory_verdict"]
         print(f"fomoe: --cluster {args.cluster}: {verdict}", file=sys.stderr)
         return 1
     return 0
 
 
-def point_of(args: argparse.Namespace, method: str) -> Point:
-    """The flags' own point for a method."""
-    return Point(
-        method=method,
-        bits=args.bits,
-        fragments=args.fragments,
-        overlap_steps=args.overlap_steps,
-        other_link=args.solve == "bandwidth",
-    )
+def methods_asked(args: argparse.Namespace, ask: Ask) -> list[str]:
+    """Methods of --compare or --method; else the config's own, else FoMoE."""
+    config = ask.config is not None
+    if args.compare:
+        names = [name.strip() for name in args.compare.split(",")]
+        return [method_of(name, config=config, flag="--compare").name for name in names]
+    if args.method is not None:
+        return [method_of(args.method, config=config).name]
+    return [own_method(ask)]
 
 
-def _check_output(args: argparse.Namespace) -> None:
+def _questions(args: argparse.Namespace, ask: Ask, methods: list[str]) -> list[Question]:
+    """One question per method; a comparison begins with one site."""
+    link = args.solve in ("bandwidth", "break_even")
+    asked = [build(ask, method, other_link=link) for method in methods]
+    if args.solve == "break_even":
+        asked = [_break_even(question) for question in asked]
+    elif args.solve:
+        target = utilisation_of(args.utilisation)
+        goal = f"--utilisation {args.utilisation}"
+        asked = [least(question, args.solve, target, goal) for question in asked]
+    text = not (args.json or args.csv or args.plot) and ask.config is None
+    return [baseline(asked[0]), *asked] if args.compare or text else asked
+
+
+def _break_even(question: Question) -> Question:
+    one = evaluate([grid(baseline(question))]).values["days"][0]
+    return least(question, "bandwidth", days_within(one), "--solve break_even")
+
+
+def _check_output(args: argparse.Namespace, ask: Ask) -> None:
     if args.json and args.csv:
         raise ConfigError("--csv", "", "contradicts --json")
-    if (args.solve is None) != (args.utilisation is None):
+    solves = args.solve in ("bandwidth", "local_steps")
+    if solves != (args.utilisation is not None):
         lonely = "--solve" if args.utilisation is None else "--utilisation"
-        rule = "needs both --solve and --utilisation"
+        rule = "needs both --solve (bandwidth or local_steps) and --utilisation"
         raise ConfigError(lonely, args.solve or args.utilisation, rule)
     if args.utilisation is not None and not 0 < args.utilisation < 1:
         raise ConfigError("--utilisation", args.utilisation, "must lie between 0 and 1")
-    if args.solve == "bandwidth" and args.bandwidth:
-        raise ConfigError("--bandwidth", args.bandwidth, "contradicts --solve bandwidth")
-    if args.solve == "local_steps" and args.local_steps:
-        raise ConfigError("--local-steps", args.local_steps, "contradicts --solve local_steps")
+    if args.solve in ("bandwidth", "break_even") and ask.bandwidth:
+        raise ConfigError("--bandwidth", ask.bandwidth, f"contradicts --solve {args.solve}")
+    if args.solve == "local_steps" and ask.local_steps:
+        raise ConfigError("--local-steps", ask.local_steps, "contradicts --solve local_steps")
     if args.method and args.compare:
         raise ConfigError("--method", args.method, "contradicts --compare, which lists methods")
     if args.sweep and args.solve:
         raise ConfigError("--sweep", args.sweep, "contradicts --solve")
+    if args.tornado and (args.sweep or args.solve or args.compare or args.csv or args.json):
+        raise ConfigError("--tornado", "", "asks about one question and prints a table of its own")
     if args.plot and Path(args.plot).suffix != ".svg":
         raise ConfigError("--plot", args.plot, "must end in .svg")
-    given = [name for name in RISK_FLAGS if getattr(args, name) is not None]
-    if args.sweep and given:
-        raise ConfigError(flag_of(given[0]), getattr(args, given[0]), "is not computed in a sweep")
 
 
-RISK_FLAGS = (
-    "step_variation",
-    "slow_probability",
-    "slow_factor",
-    "quorum",
-    "mtbf_hours",
-    "repair_hours",
-)
+def _print(
+    args: argparse.Namespace, rows: list[Row], values: dict[str, list[Any]], *, single: bool
+) -> None:
+    if args.json:
+        print(to_json(rows, single=single and not args.compare and not args.sweep))
+    elif args.csv:
+        print(to_csv(values), end="")
+    else:
+        print(to_table(rows, wide=args.wide))
+        if not args.sweep:
+            print("\n".join(["", *words(rows)]))
+        print("units, meanings, and the source of every default: fomoe project --explain")
 
 
-def _risk_options(args: argparse.Namespace) -> RiskOptions:
-    return RiskOptions(
-        step_variation=args.step_variation or 0.0,
-        slow_probability=args.slow_probability or 0.0,
-        slow_factor=1.0 if args.slow_factor is None else args.slow_factor,
-        quorum=args.quorum,
-        mtbf_hours=args.mtbf_hours,
-        repair_hours=REPAIR_HOURS if args.repair_hours is None else args.repair_hours,
-    )
+# ------------------------------------------------------------------------------------------ sweeps
 
 
-def _answer(args: argparse.Namespace, point: Point) -> Row:
-    scenario = build_scenario(args, point)
-    if args.solve:
-        scenario = solve(scenario, args.solve, args.utilisation)
-    row = answer(scenario)
-    row["risk"] = risk_columns(scenario, row, _risk_options(args))
-    return row
-
-
-def solve(scenario: Scenario, what: str, target: float) -> Scenario:
-    """The least bandwidth of equal links, or the least H, that reaches a utilisation.
+def read_axis(text: str) -> tuple[str, list[float]]:
+    """One `name=values`: a list `1,2,4`, a doubling range `32..512`, or `1..100..1` with a step.
 
     Raises:
-        ConfigError: if nothing in the searched range reaches it.
+        ConfigError: if the name is no axis or a value is no number.
     """
-
-    def with_value(value: float) -> Scenario:
-        if what == "bandwidth":
-            cluster = scenario.cluster.with_bandwidth(value, value)
-            return replace(scenario, cluster=cluster)
-        return replace(scenario, local_steps=round(value))
-
-    low, high = (LEAST_BPS, MOST_BPS) if what == "bandwidth" else (1.0, MOST_LOCAL_STEPS)
-    best = answer(with_value(high))
-    if best["utilisation"] < target:
-        shared = best["slowest_link"].startswith("uplink")
-        rest = best["slowest_link"] if shared else "fixed cost, latency and slower sites"
-        rule = (
-            f"is not reached by {scenario.label}: {what} {high:g} gives "
-            f"{best['utilisation']:.3f} (what remains: {rest})"
-        )
-        raise ConfigError("--utilisation", target, rule)
-    while high / low > 1.001 and (what == "bandwidth" or high - low > 1):
-        middle = (low * high) ** 0.5 if what == "bandwidth" else (low + high) // 2
-        reached = answer(with_value(middle))["utilisation"] >= target
-        low, high = (low, middle) if reached else (middle, high)
-    lowest = what == "local_steps" and answer(with_value(low))["utilisation"] >= target
-    return with_value(low if lowest else high)
+    name, equals, values = text.partition("=")
+    name = name.strip().replace("-", "_")
+    if not equals or not values:
+        raise ConfigError("--sweep", text, "must have the form name=1,2,4 or name=32..512")
+    if name not in AXES:
+        raise ConfigError("--sweep", name, f"is not an axis; {hint(name, AXES)}")
+    found: list[float] = []
+    for part in values.split(","):
+        ends = part.split("..")
+        if len(ends) > 3:
+            raise ConfigError("--sweep", part, "must be a number, A..B or A..B..STEP")
+        found += _range(name, part, [_number(name, end) for end in ends])
+    return name, found
 
 
-def _print(args: argparse.Namespace, rows: list[Row], *, single: bool) -> None:
-    if args.json:
-        print(to_json(rows, single=single))
-    elif args.csv:
-        print(to_csv(rows), end="")
-    else:
-        print(to_table(rows))
-        if args.sweep:
-            print("units, meanings, and the source of every default: fomoe project --explain")
-        else:
-            print("\n".join(["", *risk_lines(rows), "", *sources_lines(_replaced(args))]))
+def _range(name: str, text: str, ends: list[float]) -> list[float]:
+    if len(ends) == 1:
+        return ends
+    start, stop = ends[0], ends[1]
+    step = ends[2] if len(ends) == 3 else None
+    if stop < start or start <= 0 or (step is not None and step <= 0):
+        raise ConfigError(f"--sweep {name}", text, "must run upwards from above 0")
+    values, value = [], start
+    while value <= stop * (1 + 1e-12):
+        values.append(value)
+        value = value * 2 if step is None else value + step
+        if len(values) > LIMIT:
+            raise ConfigError(f"--sweep {name}", text, f"has more than {LIMIT} values")
+    return values
 
 
-def _replaced(args: argparse.Namespace) -> frozenset[str]:
-    """Defaults that this question does not use."""
-    names: set[str] = set()
-    if args.config:
-        names |= {"sites", "batch tokens", "tokens of the run"}
-    if args.calibration:
-        names |= {"link efficiency, fixed cost", "rtt"}
-    if args.mfu or args.step_time or (args.calibration and args.config):
-        names |= {"mfu (MoE)", "mfu (dense)"}
-    return frozenset(names)
+def _number(name: str, text: str) -> float:
+    if name == "bandwidth":
+        return read_rate(text, "--sweep bandwidth")
+    limits = Ask.__dataclass_fields__[name].metadata
+    pattern = r"[0-9]{1,18}(\.[0-9]+)?|\.[0-9]+" if name == "bits" else r"[0-9]{1,18}"
+    if not re.fullmatch(pattern, text.strip()):
+        kind = "number" if name == "bits" else "whole number"
+        raise ConfigError(f"--sweep {name}", text, f"must be a {kind}")
+    check_number(f"--sweep {name}", float(text), limits["low"], limits["high"])
+    return float(text)
+
+
+def read_axes(texts: Iterable[str]) -> dict[str, list[float]]:
+    """All axes of a sweep by name."""
+    axes: dict[str, list[float]] = {}
+    for text in texts:
+        name, values = read_axis(text)
+        if name in axes:
+            raise ConfigError("--sweep", name, "stands twice")
+        axes[name] = values
+    return axes
+
+
+def sweep(
+    ask: Ask, methods: list[str], axes: dict[str, list[float]], *, first: bool = False
+) -> tuple[Columns, list[str]]:
+    """Answers of the whole grid, and the reason for every part of it that makes no sense.
+
+    Args:
+        first: whether the same accelerators on one site come first.
+
+    Raises:
+        ConfigError: if an axis contradicts an option, or no part of the grid makes sense.
+    """
+    _check_axes(ask, axes)
+    experts = has_experts(ask)
+    grids: list[Grid] = []
+    refused: list[str] = []
+    for method in methods:
+        # Along an axis that a method ignores its rows would only repeat.
+        ignored = unused(METHODS[method], experts=experts)
+        used = {name: values for name, values in axes.items() if name not in ignored}
+        outer = {name: values for name, values in used.items() if name not in GRID}
+        inner = {name: values for name, values in used.items() if name in GRID}
+        for combination in product(*outer.values()):
+            chosen: dict[str, Any] = dict(zip(outer, map(int, combination), strict=True))
+            try:
+                if "fragments" in inner and ask.config is None:
+                    check_fragments(int(max(inner["fragments"])), build(ask, method).shape)
+                question = build(replace(ask, **chosen), method, other_link="bandwidth" in inner)
+            except ConfigError as error:
+                refused.append(str(error))
+                continue
+            points = np.array(list(product(*inner.values())), float)
+            columns = dict(zip(inner, points.T, strict=True)) if inner else {}
+            grids.append(grid(question, **columns))
+    if not grids:
+        raise ConfigError("--sweep", "", f"leaves nothing: {refused[0]}")
+    if first:
+        grids.insert(0, grid(baseline(grids[0].question)))
+    return evaluate(grids), list(dict.fromkeys(refused))
+
+
+def _check_axes(ask: Ask, axes: dict[str, list[float]]) -> None:
+    """An option that an axis replaces would do nothing."""
+    size = 1
+    for name, values in axes.items():
+        size *= len(values)
+        if getattr(ask, name) is not None:
+            raise ConfigError(flag_of(name), getattr(ask, name), f"contradicts --sweep {name}")
+    if size > LIMIT:
+        raise ConfigError("--sweep", size, f"has more than {LIMIT} configurations")
+
+
+# ----------------------------------------------------------------------------------------- tornado
+
+
+def _tornado(args: argparse.Namespace, ask: Ask, method: str) -> int:
+    """What moves the days of one question most, each assumption alone."""
+    found = tornado(build(ask, method))
+    print(f"days of {method}, one assumption changed at a time, widest first:")
+    wide = max(len(name) for name, *_ in found)
+    for name, low, high in found:
+        print(f"  {name:<{wide}}  {days(low):>10} to {days(high):<10}")
+    if args.plot:
+        tornado_svg(args.plot, found)
+    return 0
+
+
+def tornado(question: Question) -> list[tuple[str, float, float]]:
+    """(assumption, fewest days, most days), the widest first."""
+    cluster = question.cluster
+    base = evaluate([grid(question)]).rows()[0]
+    # As many failures a site as all of them have on average.
+    mtbf_hours = 24 * base["days"] * cluster.num_sites / base["failures_per_run"]
+    pairs = {
+        "every link, half and twice": [
+            vary(question, cluster=_scaled_links(question, factor)) for factor in (0.5, 2.0)
+        ],
+        "link efficiency 0.6 and 1": [
+            vary(question, cluster=replace(cluster, efficiency=share)) for share in (0.6, 1.0)
+        ],
+        "round trip, a quarter and 4 times": [
+            vary(question, cluster=replace(cluster, rtt_s=cluster.rtt_s * f)) for f in (0.25, 4.0)
+        ],
+        "local steps, half and twice": [
+            vary(question, local_steps=max(1, round(question.local_steps * f))) for f in (0.5, 2.0)
+        ],
+        "bits, half and twice": [
+            vary(question, bits=min(32.0, question.bits * factor)) for factor in (0.5, 2.0)
+        ],
+        "failures, 4 times as many and a quarter": [
+            vary(question, mtbf_hours=factor * mtbf_hours) for factor in (0.25, 4.0)
+        ],
+        "batch, half and twice": [
+            vary(question, batch_tokens=question.batch_tokens * factor) for factor in (0.5, 2.0)
+        ],
+    }
+    found = [("shares of peak, high and low", base["days_low"], base["days_high"])]
+    for name, pair in pairs.items():
+        try:
+            values = evaluate([grid(one) for one in pair]).values["days"]
+        except ConfigError:
+            continue  # half of the batch may be too small for the accelerators
+        found.append((name, min(values), max(values)))
+    return sorted(found, key=lambda item: item[1] / item[2])
+
+
+def _scaled_links(question: Question, factor: float) -> Any:
+    cluster = question.cluster
+    sites = tuple(
+        replace(site, up_bps=site.up_bps * factor, down_bps=site.down_bps * factor)
+        for site in cluster.sites
+    )
+    uplinks = tuple((name, rate * factor) for name, rate in cluster.uplinks)
+    return replace(cluster, sites=sites, uplinks=uplinks)

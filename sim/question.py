@@ -1,262 +1,409 @@
-"""From flags to scenarios: which model, which sites, which method, and every default.
+"""The question: what `evaluate` answers, all decided, built from what a user said.
 
-A preset's scenario is built from its shape. A config's scenario is built by the trainer's own
-loader with the flags as overrides, so that whatever the trainer would refuse is refused here.
+A config's question is built by the trainer's own loader, so that whatever the trainer would refuse
+is refused here.
 """
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fomoe.config import Config, load_config
-from fomoe.errors import ConfigError
-from fomoe.memory import SiteMemory, site_memory
-from fomoe.placement import build_placement
-from fomoe.segments import build_plan
-from fomoe.shapes import parameter_specs
-from fomoe_sim.answer import default_tokens
-from fomoe_sim.calibrated import calibrated
-from fomoe_sim.cluster import Cluster
-from fomoe_sim.flags import PLACED
-from fomoe_sim.methods import ONLY_OURS, check_method, formulas_of
-from fomoe_sim.presets import model_preset, shape_from_config
-from fomoe_sim.ranges import RANGES, check_number
-from fomoe_sim.scenario import (
-    BATCH_TOKENS,
-    LAYERS_PER_FRAGMENT,
-    MFU_DENSE,
-    MFU_MOE,
-    STREAMING_BITS,
-    STREAMING_OVERLAP,
-    Scenario,
+from fomoe_sim.cluster import Cluster, load_cluster, price_kinds, uniform_cluster
+from fomoe_sim.methods import BASELINE, METHODS, Method, method_of
+from fomoe_sim.options import Ask, read_capacity, read_parallel
+from fomoe_sim.shape import ModelShape, model_preset, shape_from_config
+from fomoe_sim.traffic import Holdings, cyclic_holdings, table_holdings
+from fomoe_sim.trainer import (
+    Config,
+    ConfigError,
+    SiteMemory,
+    build_placement,
+    capacity_slots,
+    counted,
+    load,
+    slots_placement,
 )
-from fomoe_sim.shape import ModelShape
-from fomoe_sim.sites import question_cluster, question_holdings, stamp
-from fomoe_sim.traffic import EVERY_STEP
+from fomoe_sim.units import MOST_LOCAL_STEPS, MOST_SITES, check_number, read_up_down
 
-DEFAULT_LOCAL_STEPS = 32
-RECOMPUTE = {"none": "none", "experts": "experts", "layers": "full"}  # model.recompute in our words
+DEFAULT_SITES, DEFAULT_REPLICATION, DEFAULT_LOCAL_STEPS = 4, 2, 32
+DEFAULT_BANDWIDTH = "1Gbit"
+BIG_MODEL = 10**9  # from here on a preset's site is 64 accelerators unless said
+BATCH_TOKENS = 4 * 2**20
+OWN_RECOMPUTE = {"none": "none", "experts": "experts", "layers": "full"}  # model.recompute in ours
+UNSEEN_BPS = 1e18  # of a calibration whose link was too fast to be seen
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
-    """The options that a sweep may vary; None: the flags', the config's or our default.
+class Question:
+    """One decided question; equal H at all sites.
 
     Attributes:
-        other_link: whether bandwidths are asked about beside the flags' (a sweep, a search).
+        method, label: whose row of `METHODS`, and how the user named it.
+        holdings, replication: who holds which experts, and the mean number of holders.
+        batch_tokens: of one step over all sites.
+        recompute: what the layout may choose from; one where it is given.
+        counted: per site, what the trainer counts for a config; None for presets.
+        mfu, step_time_s: given instead of predicted; step_flops, step_fixed_s: of a measured step.
+        element_bytes: per activation element; 4: products run in fp32.
+        router: options that decide what a site executes.
+        needs: abilities of the trainer that it needs, see `fomoe_sim.trainer.can_train`.
     """
 
-    method: str
-    sites: int | None = None
-    replication: int | None = None
-    local_steps: int | None = None
-    bandwidth: float | None = None
-    bits: int | None = None
-    fragments: int | None = None
-    overlap_steps: int | None = None
-    other_link: bool = False
+    shape: ModelShape
+    cluster: Cluster
+    method: Method
+    label: str
+    holdings: Holdings
+    replication: float
+    local_steps: int
+    bits: float
+    fragments: int
+    overlap_steps: int
+    tokens: float
+    batch_tokens: float
+    seq_len: int
+    split: str = "speed"
+    micro_batch: int = 0
+    recompute: tuple[str, ...] = ("selective", "full")
+    parallel: tuple[tuple[str, int], ...] = ()
+    states: str = "fp32"
+    adam: str = "fp32"
+    kernels: str = "fused"
+    outer_on: str = "host"
+    element_bytes: int = 2
+    counted: tuple[SiteMemory, ...] | None = None
+    router: tuple[tuple[str, Any], ...] = ()
+    mfu: float | None = None
+    step_time_s: float | None = None
+    step_flops: float | None = None
+    step_fixed_s: float = 0.0
+    quorum: int | None = None
+    mtbf_hours: float | None = None
+    repair_hours: float | None = None
+    checkpoint_minutes: float | None = None
+    token_overhead: float = 1.0
+    pue: float = 1.2
+    carbon: float = 0.414
 
 
-def build_scenario(args: argparse.Namespace, point: Point) -> Scenario:
-    """The scenario of one point.
+def build(ask: Ask, method: str, *, other_link: bool = False) -> Question:
+    """The question of one method.
+
+    Args:
+        other_link: whether bandwidths are asked about beside the options' (a sweep, a search).
 
     Raises:
         ConfigError: for any option that contradicts another or makes no sense.
     """
-    config = _config(args, point) if args.config else None
-    shape = shape_of(args, config)
-    sites = config.num_sites if config else point.sites or args.sites
-    cluster = question_cluster(args, shape, sites=sites, bandwidth=point.bandwidth)
-    method = formulas_of(point.method, config)
-    holdings, replication = question_holdings(
-        shape,
-        cluster,
-        replication=point.replication or args.replication,
-        config=config,
-        method=point.method,
-    )
-    seq_len = args.seq_len or (config.data.seq_len if config else shape.seq_len)
-    micro_batch = args.micro_batch or _micro_batch(cluster, config)
-    scenario = Scenario(
+    config = _config(ask, method) if ask.config else None
+    shape = shape_of(ask, config)
+    row = _row(method, config)
+    sites = config.num_sites if config else ask.sites
+    cluster = _cluster(ask, shape, sites)
+    holdings, replication = _holdings(ask, shape, cluster, row, config)
+    if ask.quorum is not None and ask.quorum > cluster.num_sites:
+        rule = f"must be between 1 and the {cluster.num_sites} sites"
+        raise ConfigError("--quorum", ask.quorum, rule)
+    question = Question(
         shape=shape,
         cluster=cluster,
-        method=method,
-        label=point.method,
+        method=row,
+        label=method,
         holdings=holdings,
-        replication_factor=replication,
-        local_steps=_local_steps(args, point, config),
-        tokens_per_step=_tokens_per_step(args, cluster, config, micro_batch, seq_len),
-        mfu=_mfu(args, shape),
-        tokens=args.tokens or _run_tokens(config, shape),
-        seq_len=seq_len,
-        micro_batch=micro_batch,
-        states=args.states,
-        recompute=args.recompute or _recompute(config) or "selective",
-        outer_on=args.outer_on or "host",
-        outer_vectors=0 if method in ("photon", "spes") else 1,
-        step_time_s=args.step_time,
-        trainer_states=_trainer_states(config, point.method, args.states),
-        **_router(config),
-        **_sync(point, method, shape),
+        replication=replication,
+        local_steps=_local_steps(ask, config),
+        **_sync(ask, row, shape),
+        **_batch(ask, cluster, config, shape),
+        split=ask.split or ("equal" if config else "speed"),
+        parallel=read_parallel(ask.parallel),
+        recompute=_recompute(ask, config),
+        states=ask.states or "fp32",
+        adam=ask.adam or "fp32",
+        kernels=ask.kernels or ("eager" if config else "fused"),
+        outer_on=ask.outer_on or "host",
+        element_bytes=4 if config and config.inner.precision == "fp32" else 2,
+        counted=_counted(ask, method, config),
+        router=_router(config),
+        mfu=ask.mfu,
+        step_time_s=ask.step_time,
+        quorum=ask.quorum,
+        mtbf_hours=ask.mtbf_hours,
+        repair_hours=ask.repair_hours,
+        checkpoint_minutes=ask.checkpoint_minutes,
+        token_overhead=ask.token_overhead or 1.0,
+        pue=ask.pue or 1.2,
+        carbon=0.414 if ask.carbon is None else ask.carbon,
     )
-    other_link = bool(args.bandwidth or args.cluster or point.bandwidth or point.other_link)
-    return calibrated(args, scenario, own_recompute=_recompute(config), other_link=other_link)
+    return _calibrated(ask, question, config, other_link or bool(ask.bandwidth or ask.cluster))
 
 
-# ----------------------------------------------------------------------------------------- config
+def baseline(question: Question) -> Question:
+    """The same accelerators on one site, with the same batch and tokens: gradients every step."""
+    sites = question.cluster.sites
+    count = sum(site.count for site in sites)
+    prices = [sum(s.count * s.price_per_hour[end] for s in sites) / count for end in (0, 1)]
+    one = replace(
+        sites[0],
+        name=BASELINE,
+        count=count,
+        host_bytes=sum(site.host_bytes for site in sites),
+        price_per_hour=(prices[0], prices[1]),
+        capacity=None,
+        uplink=None,
+    )
+    cluster = replace(question.cluster, sites=(one,), uplinks=(), name=BASELINE)
+    if len({site.accelerator for site in sites}) > 1:
+        # Unequal accelerators stay as they are, joined by their own network cards.
+        joined = [8 * site.count * site.accelerator.nic for site in sites]
+        fast = tuple(
+            replace(
+                site,
+                up_bps=rate,
+                down_bps=rate,
+                capacity=None,
+                uplink=None,
+                egress_per_gb=(0.0, 0.0),
+            )
+            for site, rate in zip(sites, joined, strict=True)
+        )
+        cluster = replace(cluster, sites=fast, rtt_s=0.0, sync_fixed_s=0.0, efficiency=0.8)
+    joined_sites = cluster.num_sites
+    return replace(
+        question,
+        cluster=cluster,
+        method=METHODS["ddp"],
+        label=BASELINE,
+        holdings=cyclic_holdings(question.shape, joined_sites, joined_sites),
+        replication=float(joined_sites),
+        bits=32.0,
+        fragments=1,
+        overlap_steps=0,
+        counted=None,
+        quorum=None,
+        token_overhead=1.0,
+        step_flops=question.step_flops and question.step_flops * len(sites) / joined_sites,
+        mtbf_hours=question.mtbf_hours and question.mtbf_hours * joined_sites / len(sites),
+    )
 
 
-def _load(path: str, overrides: tuple[str, ...]) -> Config:
-    return _load_at(path, overrides, stamp(path))
+def _row(method: str, config: Config | None) -> Method:
+    """The method's row; gradients of every step are DDP's, whatever the config's method."""
+    row = method_of(method, config=config is not None)
+    if config is not None and not row.config_as and config.sync.average == "gradients":
+        return METHODS["ddp"]
+    return row
 
 
-@lru_cache(maxsize=512)
-def _load_at(path: str, overrides: tuple[str, ...], _: int) -> Config:
-    return load_config(path, overrides)
-
-
-def _config(args: argparse.Namespace, point: Point) -> Config:
-    """The config under the flags: what `fomoe train` would run, or refuse."""
-    plain = _load(args.config, ())
-    overrides = []
-    if point.method != plain.method:
-        overrides.append(f"method={ONLY_OURS.get(point.method, point.method)}")
-    if point.sites or args.sites:
-        overrides.append(f"num_sites={point.sites or args.sites}")
-    replication = point.replication or args.replication
-    if replication and point.method in PLACED:
-        overrides.append(f"placement.replication_factor={replication}")
-    return _load(args.config, tuple(overrides))
-
-
-def shape_of(args: argparse.Namespace, config: Config | None) -> ModelShape:
+def shape_of(ask: Ask, config: Config | None) -> ModelShape:
     """The shape that the trainer builds for a config, or the preset's."""
     if config is None:
-        return model_preset(args.model)
-    return shape_from_config(config, Path(args.config).stem)
+        assert ask.model is not None
+        return model_preset(ask.model)
+    assert ask.config is not None
+    return shape_from_config(config, Path(ask.config).stem)
 
 
-def _recompute(config: Config | None) -> Any:
-    return RECOMPUTE[config.model.recompute] if config else None
+def has_experts(ask: Ask) -> bool:
+    """Whether the model asked about has routed experts."""
+    if ask.config:
+        return bool(load(ask.config).model.moe_layers)
+    return shape_of(ask, None).num_experts > 0
 
 
-def _run_tokens(config: Config | None, shape: ModelShape) -> float:
-    if config is None:
-        return default_tokens(shape)
-    steps = config.rounds * config.local_steps
-    return float(config.num_sites * steps * config.tokens_per_step)
+def own_method(ask: Ask) -> str:
+    """The method of a config, else ours."""
+    return str(load(ask.config).method) if ask.config else "fomoe"
 
 
-def _trainer_states(
-    config: Config | None, method: str, states: str
-) -> tuple[SiteMemory, ...] | None:
-    """The trainer's own count for a method that it runs; the others are estimated."""
-    if config is None or states != "fp32" or method in ONLY_OURS:
-        return None
-    specs = parameter_specs(config)
-    placement = build_placement(config)
-    plan = build_plan(specs, placement, router_rows=config.sync.router_rows)
-    return tuple(site_memory(config, plan, site) for site in range(config.num_sites))
+def _config(ask: Ask, method: str) -> Config:
+    """The config under the options: what `fomoe train` would run, or refuse."""
+    assert ask.config is not None
+    plain = load(ask.config)
+    row = method_of(method, config=True)
+    overrides = []
+    if method != plain.method:
+        overrides.append(f"method={row.config_as or method}")
+    if ask.sites:
+        overrides.append(f"num_sites={ask.sites}")
+    if ask.replication and row.placed:
+        overrides.append(f"placement.replication_factor={ask.replication}")
+    return load(ask.config, tuple(overrides))
 
 
-def _router(config: Config | None) -> dict[str, Any]:
-    if config is None:
-        return {}
-    precision = config.inner.precision  # auto: bf16 on accelerators, fp32 on CPU
-    return {
-        "at_least_one": config.router.at_least_one,
-        "route_scope": config.router.route_scope,
-        "execute_target": config.router.execute_target,
-        "compute_bytes": 4 if precision == "fp32" else 2,
-    }
-
-
-# --------------------------------------------------------------------------------------- training
-
-
-def _local_steps(args: argparse.Namespace, point: Point, config: Config | None) -> int:
-    stated = point.local_steps or args.local_steps
-    if stated is None and config is not None:
-        check_number("local_steps", config.local_steps, RANGES["local_steps"])
-        return config.local_steps
-    return stated or DEFAULT_LOCAL_STEPS
-
-
-def _micro_batch(cluster: Cluster, config: Config | None) -> int:
-    """Sequences per accelerator; a config's micro-batch is the site's."""
-    if config is None:
-        return 1
-    return max(1, config.inner.batch_size // max(site.count for site in cluster.sites))
-
-
-def _tokens_per_step(
-    args: argparse.Namespace,
-    cluster: Cluster,
-    config: Config | None,
-    micro_batch: int,
-    seq_len: int,
-) -> int:
-    """Tokens of one site's step: at least a micro-batch for each of its accelerators."""
-    count = max(site.count for site in cluster.sites)
-    least = count * micro_batch * seq_len
-    if args.batch_tokens:
-        tokens = max(1, round(args.batch_tokens / cluster.num_sites))
-    elif config:
-        tokens = config.tokens_per_step
+def _cluster(ask: Ask, shape: ModelShape, sites: int | None) -> Cluster:
+    """The cluster file or equal sites, with the options on top."""
+    rates = read_up_down(ask.bandwidth, "--bandwidth") if ask.bandwidth else None
+    if ask.cluster:
+        cluster = load_cluster(ask.cluster)
+        if sites is not None and sites != cluster.num_sites:
+            rule = f"has {cluster.num_sites} sites, not {sites}"
+            raise ConfigError("--cluster", ask.cluster, rule)
+        if ask.config and cluster.capacities:
+            rule = "states capacities; with --config they are placement.capacity of the config"
+            raise ConfigError("--cluster", ask.cluster, rule)
+        cluster = cluster.with_bandwidth(*rates) if rates else cluster
     else:
-        tokens = max(BATCH_TOKENS // cluster.num_sites, least)
-    if tokens < least:
-        rule = (
-            f"is {tokens} per site and leaves accelerators idle: {count} x {micro_batch} sequences "
-            f"of {seq_len} tokens (--micro-batch, --seq-len) need {least}"
+        if sites is not None and sites > MOST_SITES:
+            raise ConfigError("num_sites", sites, f"must be at most {MOST_SITES}")
+        up, down = rates or read_up_down(DEFAULT_BANDWIDTH, "--bandwidth")
+        # The trainer runs a site on one accelerator, so a config's site has one.
+        several = ask.model is not None and shape.total >= BIG_MODEL
+        cluster = uniform_cluster(
+            sites or DEFAULT_SITES,
+            accelerator=ask.accelerator or "H100",
+            count=ask.accelerators or (64 if several else 1),
+            up_bps=up,
+            down_bps=down,
+            price=(ask.price, ask.price) if ask.price is not None else None,
         )
-        raise ConfigError("--batch-tokens", tokens * cluster.num_sites, rule)
-    return tokens
+    if ask.price_kind:
+        cluster = cluster.at_share(price_kinds()[ask.price_kind])
+    return cluster if ask.rtt_ms is None else replace(cluster, rtt_s=ask.rtt_ms / 1000)
 
 
-def _mfu(args: argparse.Namespace, shape: ModelShape) -> tuple[float, float, float]:
-    if args.mfu is not None:
-        return (args.mfu,) * 3
-    return MFU_MOE if shape.num_moe_layers else MFU_DENSE
+def _holdings(
+    ask: Ask, shape: ModelShape, cluster: Cluster, row: Method, config: Config | None
+) -> tuple[Holdings, float]:
+    """Who holds which experts, and the mean number of holders."""
+    if config is not None and row.placed:
+        placement = build_placement(config)
+        if row.crosses == "server":
+            # Every site stores all experts; what counts is which of them it trains.
+            placement = replace(placement, holders=placement.trainers)
+        return table_holdings(shape, placement), placement.replication_factor
+    check_replication(ask.replication, cluster.num_sites)
+    stated = read_capacity(ask.capacity) if ask.capacity else cluster.capacities
+    if stated is not None and len(stated) != cluster.num_sites:
+        rule = f"must give one number for each of the {cluster.num_sites} sites"
+        raise ConfigError("--capacity", ask.capacity, rule)
+    if stated is not None and shape.num_experts:
+        room = sum(min(limit, shape.num_experts) for limit in stated)
+        if room < shape.num_experts * (ask.replication or 1):
+            need = f"{shape.num_experts} experts with {ask.replication or 1} holders each"
+            flag, value = (
+                ("--capacity", ask.capacity) if ask.capacity else ("--cluster", cluster.name)
+            )
+            raise ConfigError(flag, value, f"has capacity for {room} experts, {need}")
+        slots = capacity_slots(stated, shape.num_experts, ask.replication)
+        return slot_holdings(shape, cluster.num_sites, slots)
+    chosen = ask.replication or min(DEFAULT_REPLICATION, cluster.num_sites)
+    return cyclic_holdings(shape, cluster.num_sites, chosen), float(chosen)
 
 
-def _sync(point: Point, method: str, shape: ModelShape) -> dict[str, Any]:
-    """Bits, fragments and overlap; Streaming DiLoCo's own where nothing is said."""
-    streaming = method == "streaming"
-    bits = point.bits or (STREAMING_BITS if streaming else 32)
-    if method in EVERY_STEP:
-        return {"bits": bits}
-    fragments = point.fragments
+def slot_holdings(
+    shape: ModelShape, num_sites: int, slots: tuple[int, ...]
+) -> tuple[Holdings, float]:
+    """Holdings where each site takes so many experts of every layer."""
+    placement = slots_placement(num_sites, shape.moe_layers, shape.num_experts, slots)
+    return table_holdings(shape, placement), placement.replication_factor
+
+
+def check_replication(replication: int | None, num_sites: int) -> None:
+    """Refuse more holders per expert than there are sites."""
+    if replication is not None and replication > num_sites:
+        rule = f"exceeds the {num_sites} sites (--sites or --cluster)"
+        raise ConfigError("--replication", replication, rule)
+
+
+def _local_steps(ask: Ask, config: Config | None) -> int:
+    if ask.local_steps is None and config is not None:
+        check_number("local_steps", config.local_steps, 1, MOST_LOCAL_STEPS)
+        return config.local_steps
+    return ask.local_steps or DEFAULT_LOCAL_STEPS
+
+
+def _sync(ask: Ask, row: Method, shape: ModelShape) -> dict[str, Any]:
+    """Bits, fragments and overlap; the method's own where nothing is said."""
+    bits = float(ask.bits or row.bits)
+    if row.every_step:
+        return {"bits": bits, "fragments": 1, "overlap_steps": 0}
+    check_fragments(ask.fragments, shape)
+    own = -(-shape.num_layers // row.layers_per_fragment) if row.layers_per_fragment else 1
+    overlap = row.overlap_steps if ask.overlap_steps is None else ask.overlap_steps
+    return {"bits": bits, "fragments": ask.fragments or own, "overlap_steps": overlap}
+
+
+def check_fragments(fragments: int | None, shape: ModelShape) -> None:
+    """Refuse more fragments than a model has layers."""
     if fragments is not None and fragments > shape.num_layers:
-        raise ConfigError("--fragments", fragments, f"exceeds the {shape.num_layers} layers")
-    overlap = point.overlap_steps
+        rule = f"exceeds the {shape.num_layers} layers of {shape.name}"
+        raise ConfigError("--fragments", fragments, rule)
+
+
+def _batch(ask: Ask, cluster: Cluster, config: Config | None, shape: ModelShape) -> dict[str, Any]:
+    """Context, micro-batch and tokens of a step and of the run."""
+    seq_len = ask.seq_len or (config.data.seq_len if config else shape.seq_len)
+    most = max(site.count for site in cluster.sites)
+    micro = ask.micro_batch or 0
+    if config is not None:
+        micro = micro or max(1, config.inner.batch_size // most)
+        batch = ask.batch_tokens or float(config.num_sites * config.tokens_per_step)
+        steps = config.rounds * config.local_steps
+        tokens = float(config.num_sites * steps * config.tokens_per_step)
+    else:
+        least = most * max(1, micro) * seq_len * cluster.num_sites
+        batch = ask.batch_tokens or float(max(BATCH_TOKENS, least))
+        tokens = 20.0 * shape.active
     return {
-        "bits": bits,
-        "fragments": fragments or (-(-shape.num_layers // LAYERS_PER_FRAGMENT) if streaming else 1),
-        "overlap_steps": (STREAMING_OVERLAP if streaming else 0) if overlap is None else overlap,
+        "seq_len": seq_len,
+        "micro_batch": micro,
+        "batch_tokens": batch,
+        "tokens": ask.tokens or tokens,
     }
 
 
-# ---------------------------------------------------------------------------------------- methods
+def _recompute(ask: Ask, config: Config | None) -> tuple[str, ...]:
+    if ask.recompute:
+        return (ask.recompute,)
+    if config is not None:
+        return (OWN_RECOMPUTE[config.model.recompute],)
+    return ("selective", "full")
 
 
-def methods_asked(args: argparse.Namespace) -> list[str]:
-    """Methods of --compare or --method; else the config's own, else FoMoE."""
-    config = args.config is not None
-    if args.compare:
-        names = [name.strip() for name in args.compare.split(",")]
-        return [check_method(name, config=config, flag="--compare") for name in names]
-    if args.method:
-        return [check_method(args.method, config=config)]
-    return [_load(args.config, ()).method if args.config else "fomoe"]
+def _counted(ask: Ask, method: str, config: Config | None) -> tuple[SiteMemory, ...] | None:
+    """The trainer's own count for a method that it runs; the others are estimated."""
+    if config is None or (ask.states or "fp32") != "fp32" or ask.adam or METHODS[method].config_as:
+        return None
+    return counted(config).states
 
 
-def has_experts(args: argparse.Namespace) -> bool:
-    """Whether the model of the flags has routed experts."""
-    if args.config:
-        return bool(_load(args.config, ()).model.moe_layers)
-    return model_preset(args.model).num_experts > 0
+def _router(config: Config | None) -> tuple[tuple[str, Any], ...]:
+    if config is None:
+        return ()
+    names = ("at_least_one", "route_scope", "execute_target")
+    return tuple((name, getattr(config.router, name)) for name in names)
+
+
+def _calibrated(ask: Ask, question: Question, config: Config | None, other_link: bool) -> Question:
+    """The question with what `fomoe calibrate` found, if a file of it is named."""
+    if not ask.calibration:
+        return question
+    from fomoe_sim.calibrate import load_calibration
+
+    found = load_calibration(ask.calibration)
+    cluster = replace(question.cluster, sync_fixed_s=found.sync_fixed_s, rtt_s=0.0)
+    if not other_link:
+        # No rate was seen: the link was too fast to matter.
+        rate = found.effective_bps or UNSEEN_BPS
+        cluster = replace(cluster.with_bandwidth(rate, rate), efficiency=1.0)
+    elif found.link_efficiency is None:
+        rule = "has no link efficiency: calibrate with --bandwidth to use it for another link"
+        raise ConfigError("--calibration", ask.calibration, rule)
+    else:
+        cluster = replace(cluster, efficiency=min(1.0, found.link_efficiency))
+    if config is None:
+        # Another model's step time is not this model's; only the link is taken over.
+        return replace(question, cluster=cluster)
+    own = OWN_RECOMPUTE[config.model.recompute]
+    if question.recompute != (own,):
+        rule = f"contradicts --calibration, whose step recomputes {own} (the config's)"
+        raise ConfigError("--recompute", question.recompute[0], rule)
+    return replace(
+        question,
+        cluster=cluster,
+        step_time_s=found.step_time_s,
+        step_flops=found.step_flops,
+        step_fixed_s=found.step_fixed_s,
+    )

@@ -1,151 +1,177 @@
-"""What goes wrong and what it costs: stragglers, site failures, quorum, expert coverage.
+"""What goes wrong, and what it costs in time: failures, lost work, restarts, checkpoints, coverage.
 
-A failed site is down until it is repaired and has fetched what it lacks (`fomoe_sim.rejoin`).
-Failures and coverage are closed forms; stragglers are sampled with a fixed seed
-(`fomoe_sim.stragglers`), so equal questions get equal answers.
+A failed site is down until it is repaired and has fetched what it lacks. Without a quorum all sites
+wait for it, and what was computed since the last safe state is lost. Everything is a closed form
+over arrays of points.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import comb, exp
+from math import comb
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fomoe.errors import ConfigError
-from fomoe_sim.hardware import central
-from fomoe_sim.rejoin import rejoin
-from fomoe_sim.scenario import Scenario
-from fomoe_sim.stragglers import StepTimes, round_time_percentiles
-from fomoe_sim.timing import step_times
-from fomoe_sim.traffic import Floats
+from fomoe_sim.question import Question
+from fomoe_sim.traffic import Floats, Ints
 
 # Llama-3 405B: 419 unexpected interruptions in 54 days on 16,384 H100 (arXiv 2407.21783, table 5),
 # at more than 90 % effective training time over 466 interruptions.
 ACCELERATOR_MTBF_HOURS = 54 * 24 * 16_384 / 419
 REPAIR_HOURS = 0.1 * 54 * 24 / 466
-PERCENTILES = (50, 90, 99)
-HOUR, HOURS_PER_DAY = 3600.0, 24.0
+CHECKPOINT_MINUTES = 15.0
+COPY_BYTES_PER_S = 25e9  # from an accelerator to its host, PCIe 4.0 x16
+FLOAT32, HOUR = 4, 3600.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class RiskOptions:
-    """What to assume about sites.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Risk:
+    """Of every point, [P] (or a number that holds for all).
 
     Attributes:
-        step_variation: standard deviation over mean of one step's time.
-        slow_probability, slow_factor: chance that a site is slower by that factor for a round.
-        quorum: sites that a round waits for; None: all.
-        mtbf_hours: of one site; None: the accelerators' rate times their number.
-        repair_hours: until a failed site is back.
+        goodput: share of the time that becomes progress.
+        failures_per_hour: of all sites.
+        mtbf_hours, repair_hours: of the least reliable site.
+        lost_hours: work that a failure undoes, half an interval between safe states.
+        rejoin_bytes, rejoin_s: that a returning site fetches, the largest and the longest.
+        coverage_per_hour: how often some expert loses its last live holder; 0 without placement.
     """
 
-    step_variation: float = 0.0
-    slow_probability: float = 0.0
-    slow_factor: float = 1.0
-    quorum: int | None = None
-    mtbf_hours: float | None = None
-    repair_hours: float = REPAIR_HOURS
+    goodput: Floats
+    failures_per_hour: float
+    mtbf_hours: float
+    repair_hours: float
+    lost_hours: Floats
+    rejoin_bytes: float
+    rejoin_s: Floats
+    coverage_per_hour: Floats
 
 
-def check_risk(options: RiskOptions, num_sites: int) -> None:
-    """Refuse options that make no sense together; their ranges are checked with all flags.
+def risk(question: Question, *, safe_s: Floats, bandwidth: Floats, state_bytes: float) -> Risk:
+    """Failures of one grid.
 
-    Raises:
-        ConfigError: naming the flag.
+    Args:
+        safe_s: time from one state that all sites can save to the next, [P].
+        bandwidth: of every site's own link instead of the cluster's, bit/s, [P]; NaN: its own.
+        state_bytes: of an accelerator, copied for a checkpoint.
     """
-    if (options.slow_probability > 0) != (options.slow_factor > 1):
-        rule = "needs both --slow-probability above 0 and --slow-factor above 1"
-        raise ConfigError("--slow-factor", options.slow_factor, rule)
-    if options.quorum is not None and options.quorum > num_sites:
-        rule = f"must be between 1 and the {num_sites} sites"
-        raise ConfigError("--quorum", options.quorum, rule)
+    cluster = question.cluster
+    counts, num_sites = cluster.counts, cluster.num_sites
+    own = question.mtbf_hours
+    mtbf = np.full(num_sites, own) if own else ACCELERATOR_MTBF_HOURS / counts
+    repair = REPAIR_HOURS if question.repair_hours is None else question.repair_hours
+    amounts, seconds = rejoin(question, bandwidth)  # [K], [P, K]
+    down_hours = repair + seconds / HOUR
+    up = mtbf / (mtbf + down_hours)  # [P, K]
+    quorum = question.quorum or num_sites
+    interval = np.maximum((question.checkpoint_minutes or CHECKPOINT_MINUTES) / 60, safe_s / HOUR)
+    copy_hours = state_bytes / COPY_BYTES_PER_S / HOUR
+    rate = float((1 / mtbf).sum())
+    if quorum == num_sites:
+        # Progress needs every site, and every failure undoes half an interval.
+        lost = interval / 2
+        goodput = up.prod(axis=1) / (1 + rate * lost)
+    else:
+        lost = np.zeros(len(safe_s))
+        goodput = _at_least(quorum, num_sites, up.mean(axis=1))
+    goodput = goodput / (1 + copy_hours / interval)
+    return Risk(
+        goodput=np.maximum(goodput, 1e-9),
+        failures_per_hour=rate,
+        mtbf_hours=float(mtbf.min()),
+        repair_hours=repair,
+        lost_hours=lost,
+        rejoin_bytes=float(amounts.max()),
+        rejoin_s=seconds.max(axis=1),
+        coverage_per_hour=_coverage(question, mtbf, down_hours),
+    )
 
 
-def at_least(count: int, num_sites: int, chance: float) -> float:
+def _at_least(count: int, num_sites: int, chance: Floats) -> Floats:
     """Probability that at least `count` of K independent events of equal chance happen."""
     terms = (
         comb(num_sites, j) * chance**j * (1 - chance) ** (num_sites - j)
         for j in range(count, num_sites + 1)
     )
-    return min(1.0, sum(terms))
+    return np.minimum(1.0, sum(terms, np.zeros(len(chance))))
 
 
-def coverage(scenario: Scenario, mtbf_hours: Floats, downtime_hours: Floats) -> tuple[float, float]:
-    """Events per hour in which some expert loses its last live holder, and share of time without.
+def _coverage(question: Question, mtbf: Floats, down_hours: Floats) -> Floats:
+    """Events per hour in which some expert loses its last live holder, [P].
 
     Sites fail and return independently (exponential times). A set of holders goes from one live
-    holder to none at the rate sum_i P(i up) / mtbf_i x P(all others down), which is P(all down) x
-    sum_i 1 / downtime_i. Sets are summed, which counts sets that share sites as if they were
-    independent.
+    holder to none at the rate P(all down) x sum_i 1 / downtime_i. Sets are summed, which counts
+    sets that share sites as if they were independent.
     """
-    down = downtime_hours / (mtbf_hours + downtime_hours)
-    rate = share = 0.0
-    for members, numel in scenario.holdings.groups:
+    found = np.zeros(len(down_hours))
+    if not question.method.skips or not question.shape.num_experts or mtbf.size < 2:
+        return found
+    down = down_hours / (mtbf + down_hours)  # [P, K]
+    for members, numel in question.holdings.groups:
         sets = np.unique(members[numel > 0], axis=0)
-        all_down = down[sets].prod(axis=1)
-        rate += float((all_down * (1 / downtime_hours)[sets].sum(axis=1)).sum())
-        share += float(all_down.sum())
-    return rate, share
+        all_down = down[:, sets].prod(axis=2)
+        found += (all_down * (1 / down_hours)[:, sets].sum(axis=2)).sum(axis=1)
+    return found
 
 
-def risk_columns(scenario: Scenario, row: dict[str, Any], options: RiskOptions) -> dict[str, Any]:
-    """Risk of one answered configuration over its whole run."""
-    sites = scenario.cluster.sites
-    num_sites = len(sites)
-    check_risk(options, num_sites)
-    counts = np.array([site.count for site in sites], float)
-    mtbf = np.full(num_sites, options.mtbf_hours or 0.0)
-    mtbf = mtbf if options.mtbf_hours else ACCELERATOR_MTBF_HOURS / counts
-    amounts, seconds = rejoin(scenario)
-    downtime = options.repair_hours + seconds / HOUR
-    hours = HOURS_PER_DAY * row["days"]
-    quorum = options.quorum or num_sites
-    # Sites differ little in availability; the mean stands for them in the binomial.
-    enough = at_least(quorum, num_sites, float((mtbf / (mtbf + downtime)).mean()))
-    failures = hours / mtbf
-    columns: dict[str, Any] = {
-        "site_mtbf_hours": float(mtbf.min()),
-        "repair_hours": options.repair_hours,
-        "quorum": quorum,
-        "failures_per_run": float(failures.sum()),
-        "time_share_with_quorum": enough,
-        "days_with_failures": row["days"] / enough if enough > 1e-9 else None,
-        "rejoin_bytes": int(amounts.max()),
-        "rejoin_time_s": float(seconds.max()),
-        "rejoin_bytes_per_run": float((failures * amounts).sum()),
-    }
-    if scenario.method == "fomoe" and scenario.shape.num_experts:
-        fleet = sum(site.count * central(site.price_per_hour) for site in sites)
-        events, share = (hours * x for x in coverage(scenario, mtbf, downtime))
-        columns |= {
-            "coverage_loss_events": events,
-            "coverage_loss_probability": 1 - exp(-events),
-            "coverage_pause_hours": share,
-            "coverage_cost_usd": share * fleet,
-        }
-    if options.step_variation or options.slow_probability:
-        columns |= _stragglers(scenario, row, options, quorum)
-    return columns
+# ------------------------------------------------------------------------------------------ rejoin
 
 
-def _stragglers(
-    scenario: Scenario, row: dict[str, Any], options: RiskOptions, quorum: int
-) -> dict[str, float]:
-    """Percentiles of the round time over sampled rounds."""
-    steps = int(row["local_steps"])
-    times = StepTimes(
-        mean_s=tuple(step_times(scenario, scenario.mfu[1]).tolist()),
-        variation=options.step_variation,
-        slow_probability=options.slow_probability,
-        slow_factor=options.slow_factor,
-    )
-    found = round_time_percentiles(
-        times,
-        local_steps=steps,
-        sync_s=row["exposed_s_per_round"],
-        percentiles=PERCENTILES,
-        quorum=quorum,
-    )
-    return {f"round_time_p{p}_s": float(t) for p, t in zip(PERCENTILES, found, strict=True)}
+def rejoin(question: Question, bandwidth: Floats) -> tuple[Floats, Floats]:
+    """Bytes that each site fetches when it comes back, [K], and the seconds that it takes, [P, K].
+
+    A joiner fetches what the outer step needs: the anchor (equal to the parameters) and the outer
+    optimizer's state; its inner optimizer starts afresh. Where every step exchanges, parameters and
+    both moments must be the others'. What no other site holds comes from the site's own checkpoint.
+
+    All other holders of a part send it at once, in proportion to their uplinks; the joiner's
+    downlink, each donor's uplink and every shared uplink carry what passes through them, and the
+    slowest decides.
+    """
+    cluster, num_sites = question.cluster, question.cluster.num_sites
+    asked = ~np.isnan(bandwidth)
+    amounts, seconds = np.zeros(num_sites), np.zeros((len(bandwidth), num_sites))
+    if num_sites == 1 or not question.method.fetches:
+        return amounts, seconds
+    rates = np.ones(num_sites) if asked.all() else cluster.own_bps[0]
+    for joiner in range(num_sites):
+        given = _given(question, joiner, rates)
+        amounts[joiner] = given.sum()
+        bits = 8 * given
+        own = max(bits.sum() / cluster.own_bps[1, joiner], float((bits / cluster.own_bps[0]).max()))
+        shared = 0.0
+        for (_, rate), inside in zip(cluster.uplinks, cluster.uplink_members, strict=True):
+            takes = bits.sum() if joiner in inside else 0.0
+            shared = max(shared, float(bits[inside].sum()) / rate, takes / rate)
+        links = np.where(asked, max(bits.sum(), bits.max()) / np.where(asked, bandwidth, 1.0), own)
+        seconds[:, joiner] = np.maximum(links, shared) / cluster.efficiency
+    return amounts, seconds
+
+
+def _given(question: Question, joiner: int, up: Floats) -> Floats:
+    """Bytes that every site gives the joiner, [K]."""
+    shape, method = question.shape, question.method
+    num_sites = len(up)
+    everyone: NDArray[np.int64] = np.arange(num_sites)[None, :]
+    shared_only = method.stores in ("placed", "share")
+    to_all = shape.shared_total if shared_only else shape.total
+    groups: list[tuple[Ints, Ints]] = [(everyone, np.array([to_all]))]
+    if method.stores == "placed":
+        groups += question.holdings.groups
+    given = np.zeros(num_sites)
+    for members, numel in groups:
+        mine = (members == joiner).any(axis=1)
+        rates = np.where(members == joiner, 0.0, up[members])[mine]  # [B, n]
+        total = rates.sum(axis=1, keepdims=True)
+        share = np.divide(rates, total, out=np.zeros_like(rates), where=total > 0)
+        np.add.at(given, members[mine], share * numel[mine][:, None])
+    return given * _bytes_per_element(question)
+
+
+def _bytes_per_element(question: Question) -> Any:
+    states = question.counted
+    if not question.method.every_step and states is not None and states[0].anchor:
+        return FLOAT32 * (1 + states[0].outer_optimizer / states[0].anchor)
+    return FLOAT32 * question.method.fetches

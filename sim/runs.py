@@ -16,15 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from fomoe.config import Config, load_config
-from fomoe.errors import ConfigError
-from fomoe.jsonlines import Lines, read_lines
-from fomoe.placement import Placement, build_placement
-from fomoe.segments import build_plan, sync_traffic
-from fomoe.shapes import parameter_specs
-from fomoe_sim.flops import token_flops
-from fomoe_sim.presets import shape_from_config
+from fomoe_sim.shape import shape_from_config
 from fomoe_sim.traffic import executed_share, table_holdings
+from fomoe_sim.trainer import (
+    Config,
+    ConfigError,
+    Lines,
+    Placement,
+    build_placement,
+    counted,
+    load,
+    read_lines,
+)
+from fomoe_sim.work import token_work
 
 Say = Callable[[str], None]
 NUMBERS = ("round", "site", "train_s", "sync_s", "wire_bytes", "payload_bytes", "local_steps")
@@ -83,7 +87,7 @@ def read_run(folder: str | Path, say: Say = lambda line: None) -> list[Round]:
     """Rounds of one run; a round that was repeated after a resume counts once, as it ran last."""
     folder = Path(folder)
     config_path = folder / "config.yaml"
-    config = load_config(config_path) if config_path.exists() else None
+    config = load(str(config_path)) if config_path.exists() else None
     path = folder / "metrics.jsonl"
     table: dict[int, dict[int, dict[str, Any]]] = {}
     lines = _read(path, say)
@@ -131,11 +135,9 @@ class Known:
 
 
 def _known(config: Config) -> Known:
-    placement = build_placement(config)
-    plan = build_plan(parameter_specs(config), placement, router_rows=config.sync.router_rows)
     return Known(
-        payload={site: sync_traffic(plan, site).payload for site in range(config.num_sites)},
-        step_flops=most_step_flops(config, placement),
+        payload=dict(enumerate(counted(config).payload)),
+        step_flops=most_step_flops(config, build_placement(config)),
         every_step=config.sync.average == "gradients",
     )
 
@@ -147,8 +149,9 @@ def most_step_flops(config: Config, placement: Placement) -> float:
     if config.model.moe_layers and config.router.route_scope == "all":
         residents = table_holdings(shape, placement).residents
         executed = executed_share(shape, residents, config.router.at_least_one)
-    per_token = token_flops(shape, config.data.seq_len).executed(executed)
-    return float(config.tokens_per_step * per_token.max())
+    work = token_work(shape, config.data.seq_len)
+    per_token = work.products + work.scores + work.experts * executed.max()
+    return float(config.tokens_per_step * per_token)
 
 
 def _round_records(lines: Lines, path: Path) -> Iterable[dict[str, Any]]:

@@ -1,18 +1,16 @@
-"""Shapes of models from which parameters, bytes and FLOPs are computed, wider than the trainer's.
+"""Shapes of models and their parameters, wider than what the trainer builds; presets by name.
 
 The trainer builds one family; the presets need more (latent attention, biases, sinks, ungated
-FFNs). A shape lists its parameters as `ParameterSpec`s, exactly as `fomoe.shapes` does for a
-config, and has closed forms of the same sums, which a test holds equal to the list.
+FFNs). A config's sums equal those of the parameters that the trainer lists, which a test holds.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-from math import prod
-from typing import Literal
+from dataclasses import MISSING, dataclass, fields
+from functools import cached_property, lru_cache
+from typing import Any, Literal
 
-from fomoe.shapes import ParameterSpec
+from fomoe_sim.trainer import Config, ConfigError, hint, read_data, read_yaml, stamp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,44 +48,23 @@ class Attention:
         value = self.value_dim if self.latent else self.head_dim
         return self.heads * (self.head_dim + self.rope_dim + value)
 
-    def parameters(self, d_model: int) -> list[tuple[str, tuple[int, ...], str]]:
-        """Name, shape and kind of each parameter of one layer's attention."""
-        return self._latent(d_model) if self.latent else self._grouped(d_model)
+    def matrices(self, d_model: int) -> int:
+        """Elements of one layer's products: what a token multiplies with."""
+        if self.latent:  # DeepSeek-V2/V3 latent attention (arXiv 2412.19437, section 2.1.1)
+            queries = self.heads * (self.head_dim + self.rope_dim)
+            up = self.kv_lora * self.heads * (self.head_dim + self.value_dim)
+            down = d_model * (self.q_lora + self.kv_lora + self.rope_dim)
+            return down + self.q_lora * queries + up + self.heads * self.value_dim * d_model
+        return 2 * d_model * self.head_dim * (self.heads + self.kv_heads)
 
-    def _grouped(self, d_model: int) -> list[tuple[str, tuple[int, ...], str]]:
-        q_size, kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        out: list[tuple[str, tuple[int, ...], str]] = [
-            ("q_proj.weight", (q_size, d_model), "attention"),
-            ("k_proj.weight", (kv_size, d_model), "attention"),
-            ("v_proj.weight", (kv_size, d_model), "attention"),
-            ("o_proj.weight", (d_model, q_size), "attention"),
-        ]
-        if self.qkv_bias:
-            sizes = (("q", q_size), ("k", kv_size), ("v", kv_size))
-            out += [(f"{name}_proj.bias", (size,), "attention") for name, size in sizes]
-        if self.out_bias:
-            out.append(("o_proj.bias", (d_model,), "attention"))
-        if self.sinks:
-            out.append(("sinks", (self.heads,), "attention"))
-        if self.qk_norm != "none":
-            full = self.qk_norm == "full"
-            for name, size in (("q_norm", q_size), ("k_norm", kv_size)):
-                out.append((f"{name}.weight", (size if full else self.head_dim,), "norm"))
-        return out
-
-    def _latent(self, d_model: int) -> list[tuple[str, tuple[int, ...], str]]:
-        """DeepSeek-V2/V3 latent attention (arXiv 2412.19437, section 2.1.1)."""
-        q_size = self.heads * (self.head_dim + self.rope_dim)
-        kv_size = self.heads * (self.head_dim + self.value_dim)
-        return [
-            ("q_a_proj.weight", (self.q_lora, d_model), "attention"),
-            ("q_a_norm.weight", (self.q_lora,), "norm"),
-            ("q_b_proj.weight", (q_size, self.q_lora), "attention"),
-            ("kv_a_proj.weight", (self.kv_lora + self.rope_dim, d_model), "attention"),
-            ("kv_a_norm.weight", (self.kv_lora,), "norm"),
-            ("kv_b_proj.weight", (kv_size, self.kv_lora), "attention"),
-            ("o_proj.weight", (d_model, self.heads * self.value_dim), "attention"),
-        ]
+    def vectors(self, d_model: int) -> int:
+        """Elements of one layer's norms, biases and sinks."""
+        if self.latent:
+            return self.q_lora + self.kv_lora
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        norms = {"none": 0, "head": 2 * self.head_dim, "full": queries + keys}[self.qk_norm]
+        biases = self.qkv_bias * (queries + 2 * keys) + self.out_bias * d_model
+        return norms + biases + self.sinks * self.heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +114,13 @@ class ModelShape:
         return self.num_layers - self.num_dense_layers if self.num_experts else 0
 
     @property
+    def num_dense(self) -> int:
+        """Layers with a dense FFN; all of them in a model without routed experts."""
+        return self.num_layers - self.num_moe_layers
+
+    @property
     def moe_layers(self) -> tuple[int, ...]:
-        return tuple(range(self.num_layers - self.num_moe_layers, self.num_layers))
+        return tuple(range(self.num_dense, self.num_layers))
 
     @cached_property
     def expert_numel(self) -> int:
@@ -156,11 +138,12 @@ class ModelShape:
     @cached_property
     def layer_shared(self) -> tuple[int, ...]:
         """Shared elements (all but routed experts) of each layer."""
-        common = 2 * self.d_model + _numel(self.attention.parameters(self.d_model))
+        attention = self.attention
+        attention_numel = attention.matrices(self.d_model) + attention.vectors(self.d_model)
+        common = 2 * self.d_model + attention_numel
         router = self.num_experts * (self.d_model + self.router_bias + self.score_bias)
         moe = common + router + (self._ffn_numel(self.shared_ffn) if self.shared_ffn else 0)
-        first_moe = self.num_layers - self.num_moe_layers
-        dense = [common + self._ffn_numel(self.dense_width(i)) for i in range(first_moe)]
+        dense = [common + self._ffn_numel(self.dense_width(i)) for i in range(self.num_dense)]
         return (*dense, *[moe] * self.num_moe_layers)
 
     @cached_property
@@ -187,53 +170,101 @@ class ModelShape:
     def _ffn_numel(self, width: int) -> int:
         return (3 if self.gated else 2) * self.d_model * width
 
-    def parameter_specs(self) -> list[ParameterSpec]:
-        """Every parameter, all experts included, in the model's order."""
-        table = (self.vocab_size, self.d_model)
-        specs = [ParameterSpec("embedding.weight", table, "embedding")]
-        for layer in range(self.num_layers):
-            specs += self._layer_specs(layer)
-        specs.append(ParameterSpec("final_norm.weight", (self.d_model,), "norm"))
-        if not self.tied:
-            specs.append(ParameterSpec("head.weight", table, "embedding"))
-        return specs
 
-    def _layer_specs(self, layer: int) -> list[ParameterSpec]:
-        prefix, norm = f"layers.{layer}", (self.d_model,)
-        specs = [ParameterSpec(f"{prefix}.attention_norm.weight", norm, "norm", layer)]
-        specs += [
-            ParameterSpec(f"{prefix}.attention.{name}", shape, kind, layer)
-            for name, shape, kind in self.attention.parameters(self.d_model)
-        ]
-        specs.append(ParameterSpec(f"{prefix}.ffn_norm.weight", norm, "norm", layer))
-        if layer not in self.moe_layers:
-            return specs + self._ffn_specs(f"{prefix}.ffn", self.dense_width(layer), "ffn", layer)
-        router = (self.num_experts, self.d_model)
-        specs.append(ParameterSpec(f"{prefix}.moe.router.weight", router, "router", layer))
-        for name, there in (("bias", self.router_bias), ("score_bias", self.score_bias)):
-            if there:
-                size = (self.num_experts,)
-                specs.append(ParameterSpec(f"{prefix}.moe.router.{name}", size, "router", layer))
-        if self.shared_ffn:
-            name = f"{prefix}.moe.shared_expert"
-            specs += self._ffn_specs(name, self.shared_ffn, "shared_expert", layer)
-        for expert in range(self.num_experts):
-            name = f"{prefix}.moe.experts.{expert}"
-            specs += self._ffn_specs(name, self.expert_ffn, "expert", layer, expert)
-        return specs
-
-    def _ffn_specs(
-        self, prefix: str, width: int, kind: str, layer: int, expert: int | None = None
-    ) -> list[ParameterSpec]:
-        first, rows = ("gate_up", 2 * width) if self.gated else ("up", width)
-        shapes: list[tuple[str, tuple[int, ...]]] = [
-            (first, (rows, self.d_model)),
-            ("down", (self.d_model, width)),
-        ]
-        if self.expert_bias and kind == "expert":
-            shapes += [(f"{first}_bias", (rows,)), ("down_bias", (self.d_model,))]
-        return [ParameterSpec(f"{prefix}.{n}", shape, kind, layer, expert) for n, shape in shapes]
+# ------------------------------------------------------------------------------------------ names
 
 
-def _numel(parameters: list[tuple[str, tuple[int, ...], str]]) -> int:
-    return sum(prod(shape) for _, shape, _ in parameters)
+@lru_cache(maxsize=64)
+def model_preset(name: str) -> ModelShape:
+    """The shape of a named model, or of a YAML file of one shape.
+
+    Raises:
+        ConfigError: if there is none of that name; lists the nearest.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return _from_file(name, stamp(name))
+    table = read_data("models")
+    if name not in table:
+        rule = f"is not a model preset; {hint(name, table)}"
+        raise ConfigError("--model", name, rule)
+    return read_shape(name, table[name], "--model")
+
+
+def _from_file(path: str, _: int) -> ModelShape:
+    return read_shape(path.rsplit("/", 1)[-1].rsplit(".", 1)[0], read_yaml(path), f"--model {path}")
+
+
+def read_shape(name: str, tree: dict[str, Any], field: str) -> ModelShape:
+    """A shape from the keys of `ModelShape` and `Attention`.
+
+    Raises:
+        ConfigError: for a key that is unknown, missing or of the wrong kind.
+    """
+    tree = {"name": name} | tree
+    tree["attention"] = _read(Attention, tree.get("attention"), f"{field} attention")
+    shape = _read(ModelShape, tree, field)
+    experts = (shape.num_experts, shape.top_k, shape.expert_ffn)
+    if any(experts) and not (all(experts) and shape.top_k <= shape.num_experts):
+        rule = "num_experts, top_k and expert_ffn go together, top_k at most num_experts"
+        raise ConfigError(f"{field} num_experts", shape.num_experts, rule)
+    if shape.num_dense and not (shape.dense_ffn or shape.dense_widths):
+        raise ConfigError(f"{field} dense_ffn", shape.dense_ffn, "is needed by its dense layers")
+    return shape
+
+
+def _read(kind: Any, tree: Any, field: str) -> Any:
+    if not isinstance(tree, dict):
+        raise ConfigError(field, tree, "must be a mapping of options")
+    known = {item.name: item for item in fields(kind)}
+    for key, value in tree.items():
+        if key not in known:
+            near = hint(str(key), known)
+            raise ConfigError(f"{field} {key}", "", f"is not an option; {near}")
+        number = isinstance(value, int) and not isinstance(value, bool)
+        if known[key].type == "int" and not (number and 0 <= value < 10**9):
+            raise ConfigError(f"{field} {key}", value, "must be a whole number of at least 0")
+        if known[key].type == "bool" and not isinstance(value, bool):
+            raise ConfigError(f"{field} {key}", value, "must be true or false")
+        if isinstance(value, list):
+            tree = tree | {key: tuple(value)}
+    missing = [n for n, item in known.items() if n not in tree and _needed(item)]
+    if missing:
+        raise ConfigError(f"{field} {missing[0]}", "", "is needed")
+    small = [n for n in ("num_layers", "d_model", "vocab_size", "heads") if tree.get(n) == 0]
+    if small:
+        raise ConfigError(f"{field} {small[0]}", 0, "must be at least 1")
+    return kind(**tree)
+
+
+def _needed(item: Any) -> bool:
+    return item.default is MISSING
+
+
+def shape_from_config(config: Config, name: str) -> ModelShape:
+    """The shape that the trainer builds for a config; its parameters equal the trainer's."""
+    model = config.model
+    moe = len(model.moe_layers) > 0
+    num_dense = model.num_layers - len(model.moe_layers)
+    dense = tuple(model.dense_width(layer) for layer in range(num_dense))
+    return ModelShape(
+        name=name,
+        num_layers=model.num_layers,
+        num_dense_layers=num_dense,
+        d_model=model.d_model,
+        vocab_size=config.vocab_size,
+        attention=Attention(
+            heads=model.num_heads,
+            kv_heads=model.kv_heads,
+            head_dim=model.head_size,
+            qk_norm=model.qk_norm,
+        ),
+        num_experts=model.num_experts if moe else 0,
+        top_k=model.top_k if moe else 0,
+        expert_ffn=model.expert_width if moe else 0,
+        shared_ffn=model.shared_expert_ffn_dim if moe else 0,
+        dense_ffn=dense[0] if dense else 0,
+        dense_widths=dense,
+        tied=model.tie_embeddings,
+        seq_len=config.data.seq_len,
+        source="the config's own arithmetic",
+    )

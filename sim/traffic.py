@@ -1,9 +1,9 @@
-"""Bytes that each method sends and receives, per site, in closed form.
+"""Elements and bytes that each method sends and receives, per site, in closed form.
 
 Payload is what is reduced (a bucket with one holder costs nothing), sent and received are what a
-site's link carries, for a ring, a star or a tree. The trainer counts with `fomoe.segments`; the
-closed forms here are that same arithmetic over arrays of buckets, and a test holds the two equal to
-the byte. Elements are exact integers; bytes are elements x bits / 8.
+site's link carries for a ring. The trainer counts with its segments; the closed forms here are that
+same arithmetic over arrays of buckets, and a test holds the two equal to the byte. Elements are
+exact integers; bytes are elements x bits / 8.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from functools import cached_property, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from fomoe.placement import Placement
+from fomoe_sim.methods import Method
 from fomoe_sim.shape import ModelShape
+from fomoe_sim.trainer import Placement
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-METHODS = ("fomoe", "diloco", "photon", "streaming", "spes", "ddp", "fsdp", "ep")
-EVERY_STEP = ("ddp", "fsdp", "ep")  # they communicate in every step, not once a round
 ACTIVATION_BYTES = 2  # bf16 activations cross between sites in expert parallelism
 
 
@@ -53,7 +52,7 @@ class Holdings:
     @cached_property
     def synced(self) -> Ints:
         """Routed-expert elements that each site reduces with another one, [K]."""
-        return spread(self.groups, self.num_sites, "payload")
+        return spread(self.groups, self.num_sites)
 
 
 @lru_cache(maxsize=4096)
@@ -104,189 +103,129 @@ def table_holdings(shape: ModelShape, placement: Placement) -> Holdings:
     )
 
 
-def spread(groups: tuple[tuple[Ints, Ints], ...], num_sites: int, what: str) -> Ints:
-    """Elements per site of one sync: `payload`, or what a `ring`, `star` or `tree` sends.
+def spread(groups: tuple[tuple[Ints, Ints], ...], num_sites: int, *, wire: bool = False) -> Ints:
+    """Elements per site of one sync: reduced, or (`wire`) sent, which are as many received.
 
-    Every topology sends and receives equally many elements at each site. The ring is
-    `fomoe.segments.wire_elements`; the hub of a star and the root of a tree are the first holder.
+    What is sent is what the trainer's segments count: 2 (n - 1) / n of a bucket of n holders.
     """
     total = np.zeros(num_sites, np.int64)
     for members, numel in groups:
         num_holders = members.shape[1]
         if num_holders > 1:
-            np.add.at(total, members, _elements(numel[:, None], num_holders, what))
+            np.add.at(total, members, _elements(numel[:, None], num_holders, wire))
     return total
 
 
-def _bytes(elements: Ints, width: float) -> Floats:
-    return np.asarray(elements * width, np.float64)
-
-
-def _elements(numel: Ints, num_holders: int, what: str) -> Ints:
+def _elements(numel: Ints, num_holders: int, wire: bool) -> Ints:
     """Elements at each position, [B, n]."""
     position = np.arange(num_holders)[None, :]
-    if what == "payload":
+    if not wire:
         return numel + 0 * position
-    if what == "ring":
-        own = numel // num_holders + (position < numel % num_holders)
-        return (numel - own) + own * (num_holders - 1)
-    if what == "star":
-        return numel * np.where(position == 0, num_holders - 1, 1)
-    assert what == "tree", what
-    children = (2 * position + 1 < num_holders).astype(np.int64) + (2 * position + 2 < num_holders)
-    return numel * ((position > 0) + children)
-
-
-def hops(topology: str, num_holders: int) -> int:
-    """One-way messages that follow each other in one sync over n holders."""
-    if num_holders < 2:
-        return 0
-    depth = num_holders.bit_length() - 1  # of a heap: the last holder's distance from the first
-    return {"ring": 2 * (num_holders - 1), "star": 2, "tree": 2 * depth}[topology]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Traffic:
-    """What each site moves in one exchange: a step for DDP, FSDP and EP, a round for the others.
-
-    Attributes:
-        every_step: whether an exchange happens in every step.
-        payload, sent, received: bytes per site, [K].
-        payload_shared, payload_expert: the payload by class, [K]; EP's all-to-all is expert.
-        held, trained: parameters that each site stores and trains, [K].
-        hops: one-way messages in sequence per exchange.
-        executed: share of the top-k assignments that each site runs, [K].
-        residents: experts per MoE layer and site, [L_moe, K].
-    """
-
-    every_step: bool
-    payload_shared: Floats
-    payload_expert: Floats
-    sent: Floats
-    received: Floats
-    held: Ints
-    trained: Ints
-    hops: int
-    executed: Floats
-    residents: Ints
-
-    @property
-    def payload(self) -> Floats:
-        return self.payload_shared + self.payload_expert
-
-
-def method_traffic(
-    shape: ModelShape,
-    method: str,
-    holdings: Holdings,
-    *,
-    bits: float = 32,
-    topology: str = "ring",
-    tokens_per_step: int = 0,
-    at_least_one: bool = True,
-    route_scope: str = "all",
-    execute_target: float | None = None,
-) -> Traffic:
-    """Bytes of one exchange of a method at every site.
-
-    Args:
-        holdings: of FoMoE's placement; SPES trains by it, the other methods ignore it.
-        bits: per element on the wire.
-        tokens_per_step: of one site; EP's all-to-all depends on it.
-        at_least_one, route_scope, execute_target: the router's options, which decide what FoMoE
-            executes.
-    """
-    num_sites, width = holdings.num_sites, bits / 8
-    full = cyclic_holdings(shape, num_sites, num_sites)
-    placed = holdings if method in ("fomoe", "spes") else full
-    shared_group = _everyone(num_sites, shape.shared_total)
-    shared = _bytes(spread((shared_group,), num_sites, "payload"), width)
-    expert = _bytes(placed.synced, width)
-    wire = _bytes(_wire(shape.shared_total, placed, topology), width)
-    held = shape.shared_total + placed.elements
-    own = placed.elements if placed.trained is None else placed.trained
-    trained = shape.shared_total + own
-    executed = np.ones(num_sites)
-    common = {"hops": hops(topology, num_sites), "residents": placed.residents}
-    if method == "fomoe" and route_scope == "all":
-        executed = _executed(shape, placed, at_least_one, execute_target)
-    if method == "spes":
-        return _spes(shape, placed, width, executed)
-    if method == "ep":
-        return _expert_parallel(shape, num_sites, width, topology, tokens_per_step)
-    factor = 1.5 if method == "fsdp" else 1.0  # two gathers and a scatter against a ring's two
-    return Traffic(
-        every_step=method in EVERY_STEP,
-        payload_shared=factor * shared,
-        payload_expert=factor * expert,
-        sent=factor * wire,
-        received=factor * wire,
-        held=-(-held // num_sites) if method == "fsdp" else held,
-        trained=-(-held // num_sites) if method == "fsdp" else trained,
-        executed=executed,
-        **common,  # type: ignore[arg-type]
-    )
-
-
-@lru_cache(maxsize=1024)
-def _wire(shared_numel: int, placed: Holdings, topology: str) -> Ints:
-    """Elements that each site sends in one sync of everything, [K]."""
-    groups = (_everyone(placed.num_sites, shared_numel), *placed.groups)
-    return spread(groups, placed.num_sites, topology)
+    own = numel // num_holders + (position < numel % num_holders)
+    return (numel - own) + own * (num_holders - 1)
 
 
 def _everyone(num_sites: int, numel: int) -> tuple[Ints, Ints]:
     return np.arange(num_sites)[None, :], np.array([numel], np.int64)
 
 
-def _spes(shape: ModelShape, placed: Holdings, width: float, executed: Floats) -> Traffic:
-    """Own share up, everything down, through a server that is no site (arXiv 2602.11543)."""
-    num_sites = placed.num_sites
-    several = float(num_sites > 1)
-    ones = np.ones(num_sites)
-    trained = shape.shared_total + placed.elements
-    full = cyclic_holdings(shape, num_sites, num_sites)
-    return Traffic(
-        every_step=False,
-        payload_shared=several * width * shape.shared_total * ones,
-        payload_expert=several * width * shape.expert_total * ones,
-        sent=_bytes(trained, several * width),
-        received=several * width * shape.total * ones,
-        held=shape.shared_total + full.elements,
-        trained=trained,
-        hops=2 * (num_sites > 1),
-        executed=executed,
-        residents=full.residents,
-    )
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Traffic:
+    """What each site moves in one exchange: a step's, or a round's.
 
-
-def _expert_parallel(
-    shape: ModelShape, num_sites: int, width: float, topology: str, tokens: int
-) -> Traffic:
-    """Each expert on one site, tokens travel to it; shared gradients are averaged every step.
-
-    Dispatch and combine, forward and backward: 4 k (1 - 1/K) d b bytes per token and MoE layer.
+    Attributes:
+        shared, experts: elements reduced per site by class, [K].
+        sent, received: elements that the site's link carries, [K].
+        token_bytes: bytes that tokens add to each of the four per token of the site's step.
+        held, trained: parameters that each site stores and trains, [K].
+        hops: one-way messages in sequence per exchange.
+        executed: share of the top-k assignments that each site runs, [K].
+        residents: experts per MoE layer and site, [L_moe, K].
     """
-    own = cyclic_holdings(shape, num_sites, 1)
-    shared_group = _everyone(num_sites, shape.shared_total)
-    ones = np.ones(num_sites)
-    per_token = 4 * shape.top_k * (1 - 1 / num_sites) * shape.d_model * ACTIVATION_BYTES
-    moved = per_token * shape.num_moe_layers * tokens * ones
-    wire = _bytes(spread((shared_group,), num_sites, topology), width) + moved
-    held = shape.shared_total + own.elements
+
+    shared: Floats
+    experts: Floats
+    sent: Floats
+    received: Floats
+    token_bytes: float
+    held: Ints
+    trained: Ints
+    hops: int
+    executed: Floats
+    residents: Ints
+
+
+def method_traffic(
+    shape: ModelShape,
+    method: Method,
+    holdings: Holdings,
+    *,
+    at_least_one: bool = True,
+    route_scope: str = "all",
+    execute_target: float | None = None,
+) -> Traffic:
+    """Elements of one exchange of a method at every site.
+
+    Args:
+        holdings: of the placement; methods that place nothing ignore it.
+        at_least_one, route_scope, execute_target: the router's options, which decide what a site
+            that skips executes.
+    """
+    num_sites = holdings.num_sites
     several = num_sites > 1
+    full = cyclic_holdings(shape, num_sites, num_sites)
+    stored = {"placed": holdings, "all": full, "share": cyclic_holdings(shape, num_sites, 1)}[
+        method.stores
+    ]
+    if method.crosses == "shards":
+        stored = full
+    mine = holdings if method.placed else stored
+    everyone = _everyone(num_sites, shape.shared_total)
+    shared = spread((everyone,), num_sites).astype(np.float64)
+    experts = stored.synced.astype(np.float64)
+    sent = _wire(shape.shared_total, stored).astype(np.float64)
+    received, hops, token_bytes = sent, 2 * (num_sites - 1), 0.0
+    held = shape.shared_total + stored.elements
+    own = mine.elements if mine.trained is None else mine.trained
+    trained = shape.shared_total + own
+    residents, executed = stored.residents, np.ones(num_sites)
+    if method.skips and route_scope == "all":
+        executed = _executed(shape, mine, at_least_one, execute_target)
+    if method.crosses == "server":
+        # Own share up, everything down, through a server that is no site.
+        experts = several * np.full(num_sites, float(shape.expert_total))
+        sent = several * (shape.shared_total + mine.elements).astype(np.float64)
+        received = several * np.full(num_sites, float(shape.total))
+        hops = 2 * several
+    elif method.crosses == "shards":
+        # Two gathers and a scatter against a ring's two passes; each site keeps a share.
+        shared, experts, sent = 1.5 * shared, 1.5 * experts, 1.5 * sent
+        received = sent
+        held = trained = -(-held // num_sites)
+    elif method.crosses == "tokens":
+        # Dispatch and combine, forward and backward.
+        per_layer = 4 * shape.top_k * (1 - 1 / num_sites) * shape.d_model * ACTIVATION_BYTES
+        token_bytes = per_layer * shape.num_moe_layers
+        hops += several * 4 * shape.num_moe_layers
     return Traffic(
-        every_step=True,
-        payload_shared=_bytes(spread((shared_group,), num_sites, "payload"), width),
-        payload_expert=moved,
-        sent=wire,
-        received=wire,
+        shared=shared,
+        experts=experts,
+        sent=sent,
+        received=received,
+        token_bytes=token_bytes,
         held=held,
-        trained=held,
-        hops=hops(topology, num_sites) + several * 4 * shape.num_moe_layers,
-        executed=ones,
-        residents=own.residents,
+        trained=trained,
+        hops=hops,
+        executed=executed,
+        residents=residents,
     )
+
+
+@lru_cache(maxsize=1024)
+def _wire(shared_numel: int, stored: Holdings) -> Ints:
+    """Elements that each site sends in one sync of everything, [K]."""
+    groups = (_everyone(stored.num_sites, shared_numel), *stored.groups)
+    return spread(groups, stored.num_sites, wire=True)
 
 
 @lru_cache(maxsize=1024)

@@ -1,26 +1,28 @@
-"""`fomoe validate`: recompute every published table with its formula and compare cell by cell.
+"""`fomoe validate`: what others published or measured, beside what `evaluate` answers.
 
-A simulator earns the right to predict by reproducing first. Each table names its source and its
-tolerance; the command fails if any tolerance is missed. Bandwidth rows that nobody printed are
-listed as predictions.
+Whole runs, the trainer's own gains and the measured links go through `evaluate`, the function that
+`fomoe project` asks; the bandwidth tables go through the event model alone. Every row has a bound,
+and the command fails past it. Rows kept aside were looked at after the constants were fixed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
-from fomoe_sim import published
-from fomoe_sim.anchors import (
-    activation_table,
-    deepseek_tables,
-    intellect_table,
-    measured_table,
-)
-from fomoe_sim.published import UTILISATIONS
-from fomoe_sim.reproduce import (
+import numpy as np
+
+from fomoe_sim import memory
+from fomoe_sim.cluster import Cluster, uniform_cluster
+from fomoe_sim.evaluate import answer_one, evaluate, grid
+from fomoe_sim.methods import METHODS
+from fomoe_sim.options import Ask
+from fomoe_sim.question import Question, build
+from fomoe_sim.shape import ModelShape, read_shape
+from fomoe_sim.tables import (
+    BANDWIDTH_TABLES,
     Cell,
     Table,
     bandwidth_table,
@@ -28,59 +30,219 @@ from fomoe_sim.reproduce import (
     predictions,
     printed,
 )
+from fomoe_sim.traffic import cyclic_holdings
+from fomoe_sim.trainer import read_data
 
 
 def all_tables() -> list[Table]:
-    """Every table that is reproduced, with its tolerance."""
-    streaming, laws = published.STREAMING_DILOCO, published.SCALING_LAWS
-    nominal = f"{streaming.name}-nominal"
+    """Every table that is compared, with its bound."""
     return [
-        bandwidth_table(
-            streaming, factor=streaming.factor, name=streaming.name, min_exact=46, max_outside=0
-        ),
-        bandwidth_table(streaming, factor=1.0, name=nominal, min_exact=0, max_outside=1),
-        bandwidth_table(laws, factor=laws.factor, name=laws.name, min_exact=30, max_outside=0),
+        *run_tables(),
+        gains_table(),
+        *measured_tables(),
+        *(bandwidth_table(*entry) for entry in BANDWIDTH_TABLES),
         impossible_table(),
-        measured_table(calibrated=False, max_error=2.5),
-        measured_table(calibrated=True, max_error=1.5),
-        intellect_table(),
-        activation_table(),
-        *deepseek_tables(),
     ]
+
+
+# ------------------------------------------------------------------------------ through evaluate
+
+
+def run_question(run: dict[str, Any]) -> Question:
+    """The question of one published run, on one site."""
+    words = {key: value for key, value in run["ask"].items()}
+    return build(Ask(sites=1, **words), "ddp")
+
+
+def run_tables() -> list[Table]:
+    """Whole runs: those that are bound, and those kept aside."""
+    found = []
+    for aside in (False, True):
+        chosen = [run for run in read_data("published")["runs"] if run.get("aside", False) == aside]
+        rows = [_compared(run) for run in chosen]
+        cells = tuple(cell for cell, _ in rows)
+        worst = max(abs(cell.error or 0) for cell in cells)
+        wrong = sum(not passed for _, passed in rows)
+        bounds = sorted({run["bound"] for run in chosen if "bound" in run})
+        found.append(
+            Table(
+                name="runs-aside" if aside else "runs",
+                source="see sim/data/published.yaml, row by row",
+                unit="GPU hours, tokens/s per accelerator, GiB, or whether it fits (1)",
+                cells=cells,
+                tolerance="each row's own: " + ", ".join(f"{100 * b:.0f} %" for b in bounds),
+                summary=f"{len(rows) - wrong} of {len(rows)} within bounds, worst "
+                f"{100 * worst:.0f} %",
+                passed=not wrong,
+            )
+        )
+    return found
+
+
+def _compared(run: dict[str, Any]) -> tuple[Cell, bool]:
+    question = run_question(run)
+    row = answer_one(question)
+    count = row["accelerators"]
+    ours = {
+        "gpu_hours": 24 * row["days"] * count,
+        "tokens_per_s": row["tokens_per_s"] / count,
+        "gib": _allocated(row) / 2**30,
+        "fits": float(row["fits"]),
+    }
+    (column,) = [name for name in ours if name in run]
+    theirs = float(run[column])
+    error = ours[column] / theirs - 1
+    cell = Cell(row=run["name"], column=column, ours=ours[column], published=theirs, error=error)
+    return cell, abs(error) <= run.get("bound", 0.0) + 1e-12
+
+
+def _allocated(row: dict[str, Any]) -> float:
+    """What an allocator reads of the accelerator's memory: all but CUDA's own context."""
+    parts = row["memory_parts"].items()
+    inside = (p["bytes"] for name, p in parts if p["where"] == "accelerator")
+    return sum(inside) - row["memory_parts"][memory.RESERVED]["bytes"]
+
+
+def gains_table() -> Table:
+    """How much faster the trainer's own step is where it skips, against its measurements."""
+    data = read_data("published")["gains"]
+    cells = []
+    full = _own_step(data, None)
+    for executed, gain in data["gains"].items():
+        ours = full / _own_step(data, float(executed))
+        error = ours / gain - 1
+        cells.append(
+            Cell(row="step time", column=f"{executed}", ours=ours, published=gain, error=error)
+        )
+    worst = max(abs(cell.error or 0) for cell in cells)
+    return Table(
+        name="own-gains",
+        source=data["source"],
+        unit="times as fast as with all experts, by executed share",
+        cells=tuple(cells),
+        tolerance=f"each within {100 * data['bound']:.0f} %",
+        summary=f"worst error {100 * worst:.1f} %",
+        passed=worst <= data["bound"],
+    )
+
+
+def _own_step(data: dict[str, Any], executed: float | None) -> float:
+    """Seconds of a step of the trainer's, with all experts resident or a share executed."""
+    shape = read_shape("own-step", data["shape"], "published gains")
+    question = _question(
+        shape,
+        uniform_cluster(2, accelerator=data["accelerator"], count=1, up_bps=1e9, down_bps=1e9),
+        "fomoe",
+        replication=1 if executed else 2,
+        batch_tokens=2.0 * data["tokens"],
+        micro_batch=data["tokens"] // shape.seq_len,
+        recompute=("none",),
+        element_bytes=4,
+        router=(("execute_target", executed),),
+    )
+    return float(answer_one(question)["step_time_s"])
+
+
+def measured_tables() -> list[Table]:
+    """Shaped TCP links: ring volume over bandwidth, and with our default efficiency and cost."""
+    data = read_data("published")["measured"]
+    shape, count = read_shape("measured", data["shape"], "published measured"), data["num_sites"]
+    cluster = uniform_cluster(count, accelerator="H100", count=1, up_bps=1e9, down_bps=1e9)
+    links = {
+        "ring": replace(cluster, rtt_s=0.0, efficiency=1.0, sync_fixed_s=0.0),
+        "defaults": replace(cluster, rtt_s=0.0),
+    }
+    more = {"batch_tokens": float(count * shape.seq_len), "step_time_s": data["step_time_s"]}
+    return [
+        _measured(data, name, _question(shape, link, "diloco", replication=count, **more))
+        for name, link in links.items()
+    ]
+
+
+def _question(
+    shape: ModelShape, cluster: Cluster, method: str, *, replication: int, **more: Any
+) -> Question:
+    """A question about a shape that is no preset."""
+    options: dict[str, Any] = {"local_steps": 1, "bits": 32.0, "fragments": 1, "overlap_steps": 0}
+    return Question(
+        shape=shape,
+        cluster=cluster,
+        method=METHODS[method],
+        label=method,
+        holdings=cyclic_holdings(shape, cluster.num_sites, replication),
+        replication=float(replication),
+        tokens=1e9,
+        seq_len=shape.seq_len,
+        **(options | more),
+    )
+
+
+def _measured(data: dict[str, Any], name: str, question: Question) -> Table:
+    steps, rates = zip(
+        *((h, rate) for h in data["percent"] for rate in data["bandwidth_bps"]), strict=True
+    )
+    answers = evaluate([grid(question, local_steps=steps, bandwidth=rates)])
+    theirs = [value for row in data["percent"].values() for value in row]
+    cells = []
+    for h, rate, share, their in zip(
+        steps, rates, answers.values["utilisation"], theirs, strict=True
+    ):
+        error = 100 * share - their
+        cells.append(
+            Cell(
+                row=f"H={h}",
+                column=f"{rate / 1e6:.0f}M",
+                ours=100 * share,
+                published=their,
+                error=error,
+            )
+        )
+    mean = float(np.mean([abs(cell.error or 0) for cell in cells]))
+    bound = data["bounds"][name]
+    return Table(
+        name=f"measured-tcp-{name}",
+        source=data["source"],
+        unit="% utilisation",
+        cells=tuple(cells),
+        tolerance=f"mean error at most {bound} points",
+        summary=f"mean error {mean:.2f} points",
+        passed=mean <= bound,
+    )
+
+
+# ------------------------------------------------------------------------------------ the command
 
 
 def add_command(subparsers: Any) -> None:
     """Register `validate` with the subparsers of an argparse parser."""
     parser = subparsers.add_parser(
-        "validate", help="recompute the published tables and compare cell by cell"
+        "validate", help="published and measured figures beside ours, with bounds that can fail"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the comparison; 0 if every tolerance is met, else 1."""
-    return run_validate(as_json=args.json)
-
-
-def run_validate(*, as_json: bool) -> int:
-    """Recompute, print, and return the exit code."""
+    """Print the comparison; 0 if every bound is kept, else 1."""
     tables, predicted = all_tables(), predictions()
-    if as_json:
+    passed = all(table.passed for table in tables)
+    score = read_data("published")["predicted_score"]
+    if args.json:
         report = {
-            "passed": all(table.passed for table in tables),
+            "passed": passed,
             "tables": [asdict(table) for table in tables],
             "predictions": predicted,
+            "predicted_score": score,
         }
         print(json.dumps(report, indent=1))
     else:
-        print("\n\n".join([*map(table_text, tables), predictions_text(predicted)]))
+        print("\n\n".join([*map(table_text, tables), predictions_text(predicted, score)]))
         print("\n" + summary_text(tables))
-    return 0 if all(table.passed for table in tables) else 1
+    return 0 if passed else 1
 
 
 def table_text(table: Table) -> str:
-    """One table, row by row; a cell reads `ours / theirs (bins between)`."""
+    """One table, row by row; a cell reads `ours / theirs (error or bins between)`."""
     rows: dict[str, list[Cell]] = {}
     for cell in table.cells:
         rows.setdefault(cell.row, []).append(cell)
@@ -94,22 +256,26 @@ def table_text(table: Table) -> str:
 
 
 def _cell_text(cell: Cell) -> str:
-    ours = f"{cell.ours:.4g}"
-    between = "" if cell.bins_between is None else f" ({cell.bins_between:+d})"
-    return f"{ours} / {cell.published:g}{between}".replace("(+0)", "(0)")
+    between = ""
+    if cell.bins_between is not None:
+        between = f" ({cell.bins_between:+d})".replace("+0", "0")
+    elif cell.error is not None and cell.column.endswith("M"):
+        between = f" ({cell.error:+.2f})"
+    elif cell.error is not None:
+        between = f" ({100 * cell.error:+.1f} %)"
+    return f"{cell.ours:.4g} / {cell.published:.4g}{between}"
 
 
-def predictions_text(predicted: list[dict[str, Any]]) -> str:
-    """Rows without printed figures."""
-    tables = {table.name: table for table in (published.STREAMING_DILOCO, published.SCALING_LAWS)}
-    shares = " ".join(f"{share:>6.0%}" for share in UTILISATIONS)
-    lines = [f"{'predictions: rows without printed figures [Gbit/s]':<58}{shares}"]
+def predictions_text(predicted: list[dict[str, Any]], score: dict[str, list[int]]) -> str:
+    """Rows that were predicted before their figures were seen, and how many were exact."""
+    shares = " ".join(f"{share:>6.0%}" for share in read_data("published")["utilisations"])
+    lines = [f"{'predicted before their figures were seen [Gbit/s]':<58}{shares}"]
     for row in predicted:
-        if row["model"] not in tables[row["table"]].printed:
-            name = f"{row['table']} {row['model']} {row['method']}"
-            figures = " ".join(f"{printed(value):6}" for value in row["gbit_per_s"])
-            lines.append(f"  {name:<56}{figures}")
-    return "\n".join(lines)
+        name = f"{row['table']} {row['model']} {row['method']}"
+        figures = " ".join(f"{printed(value):6}" for value in row["gbit_per_s"])
+        lines.append(f"  {name:<56}{figures}")
+    words = ", ".join(f"{name} {exact} of {of} exact" for name, (exact, of) in score.items())
+    return "\n".join([*lines, f"  score, counted against the papers by hand: {words}"])
 
 
 def summary_text(tables: list[Table]) -> str:

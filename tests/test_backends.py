@@ -402,8 +402,8 @@ def test_onednn_gets_few_numbers_of_rows(monkeypatch: pytest.MonkeyPatch) -> Non
         chosen_TK = scores.topk(2, dim=-1).indices
         routing = routing_of(chosen_TK, shape[1], 6, torch.ones(chosen_TK.shape))
         layer.experts(x_TD, routing).sum().backward()
-        experts = {int(e): module for e, module in layer.experts.items()}
-        run_experts(x_TD, routing, experts, layer._slot_E)
+        experts = {expert: plain_swiglu(layer, expert) for expert in layer.experts.ids}
+        run_experts(x_TD, routing, experts, layer.experts.slot_E)
     rows = {size for shape in seen for size in shape} - {12, 16, 24}
     assert rows <= {64, 96, 128, 192, 256, 384, 512, 768, 1024}
     assert len(seen) <= 6 * len(rows)

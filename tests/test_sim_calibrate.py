@@ -15,9 +15,8 @@ import pytest
 from fomoe.cli import main as simulate
 from fomoe.config import build_config
 from fomoe.errors import ConfigError
-from fomoe.placement import build_placement
-from fomoe.segments import build_plan, sync_traffic
-from fomoe.shapes import parameter_specs
+from fomoe.planning import plan_run
+from fomoe.segments import sync_traffic
 from fomoe_sim import calibrate
 from fomoe_sim.calibrate import Calibration, fit, load_calibration, split_rounds
 from fomoe_sim.runs import Round, read_run, read_runs
@@ -184,7 +183,7 @@ def test_planned_payload_is_compared_with_the_counted_one(tmp_path):
             "placement": {"replication_factor": 1},
         }
     )
-    plan = build_plan(parameter_specs(config), build_placement(config))
+    plan = plan_run(config).plan
     payload = sync_traffic(plan, 0).payload
     exact = write_run(tmp_path / "a", local_steps=8, wire_bytes=payload, config=config)
     off = write_run(tmp_path / "b", local_steps=8, wire_bytes=payload + 4, config=config)

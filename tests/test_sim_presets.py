@@ -7,10 +7,11 @@ import pytest
 from fomoe.config import build_config
 from fomoe.errors import ConfigError
 from fomoe.shapes import parameter_specs
-from fomoe_sim.cluster import load_cluster
-from fomoe_sim.flops import token_flops
-from fomoe_sim.hardware import central, read_rate, read_up_down
-from fomoe_sim.presets import MODELS, model_preset, shape_from_config
+from fomoe_sim.cluster import accelerator_names, accelerator_preset, read_cluster
+from fomoe_sim.shape import model_preset, shape_from_config
+from fomoe_sim.trainer import read_data
+from fomoe_sim.units import central, duration, percent, read_rate, read_up_down, scaled
+from fomoe_sim.work import token_work
 
 EXACT = {
     "olmoe-1b-7b": 6_919_161_856,
@@ -68,16 +69,9 @@ def test_active_parameters_follow_the_vendor(name, published):
     assert model_preset(name).active / 1e9 == pytest.approx(billions, abs=tolerance)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_closed_forms_equal_the_list_of_parameters(name):
-    shape = model_preset(name)
-    specs = shape.parameter_specs()
-    assert sum(spec.numel for spec in specs) == shape.total
-    experts = [spec.numel for spec in specs if spec.kind == "expert"]
-    assert sum(experts) == shape.expert_total
-    for layer in {0, shape.num_layers - 1}:
-        shared = sum(s.numel for s in specs if s.layer == layer and s.kind != "expert")
-        assert shared == shape.layer_shared[layer]
+def test_every_preset_names_its_source():
+    assert all(model_preset(name).source for name in read_data("models"))
+    assert all(accelerator_preset(name).source for name in accelerator_names())
 
 
 @pytest.mark.parametrize(
@@ -92,10 +86,12 @@ def test_closed_forms_equal_the_list_of_parameters(name):
 def test_a_config_has_the_parameters_that_the_trainer_builds(model):
     config = build_config({"placement": {"replication_factor": 2}, "model": model})
     shape = shape_from_config(config, "small")
-    ours = [(s.name, s.shape, s.kind, s.layer, s.expert) for s in shape.parameter_specs()]
-    theirs = [(s.name, s.shape, s.kind, s.layer, s.expert) for s in parameter_specs(config)]
-    assert ours == theirs
-    assert sum(s.numel for s in shape.parameter_specs()) == shape.total
+    specs = parameter_specs(config)
+    assert sum(spec.numel for spec in specs) == shape.total
+    assert sum(spec.numel for spec in specs if spec.kind == "expert") == shape.expert_total
+    for layer in range(shape.num_layers):
+        shared = sum(s.numel for s in specs if s.layer == layer and s.kind != "expert")
+        assert shared == shape.layer_shared[layer]
 
 
 def test_flops_of_a_dense_model_are_six_per_parameter():
@@ -104,7 +100,7 @@ def test_flops_of_a_dense_model_are_six_per_parameter():
     table = shape.vocab_size * shape.d_model
     scores = 3 * shape.num_layers * shape.attention.score_width * shape.seq_len
     expected = 6 * (shape.total - table) + scores
-    assert token_flops(shape).full == pytest.approx(expected, rel=1e-4)
+    assert token_work(shape, shape.seq_len).full == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +149,8 @@ BAD_CLUSTERS = {
     "sites: [{name: a, accelerator: H100, count: 1, link: 1Gbit, egress_per_gb: [0, .inf]}]": "low",
     "sites: [{name: a, accelerator: H100, count: 1, link: 1Gbit, price_per_hour: .inf}]": "price",
     f"sites: [{{name: a, accelerator: H100, count: {'9' * 400}, link: 1Gbit}}]": "count",
-    "topology: mesh\nsites: [{name: a, accelerator: H100, count: 1, link: 1Gbit}]": "ring, star",
+    "topology: ring\nsites: [{name: a, accelerator: H100, count: 1, link: 1Gbit}]": "topology",
+    "accelerators: {X: {nic: 1.0}}\nsites: [{name: a, accelerator: X, count: 1, link: 1Gbit}]": "X",
     "sites: [{name: a, accelerator: H100, count: 1, link: 1Gbit, uplink: x}]": "shared_uplinks",
 }
 
@@ -163,14 +160,71 @@ def test_a_bad_cluster_is_refused_in_one_line(tmp_path, text, words):
     path = tmp_path / "cluster.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
-        load_cluster(path)
+        read_cluster(path)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_example_clusters_load():
-    three = load_cluster("configs/clusters/three-sites.yaml")
+    three = read_cluster("configs/clusters/three-sites.yaml")
     assert three.num_sites == 3
     assert three.sites[2].up_bps == 1e9
     assert three.sites[2].down_bps == 1e10
-    assert load_cluster("configs/clusters/shared-uplink.yaml").uplinks == (("campus", 1e10),)
+    assert read_cluster("configs/clusters/shared-uplink.yaml").uplinks == (("campus", 1e10),)
+
+
+OWN_SHAPE = """
+num_layers: 2
+d_model: 64
+vocab_size: 1000
+attention: {heads: 4, kv_heads: 4, head_dim: 16}
+num_experts: 4
+top_k: 2
+expert_ffn: 32
+"""
+
+
+def test_a_model_may_be_a_file(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text(OWN_SHAPE)
+    shape = model_preset(str(path))
+    assert shape.name == "own"
+    assert shape.num_moe_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("num_layers: 2", "num_layer: 2"), "num_layer is not an option; did you mean num_layers?"),
+        (("num_layers: 2", "num_layers: two"), "num_layers two must be a whole number"),
+        (("d_model: 64\n", ""), "d_model is needed"),
+        (("heads: 4", "heads: 0"), "heads 0 must be at least 1"),
+        (("top_k: 2", "top_k: 9"), "top_k at most num_experts"),
+        (("attention: {", "attention: [{"), "is not valid YAML"),
+    ],
+)
+def test_a_bad_model_file_is_refused_in_one_line(tmp_path, change, words):
+    path = tmp_path / "own.yaml"
+    path.write_text(OWN_SHAPE.replace(*change))
+    with pytest.raises(ConfigError) as caught:
+        model_preset(str(path))
+    assert words in str(caught.value)
+
+
+def test_figures_are_those_that_people_write():
+    assert (scaled(9.09e-11), scaled(0.0), scaled(1234.0), scaled(2.5e9, "B")) == (
+        "<0.01",
+        "0",
+        "1.23 k",
+        "2.5 GB",
+    )
+    assert [duration(s) for s in (2e-5, 0.5, 30, 600, 3e4, 1e6, 1e9)] == [
+        "20 us",
+        "500 ms",
+        "30 s",
+        "10 min",
+        "8.33 h",
+        "11.6 days",
+        "31.7 years",
+    ]
+    assert (percent(0.874), percent(0.0002), percent(0.0)) == ("87.4%", "0.02%", "0.0%")

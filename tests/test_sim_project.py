@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import subprocess
-import sys
 import time
 import xml.etree.ElementTree as ElementTree
 
@@ -18,6 +16,8 @@ from fomoe.config import load_config
 from fomoe.placement import build_placement
 from fomoe_sim.calibrate import Calibration, save_calibration
 from fomoe_sim.runs import most_step_flops
+from fomoe_sim.shape import model_preset
+from fomoe_sim.work import token_work
 
 PROMISED = {
     "model",
@@ -82,7 +82,7 @@ def test_one_answer_has_every_promised_key(capsys):
 def test_compare_shows_every_method_of_a_config(capsys, config):
     rows = project(capsys, "--config", config, "--compare", "ddp,diloco,streaming,spes,ep,fomoe")
     by_method = {row["method"]: row for row in rows}
-    assert list(by_method) == ["ddp", "diloco", "streaming", "spes", "ep", "fomoe"]
+    assert list(by_method) == ["one-site", "ddp", "diloco", "streaming", "spes", "ep", "fomoe"]
     assert by_method["ddp"]["ratio_vs_ddp"] == 1
     assert by_method["diloco"]["ratio_vs_ddp"] == 32
     assert by_method["streaming"]["ratio_vs_diloco"] == pytest.approx(8, rel=1e-3)
@@ -145,16 +145,6 @@ def test_utilisation_never_falls_with_bandwidth(capsys, method):
     assert alone[-1] > alone[0]
 
 
-@pytest.mark.parametrize("method", ["streaming", "ddp"])
-def test_analytic_and_event_agree_without_contention(capsys, method):
-    """On a fast link everything hides behind compute in both."""
-    shared = ["--model", "olmoe-1b-7b", "--method", method, "--rtt-ms", "0"]
-    event = project(capsys, *shared, "--bandwidth", "100Tbit")
-    (swept,) = project(capsys, *shared, "--sweep", "bandwidth=100Tbit")
-    assert (event["time_model"], swept["time_model"]) == ("event", "analytic")
-    assert event["round_time_s"] == pytest.approx(swept["round_time_s"], rel=1e-3)
-
-
 def test_a_calibration_replaces_our_defaults(capsys, config, tmp_path):
     """Round time as the fit itself predicts it; payload as planned."""
     own = load_config(config)
@@ -186,19 +176,6 @@ def test_a_calibration_replaces_our_defaults(capsys, config, tmp_path):
     assert full["step_time_s"] > row["step_time_s"]
 
 
-def test_skipping_speeds_a_step_up_by_the_models_own_flops(capsys):
-    """1 / (1 - f (1 - s)), f the experts' share of the FLOPs and s the executed share."""
-    from fomoe_sim.flops import token_flops
-    from fomoe_sim.presets import model_preset
-
-    shared = ["--model", "mixtral-8x7b", "--sites", "4"]
-    full = project(capsys, *shared, "--method", "diloco")
-    half = project(capsys, *shared, "--replication", "2")
-    fraction = token_flops(model_preset("mixtral-8x7b")).expert_fraction
-    gain = 1 / (1 - fraction * (1 - half["executed_fraction"]))
-    assert full["step_time_s"] / half["step_time_s"] == pytest.approx(gain)
-
-
 def test_a_slower_site_holds_the_others_up(capsys):
     row = project(capsys, "--cluster", THREE, "--model", "olmoe-1b-7b", "--method", "diloco")
     assert row["slowest_link"] == "south up"
@@ -222,39 +199,6 @@ def test_money_ranges_are_ordered_and_idle_time_is_paid(capsys):
     assert row["usd_per_1e6_tokens"] == pytest.approx(1e6 * row["cost_usd"] / row["tokens"])
 
 
-def test_published_days_and_money_of_deepseek_v3(capsys):
-    """180 k H800-hours per 1e12 tokens and USD 2 an hour give 3.66 days on 2048 of them."""
-    mfu = 6 * 36.63e9 * 1e12 / (180e3 * 3600 * 989e12)  # what those hours imply, heads included
-    flags = "--model deepseek-v3 --sites 1 --accelerator H800 --accelerators 2048 --tokens 1e12"
-    row = project(capsys, *flags.split(), "--method", "ddp", "--mfu", f"{mfu:.6f}")
-    assert row["days"] == pytest.approx(3.66 * row_flops_ratio(), rel=5e-3)
-    assert row["cost_usd_low"] == pytest.approx(2 * 2048 * 24 * row["days"])
-
-
-def row_flops_ratio():
-    from fomoe_sim.flops import token_flops
-    from fomoe_sim.presets import model_preset
-
-    return token_flops(model_preset("deepseek-v3")).full / (6 * 36.63e9)
-
-
-def test_risk_of_losing_an_expert_falls_with_replication(capsys):
-    losses = []
-    for r in ("1", "2", "4"):
-        flags = ["--model", "100b-moe", "--sites", "8", "--replication", r, "--mtbf-hours", "100"]
-        losses.append(project(capsys, *flags)["risk"]["coverage_loss_probability"])
-    assert losses == sorted(losses, reverse=True)
-    assert losses[0] > 100 * losses[2]
-
-
-def test_stragglers_and_quorum(capsys):
-    flags = ["--model", "100b-moe", "--sites", "8", "--slow-probability", "0.2"]
-    every = project(capsys, *flags, "--slow-factor", "2")["risk"]
-    most = project(capsys, *flags, "--slow-factor", "2", "--quorum", "6")["risk"]
-    assert every["round_time_p50_s"] <= every["round_time_p99_s"]
-    assert most["round_time_p50_s"] < every["round_time_p50_s"]
-
-
 def test_plots_are_drawn(capsys, tmp_path):
     for name, more in (
         ("lines.svg", ["--sweep", "bandwidth=100Mbit..10Gbit", "--compare", "fomoe,diloco"]),
@@ -266,31 +210,21 @@ def test_plots_are_drawn(capsys, tmp_path):
     assert "diloco" in (tmp_path / "lines.svg").read_text()
 
 
-def test_the_simulator_never_imports_torch():
-    """A planner's machine needs no torch, and the commands stay fast."""
-    code = (
-        "import pkgutil, sys, importlib, fomoe_sim\n"
-        "names = [m.name for m in pkgutil.iter_modules(fomoe_sim.__path__)]\n"
-        "[importlib.import_module(f'fomoe_sim.{n}') for n in names if n != '__main__']\n"
-        "assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def test_every_field_of_real_output_is_explained_and_nothing_else(capsys, config):
     assert main(["project", "--explain"]) == 0
     text = capsys.readouterr().out
     assert "arXiv 2412.19437" in text
     explained = {line.split("  (")[0].strip() for line in text.splitlines() if "  (" in line}
-    risk = ["--step-variation", "0.1"]
+    explained = {name for name in explained if name}
     rows = [
-        project(capsys, "--config", config, *risk),
-        project(capsys, "--model", "dbrx", "--method", "streaming", "--states", "mixed", *risk),
+        project(capsys, "--config", config),
+        project(capsys, "--model", "dbrx", "--method", "streaming", "--states", "mixed"),
+        project(capsys, "--model", "dbrx", "--outer-on", "accelerator"),
+        project(capsys, "--model", "deepseek-v3", "--parallel", "tp=1,pp=1,ep=1,zero=3"),
     ]
-    seen = {"memory_parts.*.where"}
+    seen = {"memory_parts.*.where", "step_parts.*"}
     for row in rows:
-        seen |= {name for name in row if name not in ("risk", "memory_parts")}
-        seen |= {f"risk.{name}" for name in row["risk"]}
+        seen |= {name for name in row if name not in ("memory_parts", "step_parts")}
         seen |= {f"memory_parts.{name}.bytes" for name in row["memory_parts"]}
         assert all(set(part) == {"where", "bytes"} for part in row["memory_parts"].values())
     assert seen == explained
@@ -305,26 +239,21 @@ def test_series_are_named_by_all_that_varies(capsys, tmp_path):
     assert "fomoe H=8 fragments=4 overlap=1" in drawn
 
 
-def test_a_structural_sweep_is_fast(capsys):
-    """Nothing of it is an array: every configuration is another scenario."""
-    axes = "replication=1,2,4 sites=8..17..1 bits=4,8,32 fragments=1..11..1 local_steps=1..10..1"
+@pytest.mark.parametrize(
+    "axes",
+    [
+        "replication=1,2,4 sites=8..17..1 bits=4,8,32 fragments=1..11..1 local_steps=1..10..1",
+        "replication=1..4..1 local_steps=1..2500..1",
+    ],
+)
+def test_ten_thousand_points_are_one_answer_each(capsys, axes):
+    """Structural axes are grids of their own, the others arrays; either takes seconds of CPU."""
     start = time.process_time()
     assert main(["project", "--model", "deepseek-v3", "--sweep", *axes.split(), "--csv"]) == 0
-    assert time.process_time() - start < 2
-    assert len(capsys.readouterr().out.splitlines()) == 1 + 9900
-
-
-def test_one_answer_and_a_large_sweep_are_fast(capsys):
-    start = time.perf_counter()
-    project(capsys, "--model", "kimi-k2", "--compare", "ddp,streaming,fomoe")
-    one = time.perf_counter() - start
-    start = time.perf_counter()
-    sweep = ["--sweep", "replication=1..4..1", "local_steps=1..2500..1"]
-    rows = project(capsys, "--model", "deepseek-v3", *sweep)
-    many = time.perf_counter() - start
-    assert len(rows) == 10_000
-    assert one < 0.5
-    assert many < 2
+    assert time.process_time() - start < 4
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + (9900 if "sites" in axes else 10_000)
+    assert len(set(lines)) == len(lines)
 
 
 BAD_INPUT = {
@@ -362,25 +291,34 @@ BAD_INPUT = {
     "--model dbrx --tokens inf": "--tokens inf must be at most",
     "--model dbrx --price inf": "--price inf must be at most",
     "--model dbrx --repair-hours inf": "--repair-hours inf must be at most",
-    "--model dbrx --step-variation inf": "--step-variation inf must be at most",
-    "--model dbrx --slow-probability 2 --slow-factor 2": "--slow-probability 2.0 must be at most 1",
     "--model dbrx --mfu 1e-300": "--mfu 1e-300 must be at least",
     "--model dbrx --tokens 1e-300": "--tokens 1e-300 must be at least 1",
     "--model dbrx --mtbf-hours 1e-300": "--mtbf-hours 1e-300 must be at least",
     "--model dbrx --bandwidth 1e-300": "from 1 to 1e+18 bit/s",
-    "--model dbrx --slow-factor 0.5": "--slow-factor 0.5 must be at least 1",
     "--model dbrx --mtbf-hours -1": "--mtbf-hours -1.0 must be above 0",
     "--model dbrx --local-steps 100000000000000000000": "must be at most 1,000,000",
     f"--model dbrx --sites {'9' * 400}": "must be at most 256",
     f"--model dbrx --sweep sites={'9' * 400}": "must be a whole number",
     "--model dbrx --sweep sites=100000": "must be at most 256",
-    "--model dbrx --bits 64": "--bits 64 must be at most 32",
+    "--model dbrx --bits 64": "--bits 64.0 must be at most 32",
+    "--model dbrx --bits 0": "--bits 0.0 must be above 0",
+    "--model dbrx --method photon": "needs --config",
+    "--model dbrx --parallel tp=2,qq=3": "--parallel qq=3 must be one of tp, pp",
+    "--model dbrx --parallel tp=0": "--parallel tp 0 must be one whole number above 0",
+    "--model dbrx --parallel zero=2": "--parallel zero 2 must be 1 or 3",
+    "--model dbrx --capacity 8,8": "one number for each of the 4 sites",
+    "--model dbrx --capacity 1,1,1,1": "--capacity 1,1,1,1 has capacity for 4 experts",
+    "--model dbrx --capacity a": "must be whole numbers",
+    "--model dbrx --capacity 8,8,8,8 --replication 2": "contradicts --capacity",
+    "--model dbrx --price 2 --price-kind spot": "contradicts --price",
+    "--model dbrx --tornado --json": "asks about one question",
+    "--model dbrx --solve break_even --bandwidth 1Gbit": "contradicts --solve break_even",
+    "--model no.yaml": "does not exist",
     "--model dbrx --bandwidth .": "is not a link",
     "--model dbrx --bandwidth 1GB/s": "is in bytes",
     "--model dbrx --bandwidth 1e300Gbit": "to 1e+18 bit/s",
     "--model dbrx --step-time 1 --mfu 0.3": "--mfu 0.3 contradicts --step-time",
-    "--model dbrx --batch-tokens 1000000": "leaves accelerators idle",
-    "--model dbrx --method spes --topology star": "has no meaning for spes",
+    "--model dbrx --batch-tokens 10000": "leaves accelerators idle",
     "--model dbrx --compare ddp,ep --outer-on disk": "has no meaning for ddp",
     "--model dbrx --method ddp --sweep fragments=1,2": "--sweep fragments has no meaning",
     "--model 10b --sweep replication=1,2": "without routed experts",
@@ -388,7 +326,6 @@ BAD_INPUT = {
     "--model dbrx --cluster configs/clusters/shared-uplink.yaml --solve bandwidth "
     "--utilisation 0.999": "uplink campus up",
     "--model dbrx --quorum 9": "between 1 and the 4 sites",
-    "--model dbrx --slow-factor 2": "needs both",
 }
 
 
@@ -435,7 +372,7 @@ def capacity_cluster(tmp_path, *capacities):
 
 @pytest.mark.parametrize(
     ("method", "holds"),
-    [("diloco", 8), ("photon", 8), ("streaming", 8), ("ddp", 8), ("spes", 8), ("ep", 4)],
+    [("diloco", 8), ("streaming", 8), ("ddp", 8), ("spes", 8), ("ep", 4)],
 )
 def test_a_method_that_stores_more_than_a_sites_capacity_does_not_fit(
     capsys, tmp_path, method, holds
@@ -457,16 +394,6 @@ def test_placement_by_capacity_and_shards_keep_to_it(capsys, tmp_path, method):
     assert project(capsys, *flags)["fits"]
 
 
-def test_fp32_products_run_at_the_fp32_peak(capsys, config):
-    rows = {}
-    for precision in ("fp32", "bf16"):
-        path = config.replace("small", precision)
-        with open(path, "w") as file:
-            file.write(CONFIG + f"inner: {{precision: {precision}}}\n")
-        rows[precision] = project(capsys, "--config", path)["step_time_s"]
-    assert rows["fp32"] / rows["bf16"] == pytest.approx(989 / 66.9)
-
-
 def test_a_steered_router_executes_its_target(capsys, config):
     with open(config, "a") as file:
         file.write("router: {execute_target: 0.75}\n")
@@ -485,59 +412,18 @@ def test_a_config_recomputes_what_it_says(capsys, config, choice, ours):
     flagged = project(capsys, "--config", config, "--recompute", "full")
     assert flagged["recompute"] == "full"
     assert row["step_time_s"] <= flagged["step_time_s"]
-    kept = [answer["memory_parts"]["activations"]["bytes"] for answer in (row, flagged)]
-    assert kept[0] >= kept[1]
-
-
-def test_recomputing_experts_costs_their_forward_pass(capsys):
-    from fomoe_sim.flops import token_flops
-    from fomoe_sim.presets import model_preset
-
-    shared = ["--model", "mixtral-8x7b", "--method", "diloco"]
-    none = project(capsys, *shared, "--recompute", "none")
-    experts = project(capsys, *shared, "--recompute", "experts")
-    fraction = token_flops(model_preset("mixtral-8x7b")).expert_fraction
-    assert experts["step_time_s"] / none["step_time_s"] == pytest.approx(1 + fraction / 3)
-    parts = [row["memory_parts"]["activations"]["bytes"] for row in (experts, none)]
-    assert parts[0] < parts[1]
+    name = "memory_bytes_per_accelerator"
+    assert row[name] >= flagged[name]
 
 
 def test_a_configs_own_methods_have_their_own_names(capsys, config):
     names = "resident-routing,dense,diloco-half,single"
     rows = project(capsys, "--config", config, "--compare", names)
-    assert [row["method"] for row in rows] == names.split(",")
+    assert [row["method"] for row in rows] == ["one-site", *names.split(",")]
+    rows = rows[1:]
     assert rows[0]["executed_fraction"] == 1
     assert rows[1]["params_total"] < rows[0]["params_total"]
     assert rows[3]["num_sites"] == 1
-
-
-@pytest.mark.parametrize("fragments", [1, 2, 3, 5, 7, 8, 11, 15, 16])
-def test_event_and_sweep_agree_on_fragments(capsys, fragments):
-    """Any number of fragments, also where it does not divide the 16 layers or exceeds H."""
-    shared = ["--model", "olmoe-1b-7b", "--fragments", str(fragments), "--overlap-steps", "1"]
-    for steps in ("4", "64"):
-        for rate in ("1Mbit", "100Tbit"):  # all exposed, nothing exposed
-            flags = [*shared, "--local-steps", steps, "--rtt-ms", "0"]
-            event = project(capsys, *flags, "--bandwidth", rate)
-            (swept,) = project(capsys, *flags, "--sweep", f"bandwidth={rate}")
-            assert (event["time_model"], swept["time_model"]) == ("event", "analytic")
-            assert event["round_time_s"] == pytest.approx(swept["round_time_s"], rel=2e-3)
-            assert event["exposed_s_per_round"] >= 0
-
-
-def test_a_sync_costs_once_however_many_fragments_share_its_step(capsys):
-    shared = ["--model", "olmoe-1b-7b", "--bandwidth", "1Mbit", "--local-steps", "1"]
-    one = project(capsys, *shared)
-    many = project(capsys, *shared, "--sweep", "fragments=16")[0]
-    assert many["round_time_s"] == pytest.approx(one["round_time_s"])
-
-
-@pytest.mark.parametrize("rate", ["10Mbit", "1Gbit", "100Gbit", "10Tbit"])
-def test_fsdp_costs_the_same_alone_and_in_a_sweep(capsys, rate):
-    shared = ["--model", "olmoe-1b-7b", "--method", "fsdp"]
-    alone = project(capsys, *shared, "--bandwidth", rate)
-    (swept,) = project(capsys, *shared, "--sweep", f"bandwidth={rate}")
-    assert alone["round_time_s"] == pytest.approx(swept["round_time_s"])
 
 
 def fitted(tmp_path, **changes):
@@ -593,8 +479,82 @@ def test_plan_refuses_what_project_refuses(capsys):
     for flags, words in (
         (["--replication", "4"], "--replication 4 exceeds the 2 sites"),
         (["--method", "ddp", "--fragments", "4"], "has no meaning for ddp"),
-        (["--method", "spes", "--topology", "star"], "has no meaning for spes"),
         (["--method", "dilco"], "did you mean diloco?"),
         (["--fragments", "400"], "exceeds the 40 layers"),
     ):
         assert words in refusal(capsys, *shared, *flags, command="plan")
+
+
+def test_a_given_step_time_scales_with_the_executed_flops(capsys):
+    """1 - f (1 - s), f the experts' share of the FLOPs and s the executed share."""
+    shared = ["--model", "mixtral-8x7b", "--sites", "4", "--step-time", "8"]
+    full = project(capsys, *shared, "--method", "diloco")
+    half = project(capsys, *shared, "--replication", "2")
+    fraction = token_work(model_preset("mixtral-8x7b"), 4096).expert_fraction
+    share = 1 - fraction * (1 - half["executed_fraction"])
+    assert half["step_time_s"] / full["step_time_s"] == pytest.approx(share)
+
+
+def test_a_given_mfu_is_the_models_flops_over_peak(capsys):
+    flags = "--model deepseek-v3 --sites 1 --accelerator H800 --accelerators 2048 --tokens 1e12"
+    row = project(capsys, *flags.split(), "--method", "ddp", "--mfu", "0.35")
+    assert row["mfu"] == pytest.approx(0.35)
+    flops = 1e12 * token_work(model_preset("deepseek-v3"), 4096).full
+    seconds = flops / (0.35 * 989e12 * 2048)
+    assert row["days_without_failures"] == pytest.approx(seconds / 86400)
+    assert row["cost_usd_low"] == pytest.approx(2 * 2048 * 24 * row["days"])
+
+
+def test_fp32_products_run_slower_than_bf16(capsys, config):
+    rows = {}
+    for precision in ("fp32", "bf16"):
+        path = config.replace("small", precision)
+        with open(path, "w") as file:
+            file.write(CONFIG + f"inner: {{precision: {precision}}}\n")
+        rows[precision] = project(capsys, "--config", path)
+    assert rows["fp32"]["step_time_s"] > rows["bf16"]["step_time_s"]
+    parts = [rows[p]["memory_parts"]["activations"]["bytes"] for p in ("fp32", "bf16")]
+    assert parts[0] == pytest.approx(2 * parts[1], rel=1e-5)
+
+
+def test_a_sync_costs_once_however_many_fragments_share_its_step(capsys):
+    shared = ["--model", "olmoe-1b-7b", "--bandwidth", "1Mbit", "--local-steps", "1"]
+    one = project(capsys, *shared)
+    many = project(capsys, *shared, "--sweep", "fragments=16")[0]
+    assert many["round_time_s"] == pytest.approx(one["round_time_s"])
+
+
+def test_prices_kinds_and_energy(capsys):
+    shared = ["--model", "100b-moe"]
+    listed, spot = (project(capsys, *shared, *more) for more in ((), ("--price-kind", "spot")))
+    assert spot["prices"][0] == pytest.approx([0.3 * 1.99, 0.6 * 5.0])
+    assert spot["cost_usd"] < 0.7 * listed["cost_usd"]
+    hours = 24 * listed["days"]
+    assert listed["energy_mwh"] == pytest.approx(1.2 * 256 * 700 * hours / 1e6)
+    assert listed["carbon_t"] == pytest.approx(0.414 * listed["energy_mwh"])
+
+
+def test_more_tokens_for_the_same_loss(capsys):
+    shared = ["--model", "100b-moe", "--sites", "8"]
+    plain = project(capsys, *shared)
+    more = project(capsys, *shared, "--token-overhead", "1.5")
+    assert plain["token_overhead"] > 1
+    assert more["token_overhead"] == pytest.approx(1.5 * plain["token_overhead"])
+    assert plain["days_at_equal_loss"] == pytest.approx(plain["days"] * plain["token_overhead"])
+    assert project(capsys, *shared, "--method", "ddp")["token_overhead"] == 1
+
+
+def test_a_tornado_shows_what_moves_the_answer_most(capsys, tmp_path):
+    out = tmp_path / "tornado.svg"
+    assert main(["project", "--model", "100b-moe", "--tornado", "--plot", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "every link, half and twice" in lines[1] + lines[2], "1 Gbit/s: the link matters most"
+    assert ElementTree.parse(out).getroot().tag.endswith("svg")
+
+
+def test_wide_tables_show_more(capsys):
+    flags = ["project", "--model", "100b-moe", "--sites", "8", "--wide"]
+    assert main(flags) == 0
+    out = capsys.readouterr().out
+    assert "equal work" in out
+    assert "payload/round" in out

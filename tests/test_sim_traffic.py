@@ -6,17 +6,11 @@ import numpy as np
 import pytest
 
 from fomoe.config import build_config
-from fomoe.placement import build_placement
-from fomoe.segments import build_plan, sync_traffic, wire_elements
-from fomoe.shapes import parameter_specs
-from fomoe_sim.presets import model_preset, shape_from_config
-from fomoe_sim.traffic import (
-    cyclic_holdings,
-    executed_share,
-    hops,
-    method_traffic,
-    table_holdings,
-)
+from fomoe.planning import plan_run
+from fomoe.segments import sync_traffic, wire_elements
+from fomoe_sim.methods import METHODS
+from fomoe_sim.shape import model_preset, shape_from_config
+from fomoe_sim.traffic import cyclic_holdings, executed_share, method_traffic, table_holdings
 
 SMALL = {"d_model": 24, "num_heads": 3, "expert_ffn_dim": 5}
 
@@ -24,18 +18,17 @@ SMALL = {"d_model": 24, "num_heads": 3, "expert_ffn_dim": 5}
 def built(num_sites, placement, num_experts, num_layers):
     model = {**SMALL, "num_experts": num_experts, "num_layers": num_layers}
     config = build_config({"num_sites": num_sites, "placement": placement, "model": model})
-    table = build_placement(config)
-    plan = build_plan(parameter_specs(config), table)
-    return shape_from_config(config, "small"), table, plan
+    run = plan_run(config)
+    return shape_from_config(config, "small"), run.placement, run.plan
 
 
 def hold_equal(shape, table, plan, holdings):
-    traffic = method_traffic(shape, "fomoe", holdings)
+    traffic = method_traffic(shape, METHODS["fomoe"], holdings)
     for site in range(plan.num_sites):
         counted = sync_traffic(plan, site)
-        assert counted.payload_shared == traffic.payload_shared[site]
-        assert counted.payload_expert == traffic.payload_expert[site]
-        assert counted.wire == traffic.sent[site]
+        assert counted.payload_shared == 4 * traffic.shared[site]
+        assert counted.payload_expert == 4 * traffic.experts[site]
+        assert counted.wire == 4 * traffic.sent[site]
         assert plan.numel_at(site) == traffic.held[site]
         residents = [len(experts) for experts in table.residents(site).values()]
         assert residents == traffic.residents[:, site].tolist()
@@ -74,39 +67,41 @@ def test_any_placement_equals_the_segments(placement):
     hold_equal(shape, table, plan, table_holdings(shape, table))
 
 
-def proxy(method, num_sites=4, replication=2, **options):
+def proxy(method, num_sites=4, replication=2):
     shape = model_preset("proxy-54m")
     holdings = cyclic_holdings(shape, num_sites, replication)
-    return shape, method_traffic(shape, method, holdings, **options)
+    return shape, method_traffic(shape, METHODS[method], holdings)
 
 
-def test_ddp_moves_h_times_what_diloco_moves():
+def reduced(traffic):
+    return traffic.shared + traffic.experts
+
+
+def test_ddp_moves_what_diloco_moves():
     """Equal per exchange; DDP exchanges every step, DiLoCo every H steps."""
     _, ddp = proxy("ddp")
     _, diloco = proxy("diloco")
-    assert ddp.every_step
-    assert not diloco.every_step
-    np.testing.assert_array_equal(ddp.payload, diloco.payload)
+    np.testing.assert_array_equal(reduced(ddp), reduced(diloco))
     np.testing.assert_array_equal(ddp.sent, diloco.sent)
 
 
 def test_full_replication_equals_diloco():
     _, fomoe = proxy("fomoe", replication=4)
     _, diloco = proxy("diloco")
-    for name in ("payload", "sent", "received", "held"):
+    for name in ("shared", "experts", "sent", "received", "held"):
         np.testing.assert_array_equal(getattr(fomoe, name), getattr(diloco, name))
 
 
 def test_one_holder_sends_shared_parameters_only():
     shape, traffic = proxy("fomoe", replication=1)
-    assert not traffic.payload_expert.any()
-    assert set(traffic.payload_shared) == {4 * shape.shared_total}
+    assert not traffic.experts.any()
+    assert set(traffic.shared) == {shape.shared_total}
 
 
 def test_paper_ratio_on_the_proxy():
     """45.4 = H x N / N_synced, with 0.703 of the parameters synced (arXiv 2606.19025)."""
     shape, traffic = proxy("fomoe")
-    synced = traffic.payload[0] / 4
+    synced = reduced(traffic)[0]
     assert synced / shape.total == pytest.approx(0.703, abs=1e-3)
     assert 32 * shape.total / synced == pytest.approx(45.44, rel=2e-3)
 
@@ -114,9 +109,9 @@ def test_paper_ratio_on_the_proxy():
 def test_payload_follows_the_formula_of_any_replication():
     shape = model_preset("deepseek-v3")
     for r in (2, 4, 8):
-        traffic = method_traffic(shape, "fomoe", cyclic_holdings(shape, 8, r))
-        formula = 4 * (shape.shared_total + shape.expert_total * r / 8)
-        np.testing.assert_allclose(traffic.payload, formula, rtol=1e-9)
+        traffic = method_traffic(shape, METHODS["fomoe"], cyclic_holdings(shape, 8, r))
+        formula = shape.shared_total + shape.expert_total * r / 8
+        np.testing.assert_allclose(reduced(traffic), formula, rtol=1e-9)
 
 
 def test_fsdp_moves_half_as_much_again_as_ddp():
@@ -127,57 +122,40 @@ def test_fsdp_moves_half_as_much_again_as_ddp():
 
 def test_spes_sends_its_share_and_receives_everything():
     shape, traffic = proxy("spes")
-    np.testing.assert_allclose(traffic.sent, 4 * (shape.shared_total + shape.expert_total / 2))
-    np.testing.assert_array_equal(traffic.received, 4 * shape.total)
+    np.testing.assert_allclose(traffic.sent, shape.shared_total + shape.expert_total / 2)
+    np.testing.assert_array_equal(traffic.received, shape.total)
     np.testing.assert_array_equal(traffic.held, shape.total)
 
 
 def test_expert_parallelism_moves_tokens():
-    shape, traffic = proxy("ep", tokens_per_step=1000)
-    tokens = 4 * shape.top_k * (1 - 1 / 4) * shape.d_model * 2 * shape.num_moe_layers * 1000
-    np.testing.assert_allclose(traffic.payload_expert, tokens)
-    np.testing.assert_array_equal(traffic.payload_shared, 4 * shape.shared_total)
+    shape, traffic = proxy("ep")
+    tokens = 4 * shape.top_k * (1 - 1 / 4) * shape.d_model * 2 * shape.num_moe_layers
+    assert traffic.token_bytes == pytest.approx(tokens)
+    np.testing.assert_array_equal(traffic.shared, shape.shared_total)
+    assert not traffic.experts.any()
 
 
 @pytest.mark.parametrize("method", ["fomoe", "diloco", "ddp", "fsdp", "ep", "spes"])
 def test_one_site_sends_nothing(method):
-    _, traffic = proxy(method, num_sites=1, replication=1, tokens_per_step=100)
+    _, traffic = proxy(method, num_sites=1, replication=1)
     assert not traffic.sent.any()
-    assert not traffic.payload.any()
+    assert not reduced(traffic).any()
+    assert not traffic.token_bytes
 
 
-@pytest.mark.parametrize("topology", ["ring", "star", "tree"])
 @pytest.mark.parametrize("num_sites", [2, 5, 8])
-def test_every_topology_sends_the_vector_2n_minus_2_times(topology, num_sites):
-    """A mean over n holders takes at least 2 (n - 1) vectors in all, and these take no more."""
-    shape, traffic = proxy("diloco", num_sites=num_sites, replication=1, topology=topology)
-    assert traffic.sent.sum() == 4 * shape.total * 2 * (num_sites - 1)
-    assert hops(topology, num_sites) >= 2
-
-
-@pytest.mark.parametrize(
-    ("num_holders", "depth"), [(2, 1), (3, 1), (4, 2), (5, 2), (7, 2), (8, 3), (15, 3), (16, 4)]
-)
-def test_a_trees_messages_follow_its_depth(num_holders, depth):
-    """Holder i's parent is (i - 1) // 2, so the last one is the deepest."""
-    position, steps = num_holders - 1, 0
-    while position:
-        position, steps = (position - 1) // 2, steps + 1
-    assert steps == depth
-    assert hops("tree", num_holders) == 2 * depth
+def test_a_ring_sends_the_vector_2n_minus_2_times(num_sites):
+    """A mean over n holders takes at least 2 (n - 1) vectors in all, and this takes no more."""
+    shape, traffic = proxy("diloco", num_sites=num_sites, replication=1)
+    assert traffic.sent.sum() == shape.total * 2 * (num_sites - 1)
+    assert traffic.hops == 2 * (num_sites - 1)
 
 
 def test_ring_equals_the_trainers_wire_elements():
     shape, traffic = proxy("diloco", num_sites=3, replication=1)
     full = [wire_elements(shape.shared_total, 3, i) for i in range(3)]
     experts = [wire_elements(shape.expert_total, 3, i) for i in range(3)]
-    assert traffic.sent.tolist() == [4 * (a + b) for a, b in zip(full, experts, strict=True)]
-
-
-def test_low_bit_payload_shrinks_in_proportion():
-    _, full = proxy("fomoe")
-    _, low = proxy("fomoe", bits=4)
-    np.testing.assert_allclose(8 * low.payload, full.payload)
+    assert traffic.sent.tolist() == [a + b for a, b in zip(full, experts, strict=True)]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,179 @@
+"""The one function: `evaluate(grids of questions) -> columns`.
+
+`project`, `--sweep`, `--solve` and `plan` all ask here, so one question has one answer. A grid is a
+question whose local steps, bits, fragments, overlap and bandwidth are arrays; all that does not
+depend on them is computed once per grid, and syncs that overlap with compute are timed by the event
+model for all grids at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fomoe_sim.columns import Load, Row, columns_of, details
+from fomoe_sim.overlap import Overlapped, rounds
+from fomoe_sim.question import Question
+from fomoe_sim.sites import Answered, Grid, answer, grid, vary
+from fomoe_sim.traffic import Floats
+
+__all__ = ["Answered", "Columns", "Grid", "Row", "answer_one", "evaluate", "grid", "vary"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Columns:
+    """Answers of all points in the order of the grids.
+
+    Attributes:
+        values: by column name, one entry per point.
+        owners: index of each point's grid.
+        answered: of each grid.
+    """
+
+    values: dict[str, list[Any]]
+    owners: list[int]
+    answered: list[Answered]
+
+    def rows(self) -> list[Row]:
+        """One mapping per point."""
+        names = list(self.values)
+        return [
+            dict(zip(names, row, strict=True)) for row in zip(*self.values.values(), strict=True)
+        ]
+
+
+def evaluate(grids: list[Grid]) -> Columns:
+    """Answer every point of every grid.
+
+    Raises:
+        ConfigError: if a site's step is too small for its accelerators.
+    """
+    answered = [answer(one.question) for one in grids]
+    loads = [_load(one, found) for one, found in zip(grids, answered, strict=True)]
+    times = _rounds(grids, answered, loads)
+    values: dict[str, list[Any]] = {}
+    owners: list[int] = []
+    for index, (one, found, load, time) in enumerate(
+        zip(grids, answered, loads, times, strict=True)
+    ):
+        columns = columns_of(one, found, load, time)
+        size = len(one.local_steps)
+        for name, column in columns.items():
+            listed = column.tolist() if isinstance(column, np.ndarray) else [column] * size
+            values.setdefault(name, []).extend(listed)
+        owners += [index] * size
+    return Columns(values=values, owners=owners, answered=answered)
+
+
+def answer_one(question: Question) -> Row:
+    """One question's row, with what only one answer shows."""
+    columns = evaluate([grid(question)])
+    return columns.rows()[0] | details(columns.answered[0])
+
+
+# ------------------------------------------------------------------------------------------- links
+
+
+def _load(one: Grid, found: Answered) -> Load:
+    """The slowest link of one exchange, over sites, directions and shared uplinks."""
+    cluster, traffic = one.question.cluster, found.traffic
+    several = cluster.num_sites > 1
+    tokens = traffic.token_bytes * found.tokens
+    elements = np.stack([traffic.sent, traffic.received])  # [2, K]
+    moved = np.stack([tokens, tokens])
+    shared = [elements[:, inside].sum(axis=1) for inside in cluster.uplink_members]
+    extra = [moved[:, inside].sum(axis=1) for inside in cluster.uplink_members]
+    bits = np.concatenate([elements.ravel(), *shared])[:, None] * one.bits
+    bits = bits + 8 * np.concatenate([moved.ravel(), *extra])[:, None]
+    nominal = np.concatenate(
+        [cluster.own_bps.ravel(), np.repeat([rate for _, rate in cluster.uplinks], 2)]
+    )
+    rates = np.repeat(nominal[:, None], len(one.bits), axis=1)
+    own = 2 * cluster.num_sites
+    rates[:own] = np.where(np.isnan(one.bandwidth), rates[:own], one.bandwidth)
+    rates = cluster.efficiency * rates
+    seconds = bits / rates
+    slowest = seconds.argmax(axis=0)
+    points = np.arange(len(one.bits))
+    latency = several * (cluster.sync_fixed_s + traffic.hops * cluster.rtt_s / 2)
+    names = {index: _link_name(one.question, int(index)) for index in np.unique(slowest)}
+    return Load(
+        transfer_s=several * seconds[slowest, points],
+        bits=several * bits[slowest, points],
+        rate_bps=rates[slowest, points],
+        latency_s=latency,
+        where=[names[index] if several else "none" for index in slowest.tolist()],
+    )
+
+
+def _link_name(question: Question, index: int) -> str:
+    """A link's name: own links up and down, then each shared uplink up and down."""
+    cluster = question.cluster
+    place, site = divmod(index, cluster.num_sites)
+    if place < 2:
+        return f"{cluster.sites[site].name} {('up', 'down')[place]}"
+    uplink, direction = divmod(index - 2 * cluster.num_sites, 2)
+    return f"uplink {cluster.uplinks[uplink][0]} {('up', 'down')[direction]}"
+
+
+# ------------------------------------------------------------------------------------------ rounds
+
+
+def _rounds(grids: list[Grid], answered: list[Answered], loads: list[Load]) -> list[Floats]:
+    """Time of a round of every grid at the low, central and high share of peak, [3, P] each."""
+    found = [np.zeros((3, len(one.bits))) for one in grids]
+    asked: list[Overlapped] = []
+    places: list[tuple[int, int, NDArray[np.int64], Floats]] = []
+    for index, (one, known, load) in enumerate(zip(grids, answered, loads, strict=True)):
+        method, steps = one.question.method, one.local_steps
+        exchange = load.transfer_s + load.latency_s
+        beside = np.zeros(len(steps), bool)
+        if load.latency_s or load.transfer_s.any():
+            beside = (one.overlap_steps > 0) & (not method.every_step)
+            beside = beside | (method.hidden == "layers")
+        for end in range(3):
+            step_s = float(known.step_s[end].max())
+            if method.every_step:
+                hides = {"step": step_s}.get(method.hidden, 0.0)
+                found[index][end] = steps * (step_s + np.maximum(0.0, exchange - hides))
+            else:
+                # A pseudo-gradient is there after the last step, so that nothing hides; fragments
+                # of one step are sent together.
+                parts = np.minimum(one.fragments, steps)
+                waits = load.transfer_s + parts * load.latency_s
+                found[index][end] = steps * step_s + waits
+            points = np.nonzero(beside)[0]
+            if not points.size:
+                continue
+            every, ones = method.every_step, np.ones(points.size)
+            asked.append(
+                Overlapped(
+                    weights=_weights(known),
+                    transfer_s=load.transfer_s[points],
+                    step_s=step_s * ones,
+                    fixed_s=load.latency_s * ones,
+                    local_steps=ones if every else steps[points],
+                    fragments=ones if every else one.fragments[points],
+                    overlap_steps=-ones if every else one.overlap_steps[points],
+                )
+            )
+            places.append((index, end, points, steps[points] if every else ones))
+    for (index, end, points, repeats), time in zip(places, rounds(asked), strict=True):
+        found[index][end][points] = repeats * time
+    return found
+
+
+def _weights(known: Answered) -> tuple[float, ...]:
+    """Share of the exchange in each layer, by what each syncs: embedding first, head last."""
+    shape, traffic = known.question.shape, known.traffic
+    layers = np.array(shape.layer_shared, float)
+    table = shape.vocab_size * shape.d_model
+    layers[0] += table
+    layers[-1] += shape.d_model + (0 if shape.tied else table)
+    layers *= float(traffic.shared.max()) / layers.sum()
+    if shape.num_moe_layers:
+        layers[shape.num_dense :] += float(traffic.experts.max()) / shape.num_moe_layers
+    return tuple(layers / layers.sum()) if layers.sum() else (0.0,) * shape.num_layers

@@ -1,0 +1,294 @@
+"""What a sync hides behind compute: layers computing, one FIFO link sending, who waits for whom.
+
+A formula knows how many bytes a method sends; only an event model knows how many of them hide. What
+is modelled, for one site of a synchronous group:
+
+- A step of T seconds is a forward pass (T/3) over layers 0..L-1 and a backward pass (2T/3) over
+  layers L-1..0.
+- A sync of a layer is queued when its gradient is ready, and one link sends one transfer at a time
+  in that order. The reduction itself costs nothing.
+- With an overlap of tau steps, what step s queues must be complete when step s + tau ends, and the
+  whole site waits there. Without (tau None) the next forward pass waits, layer by layer.
+- The answer is a round of the steady state: rounds before it let the overlap of one reach into the
+  next.
+
+Every time is an array over points, and so are H and the steps at which fragments are sent, so that
+a grid of questions is one run of this model and equal questions get equal answers. The model is
+that of the bandwidth tables of Streaming DiLoCo (arXiv 2501.18512, table 4) and Scaling Laws for
+DiLoCo (arXiv 2503.09799, table 6); `fomoe validate` compares with them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fomoe_sim.trainer import ConfigError, FomoeError
+
+Array = NDArray[np.float64]
+Sends = list[tuple[Array, tuple[int, ...]]]  # (step of the round [P], layers synced after it)
+
+# Bandwidths of the published tables, bit/s; neighbours differ by a factor of 1.207.
+GRID_BPS: Array = np.logspace(-1, 3, 50) * 1e9
+
+
+class ImpossibleResult(FomoeError, ValueError):
+    """A result would need more bits than the link can carry in the time it claims."""
+
+
+class UnreachableUtilisation(FomoeError, ValueError):
+    """No bandwidth that was asked about reaches the utilisation."""
+
+
+# --------------------------------------------------------------------------------------- schedules
+
+
+def at_round_end(num_layers: int, local_steps: ArrayLike) -> Sends:
+    """All layers after the last step: DiLoCo, and data-parallel at local_steps = 1."""
+    return [(np.atleast_1d(np.asarray(local_steps, float)) - 1, tuple(range(num_layers)))]
+
+
+def strided(num_layers: int, local_steps: ArrayLike, num_fragments: int) -> Sends:
+    """F fragments of strided layers, each synced once per round, evenly staggered.
+
+    Fragment p has the layers p, p + F, p + 2F, ... and is sent after step floor(p H / F); fragments
+    that fall on one step are sent together.
+
+    Args:
+        local_steps: H of every point; all of at least F steps, or all equal.
+    """
+    steps = np.atleast_1d(np.asarray(local_steps, float))
+    sends: dict[tuple[float, ...], tuple[Array, list[int]]] = {}
+    for fragment in range(num_fragments):
+        at = np.floor(fragment * steps / num_fragments)
+        layers = list(range(fragment, num_layers, num_fragments))
+        # Distinct fragments fall on one step at all points or at none.
+        sends.setdefault(tuple(at.tolist()), (at, []))[1].extend(layers)
+    return [(at, tuple(sorted(layers))) for at, layers in sends.values()]
+
+
+# -------------------------------------------------------------------------------------- simulation
+
+
+def round_time(
+    *,
+    layer_s: ArrayLike,
+    step_s: ArrayLike,
+    local_steps: ArrayLike,
+    sends: Sends,
+    overlap_steps: int | None,
+    fixed_s: ArrayLike = 0.0,
+) -> Array:
+    """Time of one round in the steady state, seconds, [P].
+
+    Args:
+        layer_s: time that the link takes for each layer's sync alone, [L, P].
+        step_s: compute time of one local step, [P].
+        local_steps: steps per round, H, [P].
+        sends: which layers are synced after which step, in order of the steps.
+        overlap_steps: steps that a sync may take beside compute (tau); None: nothing overlaps and
+            the next forward pass waits per layer.
+        fixed_s: link time that every step with a sync costs beside its bytes, [P].
+    """
+    layers = np.asarray(layer_s, float)
+    steps = np.atleast_1d(np.asarray(local_steps, float))
+    arrays = np.broadcast_arrays(np.asarray(step_s, float), steps, np.asarray(fixed_s, float))
+    shape = np.broadcast_shapes(arrays[0].shape, layers.shape[1:])
+    step, steps, fixed = (np.broadcast_to(a, shape) for a in arrays)
+    run = _Run(np.broadcast_to(layers, (layers.shape[0], *shape)), step, fixed, overlap_steps)
+    rounds = 2 + ceil(((overlap_steps or 0) + 1) / float(steps.min()))
+    before = run.done_s
+    for index in range(rounds):
+        before = run.done_s
+        run.round(index * steps, steps, sends)
+    return run.done_s - before
+
+
+class _Run:
+    """State of a running simulation; every time is an array over points.
+
+    Attributes:
+        at: the step that comes next; now: when it would start without waiting.
+        link: when the link is free.
+        due: pairs of (step, when the sync that must be complete before it is).
+        waits: per layer, the end of its sync; -inf: nothing to wait for.
+    """
+
+    def __init__(self, layer_s: Array, step: Array, fixed: Array, overlap: int | None) -> None:
+        self.layer_s, self.step_s, self.fixed_s, self.overlap = layer_s, step, fixed, overlap
+        num_layers = layer_s.shape[0]
+        self.below = [index / num_layers for index in range(num_layers)]
+        self.at = self.now = self.link = self.done_s = np.zeros(step.shape)
+        self.due: list[tuple[Array, Array]] = []
+        self.waits: dict[int, Array] = {}
+
+    def round(self, start: Array, steps: Array, sends: Sends) -> None:
+        for at, layers in sends:
+            self.go_to(start + at)
+            self.backward(layers)
+        self.go_to(start + steps, finish=True)
+        # Counted from here, a round holds exactly its own bits: the next one's first transfer
+        # starts after this one's last step and last transfer.
+        self.done_s = np.maximum(self.now, self.link)
+
+    def go_to(self, step: Array, *, finish: bool = False) -> None:
+        """Compute up to a step; what is due at the first step of a round is waited for in it."""
+        now = self.now + (step - self.at) * self.step_s
+        for due, end in self.due:
+            past = due < step if finish else due <= step
+            now = np.where(past, np.maximum(now, end + (step - due) * self.step_s), now)
+        self.due = [pair for pair in self.due if not (pair[0] < step).all()]
+        if self.waits:
+            # The first step after a sync waits in its forward pass, layer by layer.
+            later = step > self.at if finish else step >= self.at
+            waited = self.forward(self.now) - self.step_s / 3
+            now = np.where(later, np.maximum(now, waited + (step - self.at) * self.step_s), now)
+            none = np.full(step.shape, -np.inf)
+            self.waits = {n: np.where(later, none, end) for n, end in self.waits.items()}
+        self.now, self.at = now, step
+
+    def forward(self, now: Array) -> Array:
+        """End of a forward pass whose layers wait for their syncs."""
+        at = 0.0
+        for layer in sorted(self.waits):
+            now = now + self.step_s / 3 * (self.below[layer] - at)
+            now = np.maximum(now, self.waits[layer])
+            at = self.below[layer]
+        return now + self.step_s / 3 * (1 - at)
+
+    def backward(self, layers: tuple[int, ...]) -> None:
+        """The step that is next, whose backward pass queues these layers."""
+        backward_s, at = 2 * self.step_s / 3, 1.0
+        now = self.now + self.step_s / 3
+        order = sorted(layers, reverse=True)
+        if order:
+            ready = now + backward_s * (1 - self.below[order[0]])
+            self.link = np.maximum(self.link, ready) + self.fixed_s
+        for layer in order:
+            now = now + backward_s * (at - self.below[layer])
+            at = self.below[layer]
+            self.link = np.maximum(self.link, now) + self.layer_s[layer]
+            if self.overlap is None:
+                self.waits[layer] = self.link
+        self.now, self.at = now + backward_s * at, self.at + 1
+        if order and self.overlap is not None:
+            self.due.append((self.at + self.overlap, self.link))
+
+
+# ------------------------------------------------------------------------------- rounds of a model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlapped:
+    """Points of one grid whose syncs run beside compute; arrays over points, [P].
+
+    Attributes:
+        weights: share of the exchange's bytes in each layer, [L].
+        transfer_s: link time of one exchange's bytes.
+        step_s, fixed_s: compute time of a step, link time of a sync beside its bytes.
+        local_steps, fragments: H and F; H = F = 1 where every step exchanges.
+        overlap_steps: tau; -1 for layers that wait one by one.
+    """
+
+    weights: tuple[float, ...]
+    transfer_s: Array
+    step_s: Array
+    fixed_s: Array
+    local_steps: Array
+    fragments: Array
+    overlap_steps: Array
+
+
+def rounds(asked: list[Overlapped]) -> list[Array]:
+    """Round times of several grids at once: points with one schedule are simulated together."""
+    found = [np.zeros(one.transfer_s.shape) for one in asked]
+    groups: dict[tuple[int, ...], list[tuple[int, NDArray[np.int64]]]] = {}
+    for index, one in enumerate(asked):
+        # From F steps on a round's fragments fall on different steps, whatever H is.
+        merged = np.where(one.fragments > one.local_steps, one.local_steps, 0)
+        keys = np.stack([one.fragments, one.overlap_steps, merged], axis=1).astype(int)
+        for key in np.unique(keys, axis=0):
+            points = np.nonzero((keys == key).all(axis=1))[0]
+            groups.setdefault((len(one.weights), *map(int, key)), []).append((index, points))
+    for (layers, fragments, overlap, _), members in groups.items():
+
+        def take(name: str, members: list[tuple[int, NDArray[np.int64]]] = members) -> Array:
+            return np.concatenate([getattr(asked[i], name)[points] for i, points in members])
+
+        weights = np.concatenate(
+            [np.tile(np.array(asked[i].weights)[:, None], len(p)) for i, p in members], axis=1
+        )
+        steps = take("local_steps")
+        time = round_time(
+            layer_s=weights * take("transfer_s"),
+            step_s=take("step_s"),
+            local_steps=steps,
+            sends=strided(layers, steps, fragments),
+            overlap_steps=None if overlap < 0 else overlap,
+            fixed_s=take("fixed_s"),
+        )
+        start = 0
+        for index, points in members:
+            found[index][points] = time[start : start + len(points)]
+            start += len(points)
+    return found
+
+
+# ------------------------------------------------------------------------------------------ checks
+
+
+def check_conservation(
+    *,
+    bits: float,
+    bandwidth_bps: ArrayLike,
+    utilisation: ArrayLike,
+    local_steps: float,
+    step_time_s: float,
+) -> None:
+    """Refuse a result that claims more bits than its link can carry in its round.
+
+    A utilisation u means a round of H T / u seconds, so `bandwidth >= u x bits / (H T)`.
+
+    Args:
+        bits: bits that the site really sends per round, ring and fitted factors included.
+        bandwidth_bps, utilisation: of one result or of several (equal shapes).
+
+    Raises:
+        ImpossibleResult: naming the bandwidth, the utilisation and the least possible bandwidth.
+    """
+    bandwidth = np.atleast_1d(np.asarray(bandwidth_bps, float))
+    claimed = np.broadcast_to(np.asarray(utilisation, float), bandwidth.shape)
+    floor = claimed * bits / (local_steps * step_time_s)
+    for got, least, share in zip(bandwidth, floor, claimed, strict=True):
+        if got < least * (1 - 1e-9) or share > 1 + 1e-9:
+            raise ImpossibleResult(
+                f"utilisation {100 * share:.4g} % at {got / 1e9:.4g} Gbit/s is impossible: "
+                f"{bits / 1e9:.4g} Gbit per round of {local_steps} steps of {step_time_s:.4g} s "
+                f"need at least {least / 1e9:.4g} Gbit/s"
+            )
+
+
+def first_reaching(
+    reached: Array, utilisation: ArrayLike, *, grid_bps: Array = GRID_BPS
+) -> list[float]:
+    """The first bandwidth of an ascending grid that reaches each utilisation, bit/s.
+
+    Raises:
+        ConfigError: if a utilisation is outside (0, 1].
+        UnreachableUtilisation: if the whole grid stays below one.
+    """
+    found = []
+    for target in np.atleast_1d(np.asarray(utilisation, float)):
+        if not 0 < target <= 1:
+            raise ConfigError("utilisation", float(target), "must lie in (0, 1]")
+        bins = np.nonzero(reached >= target - 1e-12)[0]
+        if not bins.size:
+            raise UnreachableUtilisation(
+                f"utilisation {100 * target:.4g} % is not reached: {grid_bps[-1] / 1e9:.4g} Gbit/s "
+                f"gives {100 * reached[-1]:.4g} %"
+            )
+        found.append(float(grid_bps[bins[0]]))
+    return found

@@ -1,0 +1,87 @@
+"""A plan as a config that `fomoe train` accepts."""
+
+from __future__ import annotations
+
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from fomoe_sim.evaluate import Answered
+from fomoe_sim.question import OWN_RECOMPUTE, Question
+from fomoe_sim.traffic import cyclic_holdings
+from fomoe_sim.trainer import ConfigError, build_config
+
+RECOMPUTE = {ours: name for name, ours in OWN_RECOMPUTE.items()}
+
+
+def config_tree(question: Question, known: Answered) -> dict[str, Any]:
+    """Nested options of a plan that `fomoe train` runs, as a YAML experiment has them."""
+    shape, attention = question.shape, question.shape.attention
+    num_sites, seq_len = question.cluster.num_sites, question.seq_len
+    sequences = max(1, round(question.batch_tokens / num_sites / seq_len))
+    micro = min(sequences, int(known.layouts[0].degrees["micro"]))
+    accumulate = max(1, round(sequences / micro))
+    per_round = num_sites * question.local_steps * micro * accumulate * seq_len
+    tree: dict[str, Any] = {
+        "method": question.method.name,
+        "num_sites": num_sites,
+        "local_steps": question.local_steps,
+        "rounds": max(1, ceil(question.tokens / per_round)),
+        "model": {
+            "vocab_size": shape.vocab_size,
+            "num_layers": shape.num_layers,
+            "d_model": shape.d_model,
+            "num_heads": attention.heads,
+            "num_kv_heads": attention.kv_heads,
+            "head_dim": attention.head_dim,
+            "qk_norm": attention.qk_norm,
+            "tie_embeddings": shape.tied,
+            "num_experts": shape.num_experts,
+            "top_k": shape.top_k,
+            "expert_ffn_dim": shape.expert_ffn,
+            "shared_expert_ffn_dim": shape.shared_ffn,
+            "num_dense_layers": shape.num_dense_layers,
+            "recompute": RECOMPUTE[str(known.layouts[0].degrees["recompute"])],
+        },
+        "inner": {"batch_size": micro, "accumulation_steps": accumulate},
+        "data": {"seq_len": seq_len},
+    }
+    if shape.num_dense_layers:
+        tree["model"]["dense_ffn_dim"] = shape.dense_ffn
+    if not shape.num_experts:
+        # Without routed experts the trainer's dense FFN has the active width.
+        tree["model"] |= {"ffn": "dense", "num_experts": 1, "top_k": 1}
+        tree["model"]["expert_ffn_dim"] = shape.dense_ffn
+    if question.method.placed:
+        tree["placement"] = _placement(question)
+    return tree
+
+
+def _placement(question: Question) -> dict[str, Any]:
+    counts, replication = question.holdings.residents, question.replication
+    if replication == int(replication):
+        even = cyclic_holdings(question.shape, question.cluster.num_sites, int(replication))
+        if np.array_equal(even.residents, counts):
+            return {"kind": "cyclic", "replication_factor": int(replication)}
+    return {"kind": "cyclic", "capacity": [int(n) for n in counts[0]]}
+
+
+def write_config(path: str | Path, tree: dict[str, Any]) -> None:
+    """Write a plan as a config, checked by the trainer's own loader.
+
+    Raises:
+        ConfigError: naming the rule that the config breaks, or why it cannot be written.
+    """
+    build_config(tree)
+    head = (
+        "# Written by fomoe plan.\n"
+        "# data.source and data.tokenizer are the defaults: name your own text.\n"
+    )
+    try:
+        text = head + yaml.safe_dump(tree, sort_keys=False)
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError("--out", str(path), f"cannot be written: {error.strerror}") from None

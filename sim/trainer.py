@@ -1,0 +1,122 @@
+"""What the cost model takes from the trainer: errors, configs, placements, counted bytes.
+
+No other file here imports from `fomoe`, so that what the two share can be read in one place.
+Nothing of it needs torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fomoe.config import METHODS as CONFIG_METHODS
+from fomoe.config import Config, build_config, load_config
+from fomoe.errors import ConfigError, FomoeError
+from fomoe.hints import hint
+from fomoe.jsonlines import Lines, read_lines
+from fomoe.memory import SiteMemory
+from fomoe.options import NonNegativeFloat, Options, option_names
+from fomoe.placement import Placement, build_placement, by_capacity, capacity_slots
+from fomoe.planning import plan_run
+from fomoe.yamlfile import read_yaml
+
+__all__ = [
+    "CONFIG_METHODS",
+    "Config",
+    "ConfigError",
+    "FomoeError",
+    "Lines",
+    "NonNegativeFloat",
+    "Options",
+    "Placement",
+    "SiteMemory",
+    "build_config",
+    "build_placement",
+    "by_capacity",
+    "can_train",
+    "capacity_slots",
+    "counted",
+    "hint",
+    "load",
+    "read_data",
+    "read_lines",
+    "read_yaml",
+    "slots_placement",
+    "stamp",
+]
+
+DATA = Path(__file__).parent / "data"
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@lru_cache(maxsize=8)
+def read_data(name: str) -> dict[str, Any]:
+    """One of our own tables, `sim/data/<name>.yaml`."""
+    text = (DATA / f"{name}.yaml").read_text(encoding="utf-8")
+    return yaml.load(text, Loader=_LOADER)
+
+
+def stamp(path: str) -> int:
+    """When a file last changed, so that a cache never answers from an old one."""
+    try:
+        return Path(path).stat().st_mtime_ns
+    except OSError:
+        return 0  # the loader says what is wrong with it
+
+
+def load(path: str, overrides: tuple[str, ...] = ()) -> Config:
+    """A config as `fomoe train` would run it, or refuse it."""
+    return _load_at(path, overrides, stamp(path))
+
+
+@lru_cache(maxsize=512)
+def _load_at(path: str, overrides: tuple[str, ...], _: int) -> Config:
+    return load_config(path, overrides)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    """What the trainer's own arithmetic says of a config, per site."""
+
+    payload: tuple[int, ...]
+    states: tuple[SiteMemory, ...]
+
+
+def counted(config: Config) -> Counted:
+    """Payload of one sync and bytes of state at every site, by the trainer's plan."""
+    run = plan_run(config)
+    return Counted(payload=tuple(t.payload for t in run.traffic), states=run.memory)
+
+
+def slots_placement(
+    num_sites: int, moe_layers: tuple[int, ...], num_experts: int, slots: tuple[int, ...]
+) -> Placement:
+    """Placement by how many experts of each layer a site takes."""
+    table = by_capacity(len(moe_layers), num_experts, slots)
+    return Placement(num_sites=num_sites, moe_layers=moe_layers, holders=table, trainers=table)
+
+
+# What a plan may need of the trainer, and the option that has it where there is one.
+_ABILITIES = {
+    "bits": ("low-bit sync", "sync.bits"),
+    "fragments": ("fragments", "sync.fragments"),
+    "overlap": ("overlap", "sync.overlap_steps"),
+    "unequal_batches": ("a batch by each site's speed", ""),
+    "accelerators": ("several accelerators per site", ""),
+    "adam": ("Adam states of 16 or 8 bits", ""),
+    "mixed": ("bf16 weights with fp32 masters", ""),
+}
+
+
+@lru_cache(maxsize=1)
+def _options() -> frozenset[str]:
+    return frozenset(option_names(Config))
+
+
+def can_train(*needs: str) -> list[str]:
+    """Of the abilities named, those that `fomoe train` lacks, in words."""
+    return [_ABILITIES[need][0] for need in needs if _ABILITIES[need][1] not in _options()]

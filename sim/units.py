@@ -1,0 +1,131 @@
+"""Numbers as people write and read them: rates, ranges of options, figures with units."""
+
+from __future__ import annotations
+
+import re
+from math import sqrt
+
+from fomoe_sim.trainer import ConfigError, hint
+
+
+def central(low_high: tuple[float, float]) -> float:
+    """Geometric mean of a range, as far from both ends in ratio; from 0 on, the arithmetic mean."""
+    low, high = low_high
+    return sqrt(low * high) if low else high / 2
+
+
+_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+_NUMBER = r"([0-9]+\.?[0-9]*(?:e[+-]?[0-9]+)?|\.[0-9]+)"
+_RATE = re.compile(_NUMBER + r"\s*([kmgt]?)((?:bits?|b)?(?:/s|ps)?)", re.IGNORECASE)
+# Links people name by their product: nominal rates.
+LINKS = {"fast-ethernet": 100e6, "gigabit": 1e9, "10gbe": 10e9, "100gbe": 100e9}
+SLOWEST_BPS, FASTEST_BPS = 1.0, 1e18
+
+
+def read_rate(text: object, field: str) -> float:
+    """Bits per second from `1Gbit`, `100Mb/s`, `2.5Gbps`, a link's name, or a plain number.
+
+    Raises:
+        ConfigError: if the text is no rate, is in bytes, or is not above 0.
+    """
+    if isinstance(text, int | float) and not isinstance(text, bool):
+        rate: float = text
+    else:
+        word = str(text).strip()
+        rate = LINKS.get(word.lower()) or _read_words(word, field)
+    if not SLOWEST_BPS <= rate <= FASTEST_BPS:
+        rule = f"must be a bandwidth above 0: from {SLOWEST_BPS:g} to {FASTEST_BPS:g} bit/s"
+        raise ConfigError(field, str(text), rule)
+    return float(rate)
+
+
+def _read_words(word: str, field: str) -> float:
+    match = _RATE.fullmatch(word)
+    if "byte" in word.lower() or (match and match[3] in ("B", "B/s", "Bps")):
+        raise ConfigError(field, word, "is in bytes (capital B); give bits: 8Gbit for 1 GB/s")
+    if match is None:
+        known = hint(word, LINKS)
+        rule = f"is not a link or a rate such as 1Gbit or 100Mbit; {known}"
+        raise ConfigError(field, word, rule)
+    return float(match[1]) * _UNITS[match[2].lower()]
+
+
+def read_up_down(text: object, field: str) -> tuple[float, float]:
+    """Up and down rates of `UP/DOWN` (each a rate) or of one rate for both."""
+    word = str(text)
+    parts = re.split(r"/(?!s\b)", word) if isinstance(text, str) else [text]
+    if len(parts) > 2:
+        raise ConfigError(field, word, "must be one rate, or UP/DOWN such as 100Mbit/1Gbit")
+    rates = [read_rate(part, field) for part in parts]
+    return rates[0], rates[-1]
+
+
+# ----------------------------------------------------------------------------------------- ranges
+
+MOST_SITES = 256
+MOST_LOCAL_STEPS = 1_000_000
+MOST_USD = 1e6  # of one accelerator-hour or GB
+
+
+def check_number(flag: str, value: float, low: float, high: float) -> None:
+    """Refuse a number that is not finite or not within its limits.
+
+    Raises:
+        ConfigError: naming the flag as it was typed.
+    """
+    if value != value:
+        raise ConfigError(flag, value, "must be a number")
+    if low == 0 and value < 0:
+        raise ConfigError(flag, value, "must not be negative")
+    if value <= 0 and low > 0:
+        raise ConfigError(flag, value, "must be above 0")
+    if value < low:
+        raise ConfigError(flag, value, f"must be at least {low:g}")
+    if value > high:
+        raise ConfigError(flag, value, f"must be at most {high:,.15g}")
+
+
+def flag_of(name: str) -> str:
+    """An option's name as the user types it."""
+    return f"--{name.replace('_', '-')}"
+
+
+# ----------------------------------------------------------------------------------------- figures
+
+_PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def scaled(value: float, unit: str = "") -> str:
+    """`1.23 GB` style: three digits and a decimal prefix; a small figure is no power of ten."""
+    for limit, prefix in _PREFIXES:
+        if abs(value) >= 0.9995 * limit:
+            return f"{_three(value / limit)} {prefix}{unit}"
+    return f"{_three(value)} {unit}".rstrip()
+
+
+def _three(value: float) -> str:
+    """Three digits without an exponent; below a hundredth, that it is less."""
+    if value and abs(value) < 0.01:
+        return "<0.01"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes, hours, days or years, whichever a person would say."""
+    for limit, size, word in (
+        (1e-3, 1e-6, "us"),
+        (1.0, 1e-3, "ms"),
+        (120.0, 1.0, "s"),
+        (7200.0, 60.0, "min"),
+        (48 * 3600.0, 3600.0, "h"),
+        (2 * 365 * 86400.0, 86400.0, "days"),
+    ):
+        if seconds < limit:
+            return f"{_three(seconds / size)} {word}"
+    return f"{_three(seconds / (365 * 86400.0))} years"
+
+
+def percent(share: float) -> str:
+    """A share in percent, with as many digits as it needs near 0."""
+    value = 100 * share
+    return f"{value:.1f}%" if value >= 0.095 or not value else f"{_three(value)}%"
