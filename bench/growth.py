@@ -10,7 +10,7 @@ import torch
 from bench.layers import PLAIN_SKIP, Row, router_step
 from bench.machine import LayerShape, Machine
 from bench.timing import side_by_side
-from fomoe.config import build_config
+from fomoe.load import build_config
 from fomoe.model.router import Routing
 from fomoe.model.transformer import MoE
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bench.machine import LayerShape, Machine
 from bench.timing import Timing, side_by_side
-from fomoe.config import build_config
 from fomoe.errors import ConfigError
+from fomoe.load import build_config
 from fomoe.model.backends.choice import choose_backend
 from fomoe.model.matmul import ONEDNN, TORCH, has_onednn
 from fomoe.model.transformer import MoE

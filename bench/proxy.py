@@ -14,7 +14,8 @@ import torch
 
 from bench.layers import Row
 from bench.machine import Machine
-from fomoe.config import Config, load_config
+from fomoe.config import Config
+from fomoe.load import load_config
 from fomoe.train import train
 
 CONFIG = Path(__file__).parent.parent / "configs" / "proxy_54m.yaml"

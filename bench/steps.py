@@ -12,7 +12,8 @@ from torch import Tensor
 from bench.layers import Row
 from bench.machine import Machine, StepShape
 from bench.timing import side_by_side
-from fomoe.config import Config, build_config
+from fomoe.config import Config
+from fomoe.load import build_config
 from fomoe.planning import plan_run
 from fomoe.site import Site
 from fomoe_sim.shape import shape_from_config

@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +22,6 @@ from fomoe.errors import ConfigError, FomoeError
 from fomoe.hints import hint
 from fomoe.launch import Launch, launch_from_environment, site_label
 from fomoe.sync.waiting import is_blocked
-from fomoe_sim.cli import add_commands
 
 _EXIT_FAILED, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 2, 130
 
@@ -88,7 +88,8 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     _add_train(commands)
     _add_compare(commands)
     _add_merge(commands)
-    add_commands(commands, chosen)
+    # By name: the cost model imports from this package, not the other way round.
+    import_module("fomoe_sim.cli").add_commands(commands, chosen)
     if chosen is not None and chosen not in commands.choices:
         parser.error(f"{chosen} is not a command; {hint(chosen, commands.choices)}")
     return parser
@@ -268,7 +269,7 @@ def load(
     path: str, overrides: Sequence[str], *, method: str | None = None, suffix: str = ""
 ) -> Any:
     """Load a config; without `run.dir` the run goes to `runs/<name of the file><suffix>`."""
-    from fomoe.config import load_config
+    from fomoe.load import load_config
 
     config = load_config(path, list(overrides), method=method)
     run_dir = config.run.dir or str(Path("runs") / f"{Path(path).stem}{suffix}")

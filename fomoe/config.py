@@ -8,17 +8,13 @@ value afterwards: what the file leaves out has its default here or is derived by
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import Field
 
-from fomoe.errors import ConfigError
-from fomoe.methods import method_settings
 from fomoe.options import (
     MOST,
     AnyTuple,
@@ -34,12 +30,7 @@ from fomoe.options import (
     Seed,
     Text,
     TextTuple,
-    parse_options,
-    yaml_word,
 )
-from fomoe.overrides import parse_override, set_option
-from fomoe.rules import check_config
-from fomoe.yamlfile import read_yaml
 
 
 class ExpertsConfig(Options):
@@ -281,55 +272,3 @@ class Config(Options):
         """Hash of every option but the named top-level ones; equal at all sites of a run."""
         tree = {k: v for k, v in self.model_dump(mode="json").items() if k not in without}
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
-
-
-# ---------------------------------------------------------------------------------------- loading
-
-
-def load_config(
-    path: str | Path, overrides: list[str] | tuple[str, ...] = (), *, method: str | None = None
-) -> Config:
-    """Read a YAML experiment, apply dotted overrides and the method's settings, check every rule.
-
-    Args:
-        path: the YAML file.
-        overrides: `section.option=value` strings. One that contradicts the method is refused.
-        method: run this method instead of the config's; what it sets wins over the overrides, so
-            that one command line serves several methods.
-
-    Raises:
-        ConfigError: one line naming the field, the value and the rule that it breaks.
-    """
-    tree = read_yaml(path)
-    explicit: dict[str, Any] = {}
-    for override in overrides:
-        field, value = parse_override(override, Config)
-        set_option(tree, field, value)
-        explicit[field] = value
-    if method is not None:
-        tree["method"], explicit = method, {}
-    return build_config(tree, explicit=explicit)
-
-
-def build_config(tree: dict[str, Any], *, explicit: dict[str, Any] | None = None) -> Config:
-    """Build and check a Config from nested dicts; `explicit` are options no method may overrule."""
-    config = parse_options(tree, Config)
-    given = config.model_dump(mode="json")
-    tree = copy.deepcopy(tree)
-    for field, value in method_settings(config).items():
-        set_option(tree, field, value)
-    config = parse_options(tree, Config)
-    taken = config.model_dump(mode="json")
-    for field, value in (explicit or {}).items():
-        if _option(given, field) != (set_to := _option(taken, field)):
-            rule = f"contradicts method {config.method}, which sets {yaml_word(set_to)}"
-            raise ConfigError(field, value, rule)
-    check_config(config)
-    return config
-
-
-def _option(tree: dict[str, Any], field: str) -> Any:
-    value: Any = tree
-    for part in field.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from fomoe.config import Config
+from fomoe.config import Config
 
 
 def method_settings(config: Config) -> dict[str, Any]:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fomoe.config import Config
 from fomoe.errors import ConfigError
-
-if TYPE_CHECKING:
-    from fomoe.config import Config
 
 Sites = tuple[int, ...]
 Table = tuple[tuple[Sites, ...], ...]  # per MoE layer, per expert: sites in ascending order

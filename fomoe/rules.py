@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from fomoe.config import Config, OuterConfig
 from fomoe.errors import ConfigError
 from fomoe.hints import hint
 from fomoe.placement import build_placement
-
-if TYPE_CHECKING:
-    from fomoe.config import Config, OuterConfig
-
 
 # Classes of torch.optim whose step works element by element, as anchors and their slices need;
 # the others take a closure, or sparse gradients or matrices only. A test holds them to torch.

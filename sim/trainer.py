@@ -14,10 +14,11 @@ from typing import Any
 import yaml
 
 from fomoe.config import METHODS as CONFIG_METHODS
-from fomoe.config import Config, build_config, load_config
+from fomoe.config import Config
 from fomoe.errors import ConfigError, FomoeError
 from fomoe.hints import hint
 from fomoe.jsonlines import Lines, read_lines
+from fomoe.load import build_config, load_config
 from fomoe.memory import SiteMemory
 from fomoe.options import NonNegativeFloat, Options, option_names
 from fomoe.placement import Placement, build_placement, by_capacity, capacity_slots

@@ -16,9 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fomoe.config import Config, build_config, set_option
+from fomoe.config import Config
 from fomoe.data.dataset import Data
+from fomoe.load import build_config
 from fomoe.model.transformer import Transformer
+from fomoe.overrides import set_option
 from fomoe.planning import RunPlan, plan_run
 from fomoe.run import Run
 from fomoe.shapes import parameter_specs

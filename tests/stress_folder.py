@@ -23,9 +23,10 @@ import torch
 from safetensors.torch import load_file
 
 from fomoe import checkpoint
-from fomoe.config import Config, build_config
+from fomoe.config import Config
 from fomoe.errors import CheckpointError
 from fomoe.files import listing, write_text_atomically
+from fomoe.load import build_config
 from fomoe.merge import merge
 from fomoe.planning import plan_run
 from fomoe.rundir import claim_run_dir

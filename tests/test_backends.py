@@ -3,6 +3,7 @@ read; frozen experts are computed and not trained."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from fomoe.model.backends import choice, megablocks
 from fomoe.model.backends.base import plan_dispatch
 from fomoe.model.backends.split import lay_out
 from fomoe.model.elementwise import rms_norm, rotate
-from fomoe.model.experts import run_experts
+from fomoe.model.experts import run_experts, swiglu
 from fomoe.model.router import Routing
 from fomoe.model.transformer import MoE, rotary_table
 
@@ -402,7 +403,12 @@ def test_onednn_gets_few_numbers_of_rows(monkeypatch: pytest.MonkeyPatch) -> Non
         chosen_TK = scores.topk(2, dim=-1).indices
         routing = routing_of(chosen_TK, shape[1], 6, torch.ones(chosen_TK.shape))
         layer.experts(x_TD, routing).sum().backward()
-        experts = {expert: plain_swiglu(layer, expert) for expert in layer.experts.ids}
+        experts = {
+            expert: partial(swiglu, gate_up=gate_up, down=down, matmul="onednn")
+            for expert, gate_up, down in zip(
+                layer.experts.ids, layer.experts.gate_up, layer.experts.down, strict=True
+            )
+        }
         run_experts(x_TD, routing, experts, layer.experts.slot_E)
     rows = {size for shape in seen for size in shape} - {12, 16, 24}
     assert rows <= {64, 96, 128, 192, 256, 384, 512, 768, 1024}

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from fomoe import checkpoint
 from fomoe.checkpoint import load_part, round_folder, saved_rounds
-from fomoe.config import load_config
 from fomoe.errors import CheckpointError
+from fomoe.load import load_config
 from fomoe.train import train
 
 TIMES = ("train_s", "sync_s")

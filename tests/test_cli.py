@@ -16,7 +16,8 @@ import yaml
 from helpers_cli import fomoe, records, snapshot, trained, write_config
 
 from fomoe import __version__
-from fomoe.config import METHODS, load_config
+from fomoe.config import METHODS
+from fomoe.load import load_config
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "metrics.md"
 SUMMARY_KEYS = {

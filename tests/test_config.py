@@ -12,8 +12,9 @@ import yaml
 from helpers_cli import fomoe, tiny_tree, write_config
 from pydantic import ValidationError
 
-from fomoe.config import METHODS, Config, build_config, load_config
+from fomoe.config import METHODS, Config
 from fomoe.errors import ConfigError
+from fomoe.load import build_config, load_config
 from fomoe.methods import method_settings
 from fomoe.options import option_names
 from fomoe.overrides import parse_override, set_option

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from helpers_cli import WORDS, words, write_config, write_texts
 
-from fomoe.config import METHODS, load_config
+from fomoe.config import METHODS
 from fomoe.data.dataset import Data, build_data
 from fomoe.data.sources import open_shards, read_documents
 from fomoe.data.stream import HubStream, Stream, TokenStream
 from fomoe.data.tokenizer import ByteTokenizer, load_tokenizer, parse_bpe, train_bpe
 from fomoe.errors import ConfigError, DataError
+from fomoe.load import load_config
 
 SEQ_LEN = 16
 SHARDS = ("data.tokenizer=none", "model.vocab_size=20000")

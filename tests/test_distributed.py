@@ -29,9 +29,9 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
-from fomoe.config import load_config
 from fomoe.data.dataset import build_data
 from fomoe.errors import DataError, FomoeError, SiteMismatchError
+from fomoe.load import load_config
 from fomoe.merge import merge
 from fomoe.planning import plan_run, planned_summary
 from fomoe.rundir import agreed, compare_configs, compare_fingerprints

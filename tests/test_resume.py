@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from fomoe import checkpoint
 from fomoe.build import started
 from fomoe.checkpoint import load_part, remove_parts, round_folder, saved_rounds
-from fomoe.config import load_config
 from fomoe.errors import CheckpointError
+from fomoe.load import load_config
 from fomoe.resume import expected_state, wrong_value
 from fomoe.resume import resume as resume_run
 from fomoe.run import Run

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from fomoe.cli import main as simulate
-from fomoe.config import build_config
 from fomoe.errors import ConfigError
+from fomoe.load import build_config
 from fomoe.planning import plan_run
 from fomoe.segments import sync_traffic
 from fomoe_sim import calibrate

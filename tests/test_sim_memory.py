@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fomoe.config import load_config
+from fomoe.load import load_config
 from fomoe.memory import site_memory
 from fomoe.planning import plan_run
 from fomoe_sim import layout, time

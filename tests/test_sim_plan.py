@@ -7,7 +7,7 @@ import json
 import pytest
 
 from fomoe.cli import main
-from fomoe.config import load_config
+from fomoe.load import load_config
 from fomoe.placement import build_placement
 from fomoe_sim.options import Ask
 from fomoe_sim.plan import Constraints, search

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fomoe.config import build_config
 from fomoe.errors import ConfigError
+from fomoe.load import build_config
 from fomoe.shapes import parameter_specs
 from fomoe_sim.cluster import accelerator_names, accelerator_preset, read_cluster
 from fomoe_sim.shape import model_preset, shape_from_config

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fomoe.cli import main
-from fomoe.config import load_config
+from fomoe.load import load_config
 from fomoe.placement import build_placement
 from fomoe_sim.calibrate import Calibration, save_calibration
 from fomoe_sim.runs import most_step_flops

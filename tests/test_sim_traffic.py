@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fomoe.config import build_config
+from fomoe.load import build_config
 from fomoe.planning import plan_run
 from fomoe.segments import sync_traffic, wire_elements
 from fomoe_sim.methods import METHODS

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from fomoe.cli import main as simulate
-from fomoe.config import load_config
+from fomoe.load import load_config
 from fomoe.planning import plan_run, planned_summary
 
 pytest.importorskip("fomoe.train", reason="the trainer is not part of this checkout")

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from helpers_cli import fomoe, words, write_config
 
-from fomoe.config import load_config
 from fomoe.data.dataset import build_data
 from fomoe.data.sources import read_documents
 from fomoe.errors import DataError
+from fomoe.load import load_config
 
 TEXT = "Grüße, 世界 😀\nand so on\n" * 3
 
