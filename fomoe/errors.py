@@ -24,7 +24,7 @@ class CheckpointError(FomoeError):
 
 
 class SyncError(FomoeError, RuntimeError):
-    """A sync did not complete; nothing of it was committed at this site."""
+    """The sites did not all join, or an exchange between them did not complete."""
 
 
 class SiteMismatchError(FomoeError):
