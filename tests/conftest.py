@@ -21,8 +21,9 @@ from fomoe.data.dataset import Data
 from fomoe.planning import plan_run
 from fomoe.site import Site
 from fomoe.summary import Totals
+from fomoe.sync.gloo import GlooTransport
 from fomoe.sync.outer import OuterOptimizer
-from fomoe.sync.transport import GlooTransport, InMemoryTransport, Transport
+from fomoe.sync.transport import InMemoryTransport, Transport, failure_text
 from fomoe.train import Run, run_local_steps, synchronize, verify_replicas
 
 torch.set_num_threads(1)
@@ -217,8 +218,10 @@ def over_gloo(
                 while store.add(f"{prefix}/joined", 0) < len(sites):
                     time.sleep(0.001)
                 results[site] = work(transport)
-            finally:
-                transport.close()
+            except Exception as error:
+                transport.close(failure_text(error))
+                raise
+            transport.close()
         except Exception as error:
             results[site] = error
 

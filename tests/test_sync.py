@@ -37,6 +37,7 @@ from torch import Tensor
 
 from fomoe.errors import ConfigError, SyncError
 from fomoe.planning import plan_run
+from fomoe.rundir import agreed
 from fomoe.segments import Bucket, Plan, Segment, sync_traffic, wire_elements
 from fomoe.sync.aggregate import (
     Contribution,
@@ -52,7 +53,7 @@ from fomoe.sync.outer import (
     check_replicas,
 )
 from fomoe.sync.transport import InMemoryTransport, Item, check_agreement
-from fomoe.train import Run, run_local_steps, synchronize, verify_replicas
+from fomoe.train import Run, merged_loss, run_local_steps, synchronize, verify_replicas
 
 PLAIN_MEAN = {"outer.lr": 1.0, "outer.momentum": 0.0, "sync.weight": "uniform"}
 
@@ -794,6 +795,11 @@ def failing_sync(
     return str(caught.value), time.monotonic() - started
 
 
+_REST = "--resume continues from the newest checkpoint"
+NOWHERE = f"; nothing of this sync is committed at any site, {_REST}"
+NOT_HERE = f"; nothing of this sync is committed at this site, {_REST}"
+
+
 @torch.no_grad()
 def diverge(run: Run, site: int) -> None:
     if site == 2:
@@ -850,6 +856,70 @@ def test_an_outer_step_that_overflows_reaches_no_site():
 
     messages = all_good(over_gloo(3, work))
     assert set(messages) == {work(InMemoryTransport(range(3)))}
+
+
+def miscount(run: Run, site: int) -> None:
+    """One site sends more than the plan says, in the exchange that comes."""
+    if site == 2:
+        real = run.transport.sum_over_holders
+
+        def counted_twice(*arguments):
+            run.transport.counts[2].add("expert", payload=4, wire=8)
+            return real(*arguments)
+
+        run.transport.sum_over_holders = counted_twice
+
+
+@pytest.mark.parametrize("layout", ["cyclic", "spes"])
+def test_bytes_that_were_not_planned_stop_the_sync_before_it_is_committed(layout):
+    """At all sites, although one alone has counted them."""
+    work = partial(failing_sync, tiny_config(LAYOUTS[layout]), miscount, SyncError)
+    for message, _ in [*all_good(over_gloo(4, work)), work(InMemoryTransport(range(4)))]:
+        assert message.startswith("site 2: it sent (payload, wire) = (")
+        assert "bytes in this round, but the plan says (" in message
+        assert message.endswith(NOT_HERE)
+
+
+def test_bytes_of_gradients_are_compared_too():
+    config = tiny_config(LAYOUTS["ddp"])
+
+    def work(transport):
+        run = make_run(config, transport)
+        if 2 in run.sites:
+            miscount(run, 2)
+        run_local_steps(run, 0)
+        with pytest.raises(SyncError, match=r"^site 2: it sent .* but the plan says \([^)]*\)$"):
+            synchronize(run)
+
+    all_good(over_gloo(4, work))
+    work(InMemoryTransport(range(4)))
+
+
+def test_only_a_failed_sync_says_that_nothing_of_it_is_committed():
+    """An exchange at the start, for an evaluation or after the commit has nothing to commit."""
+    config = tiny_config(sync__weight="uniform")
+
+    def at_start(run):
+        agreed(run.transport, lambda: None)
+
+    def after_commit(run):
+        verify_replicas(run)
+
+    def leave_and_see(act, transport):
+        run = make_run(config, transport)
+        run_local_steps(run, 0)
+        if transport.sites == (3,):
+            raise OSError("the disk is full")
+        with pytest.raises(SyncError) as caught:
+            act(run)
+        return str(caught.value)
+
+    for act in (at_start, merged_loss, after_commit, synchronize):
+        *messages, _ = over_gloo(4, partial(leave_and_see, act))
+        for message in all_good(messages):
+            assert "site 3 stopped: OSError: the disk is full" in message
+            assert ("committed" in message) == (act is synchronize)
+            assert act is not synchronize or message.endswith(NOWHERE)
 
 
 def test_a_sync_goes_on_after_a_refused_one():
@@ -939,7 +1009,7 @@ def test_a_silent_peer_raises_at_the_timeout():
         if transport.sites[0] == 1:
             return noticed.wait(20)
         started = time.monotonic()
-        with pytest.raises(SyncError, match="exchanging messages failed"):
+        with pytest.raises(SyncError, match="exchanging messages failed: no word from site 1"):
             transport.gather(lambda _: b"hello")
         noticed.set()
         return 0.5 < time.monotonic() - started < 15
@@ -948,9 +1018,11 @@ def test_a_silent_peer_raises_at_the_timeout():
 
 
 def test_a_member_that_never_comes_raises_at_the_timeout():
-    from fomoe.sync.transport import GlooTransport
+    from fomoe.sync.gloo import GlooTransport
 
-    with pytest.raises(SyncError, match="joining the other sites failed"):
+    with pytest.raises(
+        SyncError, match="joining the other sites failed: site 1 did not join within 1 s"
+    ):
         GlooTransport(dist.HashStore(), [0, 1], 0, timeout_s=1.0)
 
 
@@ -958,7 +1030,7 @@ KILLED = """
     import os, signal, sys, time
     import torch.distributed as dist
     from fomoe.errors import SyncError
-    from fomoe.sync.transport import GlooTransport
+    from fomoe.sync.gloo import GlooTransport
 
     site = int(sys.argv[2])
     transport = GlooTransport(dist.FileStore(sys.argv[1], 2), range(2), site, timeout_s=60)

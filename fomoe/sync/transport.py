@@ -1,32 +1,23 @@
-"""Transports: in one process, or between processes over gloo; no other file talks to a network.
+"""Transports: what the rest of the system asks of one, and all sites in one process.
 
-A transport is built from a store and a list of members, never from global state. Both transports
-add contributions in ascending site order, so a proxy run and a distributed run get the same bits,
-and both count bytes per site and class: payload is what a site puts in, wire is what it sends.
+A transport is built from a list of members, never from global state. All transports add
+contributions in ascending site order, so a proxy run and a distributed run get the same bits, and
+all count bytes per site and class: payload is what a site puts in, wire is what it sends.
 """
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from fomoe.errors import ConfigError, FomoeError, SyncError
+from fomoe.errors import FomoeError, SyncError
 from fomoe.segments import Bucket, wire_elements
 from fomoe.sync.aggregate import Contribution, sum_in_order
-from fomoe.sync.bucketsum import BucketSum, Message
-from fomoe.sync.membership import Membership
-from fomoe.sync.waiting import PeerWaits, Pending, in_thread, one_line, say
-
-_ABORT_TAG = (1 << 20) + 2
 
 
 class ByteCounts:
@@ -41,6 +32,19 @@ class ByteCounts:
         if payload or wire:
             self.payload[kind] += payload
             self.wire[kind] += wire
+
+    def add_sum(self, bucket: Bucket, own: Contribution, *, wire: int) -> None:
+        """One reduction: the values by their class, the weights as control."""
+        peers = len(bucket.holders) - 1
+        if peers:
+            kind = "expert" if bucket.expert_class else "shared"
+            self.add(kind, payload=own.values.nbytes, wire=wire)
+            self.add("control", payload=own.weights.nbytes, wire=own.weights.nbytes * peers)
+
+    def add_gather(self, message: bytes, num_members: int) -> None:
+        """One message and its length, to every other member."""
+        size = len(message) + 8
+        self.add("control", payload=size, wire=size * (num_members - 1))
 
     def state(self) -> dict[str, dict[str, int]]:
         return {"payload": dict(self.payload), "wire": dict(self.wire)}
@@ -140,14 +144,14 @@ class InMemoryTransport:
             values = own.values if values is None else values.add_(own.values)
             weights.append(own.weights)
             sent = wire_elements(bucket.numel, len(bucket.holders), position)
-            _count_sum(self.counts[site], bucket, own, wire=own.values.element_size() * sent)
+            self.counts[site].add_sum(bucket, own, wire=own.values.element_size() * sent)
         assert values is not None
         return Contribution(values, sum_in_order(weights))
 
     def gather(self, message: Callable[[int], bytes]) -> list[bytes]:
         messages = [message(site) for site in self.sites]
         for site, own in zip(self.sites, messages, strict=True):
-            _count_gather(self.counts[site], own, len(self.members))
+            self.counts[site].add_gather(own, len(self.members))
         return messages
 
     def share(self, make: Callable[[], bytes]) -> bytes:
@@ -163,243 +167,8 @@ class InMemoryTransport:
         pass
 
 
-class GlooTransport:
-    """One site of a distributed run; its peers are other processes (or threads, in tests).
-
-    Args:
-        store: a torch.distributed store that all members reach.
-        members: sites that take part, ascending; the same at every member.
-        site: this site.
-        timeout_s: longest wait for a peer.
-        join_s: longest wait for all members to join, `timeout_s` by default.
-        interface: network interface to use, such as eth0; by default the host name's address.
-        prefix: name of this membership in the store; a name is used once.
-        local_rank: which of the site's ranks this is; equal local ranks of all sites are peers.
-        place, hosts_store: see `Membership`.
-
-    Raises:
-        SyncError: if the members do not all join in time, or another process is this site.
-        ConfigError: if there is no such interface.
-    """
-
-    def __init__(
-        self,
-        store: dist.Store,
-        members: Sequence[int],
-        site: int,
-        *,
-        timeout_s: float,
-        join_s: float | None = None,
-        interface: str | None = None,
-        prefix: str = "sync",
-        local_rank: int = 0,
-        place: str = "",
-        hosts_store: bool = False,
-    ) -> None:
-        self.members = tuple(sorted(members))
-        self.sites: tuple[int, ...] = (site,)
-        self.counts = {site: ByteCounts()}
-        self._site, self._timeout_s = site, timeout_s
-        self._rank = {member: rank for rank, member in enumerate(self.members)}
-        self._aborted = False
-        self._peers = [member for member in self.members if member != site]
-        options = dist.ProcessGroupGloo._Options()
-        options._timeout = timedelta(seconds=timeout_s)
-        options._devices = [open_interface(interface)]
-        prefixed = dist.PrefixStore(f"{prefix}/{local_rank}", store)
-        self._membership = Membership(
-            prefixed, self.members, site, place=place, hosts_store=hosts_store
-        )
-        end = time.monotonic() + (timeout_s if join_s is None else join_s)
-        try:
-            self._membership.join(end - time.monotonic())
-            rank, size = self._rank[site], len(self.members)
-            self._group = in_thread(
-                lambda: dist.ProcessGroupGloo(prefixed, rank, size, options),
-                timeout_s=end - time.monotonic(),
-            )
-        except BaseException as error:
-            self._membership.tell(failure_text(error))
-            self._membership.leave()
-            if not isinstance(error, Exception):
-                raise
-            raise SyncError(f"joining the other sites failed: {one_line(error)}") from error
-        self._waits = PeerWaits(self._peers, abort=self._abort, timed_out=_timed_out)
-
-    def sum_over_holders(self, buckets: Sequence[Bucket], contribute: Contribute) -> Sums:
-        held = [bucket for bucket in buckets if self._site in bucket.holders]
-        sums = [BucketSum(b, self._site, contribute(b, self._site)) for b in held]
-        # Every site sends its buckets in the plan's order, two messages a peer and bucket; a tag
-        # names the bucket and the message.
-        what = "summing over the holders"
-        self._exchange(what, [(4 * s.bucket.index, s.parts()) for s in sums])
-        for own in sums:
-            own.add()
-        self._exchange(what, [(4 * s.bucket.index + 2, s.totals()) for s in sums])
-        for own in sums:
-            _count_sum(self.counts[self._site], own.bucket, own.contribution, wire=own.wire_bytes)
-        return {own.bucket.index: own.total() for own in sums}
-
-    def gather(self, message: Callable[[int], bytes]) -> list[bytes]:
-        own = message(self._site)
-        size, what = torch.tensor([len(own)]), "exchanging messages"
-        lengths = {peer: torch.empty(1, dtype=torch.int64) for peer in self._peers}
-        self._exchange(what, [(1 << 20, [(p, size, lengths[p]) for p in self._peers])])
-        parts = {p: torch.empty(int(lengths[p]), dtype=torch.uint8) for p in self._peers}
-        mine = torch.frombuffer(bytearray(own), dtype=torch.uint8) if own else torch.empty(0)
-        self._exchange(what, [((1 << 20) + 1, [(p, mine, parts[p]) for p in self._peers])])
-        _count_gather(self.counts[self._site], own, len(self.members))
-        return [own if m == self._site else parts[m].numpy().tobytes() for m in self.members]
-
-    def share(self, make: Callable[[], bytes]) -> bytes:
-        first = self._site == self.members[0]
-        failure: FomoeError | None = None
-        answer = b""
-        if first:
-            try:
-                answer = b"+" + make()
-            except FomoeError as error:
-                failure, answer = error, b"-" + str(error).encode()
-        answer = self.gather(lambda _: answer)[0]
-        if failure is not None:
-            raise failure
-        if answer[:1] == b"-":
-            raise SyncError(f"site {self.members[0]}: {answer[1:].decode()}")
-        return answer[1:]
-
-    def fetch(self, items: Sequence[Item], read: Callable[[int, str], Tensor]) -> dict[str, Tensor]:
-        found, sent = {}, 0
-        messages: list[tuple[int, list[Message]]] = []
-        for index, item in enumerate(items):
-            tag, nothing = (1 << 21) + index, torch.empty(0)
-            if self._site not in item.holders:
-                found[item.name] = torch.empty(item.shape)
-                messages.append((tag, [(item.holders[0], nothing, found[item.name])]))
-                continue
-            found[item.name] = read(self._site, item.name)
-            if self._site == item.holders[0]:
-                own = found[item.name].detach().float().cpu().contiguous()
-                peers = [peer for peer in self.members if peer not in item.holders]
-                messages.append((tag, [(peer, own, nothing) for peer in peers]))
-                sent += own.nbytes * len(peers)
-        self._exchange("fetching experts for evaluation", messages)
-        self.counts[self._site].add("evaluation", payload=sent, wire=sent)
-        return found
-
-    def _exchange(self, what: str, messages: Iterable[tuple[int, Iterable[Message]]]) -> None:
-        """Send and receive messages with all peers at once, and wait for them.
-
-        Args:
-            what: the words for it in an error.
-            messages: a tag, and messages; several with one peer take successive tags. Empty ones
-                are not sent.
-
-        Raises:
-            SyncError: naming the sites that were silent, or the first failure that is known.
-        """
-        if self._aborted:
-            raise SyncError(f"{what} failed: an earlier exchange failed")
-        works: dict[int, list[Pending]] = {peer: [] for peer in self._peers}
-        for tag, own in messages:
-            used = Counter[int]()
-            for peer, out, into in own:
-                own_tag = tag + used[peer]
-                used[peer] += 1
-                try:
-                    works[peer] += self._post(peer, own_tag, out, into)
-                except RuntimeError as error:  # the peer has left since the last exchange
-                    failure = self._failure(what, [peer], error)
-                    self._abort()
-                    raise failure from error
-        self._waits.run(
-            {peer: own for peer, own in works.items() if own},
-            on_slow=lambda peers: self._say_slow(what, peers),
-            on_failure=lambda peers, error: self._failure(what, peers, error),
-        )
-
-    def _post(self, peer: int, tag: int, out: Tensor, into: Tensor) -> list[Pending]:
-        works, rank = [], self._rank[peer]
-        if into.numel():
-            works.append(self._group.recv([into], rank, tag))
-        if out.numel():
-            works.append(self._group.send([out.contiguous()], rank, tag))
-        return works
-
-    def _say_slow(self, what: str, peers: list[int]) -> None:
-        names = self._membership.names(peers)
-        say(self._site, f"{what}: waiting for {names}, up to {self._timeout_s:g} s")
-
-    def _failure(self, what: str, peers: list[int], error: BaseException) -> SyncError:
-        names = self._membership.names(peers)
-        if _timed_out(error):
-            seen = f"no word from {names} within {self._timeout_s:g} s"
-        else:
-            seen = f"lost {names}: {one_line(error)}"
-        why = self._membership.explain(seen, lost=peers, patient=not _timed_out(error))
-        return SyncError(f"{what} failed: {why}")
-
-    def _abort(self) -> None:
-        """Fail every pending message, here and at the peers: a timeout of one closes them all."""
-        self._aborted = True
-        for peer in self._peers:
-            with suppress(RuntimeError):
-                never = self._group.recv([torch.empty(1)], self._rank[peer], _ABORT_TAG)
-                never.wait(timedelta(milliseconds=1))
-
-    def close(self, reason: str = "") -> None:
-        """Leave the group: peers that still wait for this site fail now, not at their timeout."""
-        if reason:
-            self._membership.tell(reason)
-            self._abort()
-            self._membership.leave()
-        self._waits.close()
-        # The connections close with the last reference to the group; shutdown alone leaves them.
-        self._group.shutdown()
-        del self._group
-
-
-def _count_sum(counts: ByteCounts, bucket: Bucket, own: Contribution, *, wire: int) -> None:
-    """One reduction: the values by their class, the weights as control."""
-    if len(bucket.holders) == 1:
-        return
-    kind = "expert" if bucket.expert_class else "shared"
-    counts.add(kind, payload=own.values.nbytes, wire=wire)
-    counts.add(
-        "control", payload=own.weights.nbytes, wire=own.weights.nbytes * (len(bucket.holders) - 1)
-    )
-
-
-def _count_gather(counts: ByteCounts, message: bytes, num_members: int) -> None:
-    """One message and its length, to every other member."""
-    size = len(message) + 8
-    counts.add("control", payload=size, wire=size * (num_members - 1))
-
-
-def open_interface(interface: str | None) -> dist.ProcessGroupGloo.Device:
-    """The network device that gloo listens on.
-
-    Raises:
-        ConfigError: if this machine has no such interface.
-    """
-    try:
-        if interface is None:
-            return dist.ProcessGroupGloo.create_default_device()
-        return dist.ProcessGroupGloo.create_device(interface=interface)
-    except RuntimeError:
-        if interface is None:
-            rule = "must name a network interface: this machine's host name has no address here"
-        else:
-            rule = "is no network interface of this machine"
-        raise ConfigError("--interface", interface or "", rule) from None
-
-
 def failure_text(error: BaseException) -> str:
     """Why a process stops, for the other sites."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     return str(error) if isinstance(error, FomoeError) else f"{type(error).__name__}: {error}"
-
-
-def _timed_out(error: BaseException) -> bool:
-    """gloo's words for a wait that was too long; it closes all connections then."""
-    return "Timed out waiting" in str(error) or "Application timeout" in str(error)
