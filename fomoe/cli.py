@@ -51,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # torch's C++ side prints stack traces of refused connections; our own line says it better.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     words = sys.argv[1:] if argv is None else list(argv)
-    parser = build_parser(next((word for word in words if not word.startswith("-")), None))
-    args, rest = parser.parse_known_args(words)
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
+        signal.signal(signal.SIGTERM, _interrupt)
+        parser = build_parser(next((word for word in words if not word.startswith("-")), None))
+        args, rest = parser.parse_known_args(words)
         _take_overrides(args, rest)
         return args.run(args)
     except ConfigError as error:

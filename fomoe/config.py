@@ -26,7 +26,6 @@ from fomoe.options import (
     Options,
     Positive,
     PositiveFloat,
-    Seconds,
     Seed,
     Text,
     TextTuple,
@@ -175,7 +174,8 @@ class SyncConfig(Options):
     weight: Literal["presence", "tokens", "uniform"] = "presence"
     router_rows: Literal["all", "holders"] = "all"  # whose updates count for an expert's router row
     single_holder: Literal["outer", "local"] = "outer"  # local: no outer step without a peer
-    timeout_s: Seconds = 600.0  # longest wait for a peer that sends nothing
+    # Longest wait for a peer that sends nothing, and for all sites to join.
+    timeout_s: Annotated[float, Field(ge=1, le=1_000_000, allow_inf_nan=False)] = 600.0
     verify_replicas: bool = True  # compare replica hashes over the holders after every sync
 
 

@@ -28,7 +28,7 @@ class ServiceError(FomoeError):
 
 
 class SyncError(FomoeError, RuntimeError):
-    """A sync did not complete; nothing of it was committed at this site."""
+    """The sites did not all join, or an exchange between them did not complete."""
 
 
 class SiteMismatchError(FomoeError):

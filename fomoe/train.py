@@ -13,7 +13,6 @@ import torch
 
 from fomoe.build import choose_device, started
 from fomoe.config import Config
-from fomoe.errors import SyncError
 from fomoe.evaluate import MergedEvaluation, evaluate_local, evaluate_merged, topk_agreement
 from fomoe.launch import Launch, launch_from_environment
 from fomoe.metrics import Metrics
@@ -200,14 +199,7 @@ def synchronize(run: Run) -> dict[int, RoundRouting]:
         SyncError: saying what is lost, if a site fails or is not well.
     """
     prepared = run.sync.prepare()
-    try:
-        exchanged = run.sync.exchange(prepared)
-    except SyncError as error:
-        raise SyncError(
-            f"{error}; nothing of this sync is committed at this site, --resume continues from "
-            f"the newest checkpoint"
-        ) from error
-    run.sync.commit(exchanged)
+    run.sync.commit(run.sync.exchange(prepared))
     return prepared.routing
 
 

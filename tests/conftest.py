@@ -27,8 +27,9 @@ from fomoe.shapes import parameter_specs
 from fomoe.site import Site
 from fomoe.summary import Totals
 from fomoe.sync.ddp import GradientSync
+from fomoe.sync.gloo import GlooTransport
 from fomoe.sync.sync import Sync
-from fomoe.sync.transport import GlooTransport, InMemoryTransport, Transport
+from fomoe.sync.transport import InMemoryTransport, Transport, failure_text
 from fomoe.train import run_local_steps, synchronize
 
 torch.set_num_threads(1)
@@ -241,8 +242,10 @@ def over_gloo(
                 while store.add(f"{prefix}/joined", 0) < len(sites):
                     time.sleep(0.001)
                 results[site] = work(transport)
-            finally:
-                transport.close()
+            except Exception as error:
+                transport.close(failure_text(error))
+                raise
+            transport.close()
         except Exception as error:
             results[site] = error
 

@@ -133,7 +133,8 @@ class Sites:
             "losses": [summary["val_loss_merged"], summary["val_loss_local"]],
             "tokens": summary["tokens"],
             "records": rows,
-            "rounds": [saved_rounds(folder) for folder in folders],
+            # A kill after the last round may leave one more, which only a longer run would remove.
+            "rounds": [saved_rounds(folder)[:KEPT] for folder in folders],
             "left behind": left,
         }
 

@@ -71,6 +71,8 @@ OPTIONS = [
     (["data.seq_len=1"], "data.seq_len 1 must be at least 2"),
     (["data.sites=[a.txt]"], "data.sites ['a.txt'] must name one source for each of the 3 sites"),
     (["data.held_out_fraction=1.5"], "data.held_out_fraction 1.5 must be less than 1"),
+    (["sync.timeout_s=0.1"], "sync.timeout_s 0.1 must be at least 1"),
+    (["sync.timeout_s=1e9"], "sync.timeout_s 1000000000.0 must be at most 1000000"),
     (["run.wandb=sometimes"], "run.wandb 'sometimes' must be one of off, offline or online"),
     (["outer.optimizer=Sgd"], "outer.optimizer Sgd must be an elementwise class of torch.optim"),
     (["outer.optimizer=LBFGS"], "outer.optimizer LBFGS must be an elementwise class"),
@@ -98,13 +100,13 @@ OPTIONS = [
     (["model.dense_ffn_dim=10000000000"], "model.dense_ffn_dim 10000000000 must be at most"),
     (["inner.batch_size=1000000000"], "x data.seq_len 16 is more than 1000000000 tokens at once"),
     (["data.num_shards=1000000000"], "data.num_shards 1000000000 must be at most 100000"),
-    (["rounds=1000000000000"], "rounds 1000000000000 must be at most 1000000000"),
-    (["sync.timeout_s=1e30"], "sync.timeout_s 1e+30 must be at most 10000000"),
+    (["rounds=1000000000000"], "rounds 1000000000000 must be at most 100000000"),
+    (["sync.timeout_s=1e30"], "sync.timeout_s 1e+30 must be at most 1000000"),
     (["--fast"], "argument --fast is not known"),
     (["--overwrite", "--resume"], "not allowed with argument"),
-    (["--device", "gpu"], "--device gpu: this machine has no such device"),
-    (["--device", "cuda:99"], "--device cuda:99: this machine has no such device"),
-    (["--device", "meta"], "--device meta: this machine has no such device"),
+    (["--device", "gpu"], "--device gpu is no device of this machine"),
+    (["--device", "cuda:99"], "--device cuda:99 is no device of this machine"),
+    (["--device", "meta"], "--device meta is no device of this machine"),
 ]
 
 
@@ -529,25 +531,6 @@ def test_a_disk_that_is_full_from_the_start(tmp_path: Path, small_disk: Path) ->
     outcome = fomoe("train", write_config(tmp_path), f"run.dir={small_disk / 'run'}")
     assert_refused(outcome, "No space left on device", str(small_disk / "run"))
     filler.unlink()
-
-
-# ---------------------------------------------------------------------------------------- torchrun
-
-
-@pytest.mark.parametrize(
-    ("rank", "message"),
-    [
-        ("0", "2 processes were started, but num_sites is 3"),
-        ("first", "RANK, WORLD_SIZE and LOCAL_RANK must be integers"),
-    ],
-)
-def test_a_launch_that_does_not_fit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str, message: str
-) -> None:
-    for name, value in (("RANK", rank), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
-        monkeypatch.setenv(name, value)
-    assert_refused(fomoe("train", write_config(tmp_path)), message)
-    assert not (tmp_path / "run").exists()
 
 
 def test_the_tiny_experiment_itself_is_right(tmp_path: Path) -> None:

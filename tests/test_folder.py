@@ -56,10 +56,11 @@ def test_the_short_form_of_a_stress(words: tuple[str, ...]) -> None:
     """Its long form is a command: see the file of that name."""
     name, *flags = words
     short = ["--rounds", "4"] if name == "kill_sites" else []
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-m", f"tests.{name}", *flags, *short],
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [sys.executable, str(here / f"{name}.py"), *flags, *short],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=240,

@@ -43,10 +43,19 @@ from fomoe.run import Run
 from fomoe.segments import Bucket, Plan, RoundCounts, Segment, sync_traffic, wire_elements
 from fomoe.state import entry
 from fomoe.sync.buckets import Contribution, split_bucket
-from fomoe.sync.exchange import Item, check_sites, fetch, gather, mean_over_holders, share
+from fomoe.sync.exchange import (
+    Item,
+    agreed,
+    check_sites,
+    fetch,
+    gather,
+    mean_over_holders,
+    share,
+)
+from fomoe.sync.gloo import GlooTransport
 from fomoe.sync.sync import Prepared
-from fomoe.sync.transport import GlooTransport, InMemoryTransport, Transport
-from fomoe.train import run_local_steps, synchronize
+from fomoe.sync.transport import InMemoryTransport, Transport
+from fomoe.train import merged_loss, run_local_steps, synchronize
 
 PLAIN_MEAN = {"outer.lr": 1.0, "outer.momentum": 0.0, "sync.weight": "uniform"}
 
@@ -713,21 +722,6 @@ def test_counted_wire_bytes_are_the_planned_ones_for_each_holder():
             assert not counts.payload
 
 
-def test_bytes_that_are_not_planned_stop_the_sync_before_its_commit(monkeypatch):
-    """The plan is wrong by one element at one site: no site commits."""
-    real = sync_traffic
-
-    def wrong(plan, site, **options):
-        traffic = real(plan, site, **options)
-        return replace(traffic, wire_shared=traffic.wire_shared + 4) if site == 2 else traffic
-
-    monkeypatch.setattr("fomoe.sync.sync.sync_traffic", wrong)
-    work = partial(failing_sync, tiny_config(), lambda *_: None, SyncError, first_round=False)
-    for message, _ in [*all_good(over_gloo(4, work)), work(InMemoryTransport(range(4)))]:
-        assert "site 2: it sent (payload, wire) = " in message
-        assert "site 1" not in message
-
-
 def test_sites_may_have_any_numbers_and_groups_do_not_mix():
     """A membership is a store and a list of members, so a later one can leave a site out."""
     bucket = Bucket(
@@ -822,6 +816,11 @@ def failing_sync(
     return str(caught.value), time.monotonic() - started
 
 
+_REST = "--resume continues from the newest checkpoint"
+NOWHERE = f"; nothing of this sync is committed at any site, {_REST}"
+NOT_HERE = f"; nothing of this sync is committed at this site, {_REST}"
+
+
 @torch.no_grad()
 def diverge(run: Run, site: int) -> None:
     if site == 2:
@@ -878,6 +877,71 @@ def test_an_outer_step_that_overflows_reaches_no_site():
 
     messages = all_good(over_gloo(3, work))
     assert set(messages) == {work(InMemoryTransport(range(3)))}
+
+
+def miscount(run: Run, site: int) -> None:
+    """One site sends more than the plan says, in the exchange that comes."""
+    if site == 2:
+        real = run.transport.move
+
+        def counted_twice(what, messages):
+            if what == "summing over the holders":
+                run.transport.counts[2].add("expert", payload=4, wire=8)
+            return real(what, messages)
+
+        run.transport.move = counted_twice
+
+
+@pytest.mark.parametrize("layout", ["cyclic", "spes"])
+def test_bytes_that_were_not_planned_stop_the_sync_before_it_is_committed(layout):
+    """At all sites, although one alone has counted them."""
+    work = partial(failing_sync, tiny_config(LAYOUTS[layout]), miscount, SyncError)
+    for message, _ in [*all_good(over_gloo(4, work)), work(InMemoryTransport(range(4)))]:
+        assert message.startswith("site 2: it sent (payload, wire) = (")
+        assert "bytes in this round, but the plan says (" in message
+        assert message.endswith(NOT_HERE)
+
+
+def test_bytes_of_gradients_are_compared_too():
+    config = tiny_config(LAYOUTS["ddp"])
+
+    def work(transport):
+        run = make_run(config, transport)
+        if 2 in run.sites:
+            miscount(run, 2)
+        run_local_steps(run, 0)
+        with pytest.raises(SyncError, match=r"^site 2: it sent .* but the plan says \([^)]*\)$"):
+            synchronize(run)
+
+    all_good(over_gloo(4, work))
+    work(InMemoryTransport(range(4)))
+
+
+def test_only_a_failed_sync_says_that_nothing_of_it_is_committed():
+    """An exchange at the start, for an evaluation or after the commit has nothing to commit."""
+    config = tiny_config(sync__weight="uniform")
+
+    def at_start(run):
+        agreed(run.transport, lambda: None)
+
+    def after_commit(run):
+        run.sync.check_replicas()
+
+    def leave_and_see(act, transport):
+        run = make_run(config, transport)
+        run_local_steps(run, 0)
+        if transport.sites == (3,):
+            raise OSError("the disk is full")
+        with pytest.raises(SyncError) as caught:
+            act(run)
+        return str(caught.value)
+
+    for act in (at_start, merged_loss, after_commit, synchronize):
+        *messages, _ = over_gloo(4, partial(leave_and_see, act))
+        for message in all_good(messages):
+            assert "site 3 stopped: OSError: the disk is full" in message
+            assert ("committed" in message) == (act is synchronize)
+            assert act is not synchronize or message.endswith(NOWHERE)
 
 
 def test_a_sync_goes_on_after_a_refused_one():
@@ -967,7 +1031,7 @@ def test_a_silent_peer_raises_at_the_timeout():
         if transport.sites[0] == 1:
             return noticed.wait(20)
         started = time.monotonic()
-        with pytest.raises(SyncError, match="exchanging messages failed"):
+        with pytest.raises(SyncError, match="exchanging messages failed: no word from site 1"):
             gather(transport, lambda _: b"hello")
         noticed.set()
         return 0.5 < time.monotonic() - started < 15
@@ -976,7 +1040,9 @@ def test_a_silent_peer_raises_at_the_timeout():
 
 
 def test_a_member_that_never_comes_raises_at_the_timeout():
-    with pytest.raises(SyncError, match="joining the other sites failed"):
+    with pytest.raises(
+        SyncError, match="joining the other sites failed: site 1 did not join within 1 s"
+    ):
         GlooTransport(dist.HashStore(), [0, 1], 0, timeout_s=1.0)
 
 
@@ -985,7 +1051,7 @@ KILLED = """
     import torch.distributed as dist
     from fomoe.errors import SyncError
     from fomoe.sync.exchange import gather
-    from fomoe.sync.transport import GlooTransport
+    from fomoe.sync.gloo import GlooTransport
 
     site = int(sys.argv[2])
     transport = GlooTransport(dist.FileStore(sys.argv[1], 2), range(2), site, timeout_s=60)

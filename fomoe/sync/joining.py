@@ -21,12 +21,13 @@ import torch.distributed as dist
 from fomoe.errors import ConfigError, SyncError
 from fomoe.launch import Launch
 from fomoe.sync import waiting
-from fomoe.sync.transport import GlooTransport, InMemoryTransport, Transport, open_interface
+from fomoe.sync.gloo import GlooTransport, open_interface
+from fomoe.sync.transport import InMemoryTransport, Transport
 from fomoe.sync.waiting import in_thread, one_line, say
 
 _CONNECT_S = 5.0  # longest wait for one attempt to connect
 _RETRY_S = 0.2
-_ANSWER_S = 30.0  # longest wait for the first answer of a store that is connected
+_ANSWER_S = 10.0  # longest wait for the first answer of a store that is connected
 
 _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 

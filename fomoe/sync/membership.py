@@ -78,9 +78,7 @@ class Membership:
         self._claim(timeout_s)
         keys = [_key(member) for member in self.members]
         while not self._ask(lambda: self._store.check(keys), timeout_s):
-            failure = self._ask(self._told, timeout_s)
-            if failure is not None:
-                raise SyncError(str(failure))
+            self.raise_if_stopped(timeout_s)
             waited = time.monotonic() - started
             if waited > timeout_s:
                 raise SyncError(
@@ -94,6 +92,16 @@ class Membership:
             time.sleep(_POLL_S)
         claims = self._ask(lambda: [self._store.get(key) for key in keys], timeout_s)
         self._places = {m: json.loads(c)[0] for m, c in zip(self.members, claims, strict=True)}
+
+    def raise_if_stopped(self, timeout_s: float = _ANSWER_S) -> None:
+        """Raise if a member has failed, or the store has gone before all are connected.
+
+        Raises:
+            SyncError: with the member's own words.
+        """
+        failure = self._ask(self._told, timeout_s)
+        if failure is not None:
+            raise SyncError(str(failure))
 
     def explain(self, seen: str, *, lost: Sequence[int], patient: bool) -> str:
         """What stopped the run, as far as is known here.
@@ -115,6 +123,12 @@ class Membership:
         if failure.site == self.site or failure.reason in seen:
             return seen
         return str(failure) if failure.site in lost else f"{seen}; first, {failure}"
+
+    def told(self) -> Failure | None:
+        """The first failure of another site, if one was told and the store is there."""
+        with suppress(SyncError):
+            return self._ask(self._told, _ANSWER_S)
+        return None
 
     def tell(self, reason: str) -> None:
         """Tell the others why this site stops before the run's end."""

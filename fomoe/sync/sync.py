@@ -8,7 +8,8 @@ parameters and balance biases, and asks nobody.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -89,22 +90,43 @@ class Sync:
             SyncError: if an exchange failed, or naming the sites whose state is not finite or whose
                 bytes are not those planned. Nothing is committed at any site then.
         """
-        means = self.reduce(
-            self.buckets,
-            lambda bucket, site: self._contribute(bucket, site, prepared.counts[site]),
-        )
-        selected_LE = self._balance_counts(prepared)
-        check_sites(
-            self.transport, lambda site: self.sites[site].divergence() or self._unplanned[site]
-        )
+        # Before a site has said that it is well, no other commits.
+        with self._uncommitted("at any site"):
+            means = self.reduce(
+                self.buckets,
+                lambda bucket, site: self._contribute(bucket, site, prepared.counts[site]),
+            )
+            selected_LE = self._balance_counts(prepared)
+        with self._uncommitted("at this site"):
+            check_sites(
+                self.transport, lambda site: self.sites[site].divergence() or self._unplanned[site]
+            )
         return Exchanged(means, selected_LE)
 
     def commit(self, exchanged: Exchanged) -> None:
-        """Step the anchors and give them to every holder of this process."""
-        self.anchors.step(exchanged.means)
+        """Step the anchors and give them to every holder of this process.
+
+        Raises:
+            SyncError: if the step overflows; nothing is committed at this site then.
+        """
+        with self._uncommitted("at this site"):
+            self.anchors.step(exchanged.means)
         if exchanged.selected_LE is not None:
             for site in self.sites.values():
                 site.move_balance_bias(exchanged.selected_LE)
+
+    @contextmanager
+    def _uncommitted(self, where: str) -> Iterator[None]:
+        """Say of a failure that what was being averaged is lost, and that nothing else is."""
+        try:
+            yield
+        except SyncError as error:
+            if not self.buckets:  # there is nothing to commit
+                raise
+            raise SyncError(
+                f"{error}; nothing of this sync is committed {where}, --resume continues from the "
+                f"newest checkpoint"
+            ) from error
 
     def reduce(self, buckets: Sequence[Bucket], contribute: Contribute) -> dict[int, Tensor]:
         """Means of some buckets; bytes that are not the planned ones are told in `exchange`."""
@@ -118,7 +140,7 @@ class Sync:
             counted = (now[0] - earlier[0], now[1] - earlier[1])
             if counted != (planned.payload, planned.wire):
                 self._unplanned[site] = (
-                    f"it sent (payload, wire) = {counted} bytes, but the plan says "
+                    f"it sent (payload, wire) = {counted} bytes in this round, but the plan says "
                     f"{(planned.payload, planned.wire)}"
                 )
         return means

@@ -18,12 +18,18 @@ from typing import Protocol, TypeVar
 T = TypeVar("T")
 
 PATIENCE_S = 10.0  # a longer wait prints a line that names whom it waits for
+_LOOK_S = 1.0  # how often a wait looks whether the run has stopped elsewhere
 _SETTLE_S = 2.0  # longest wait for threads whose messages were made to fail
 _CALL = "call that may block"
 
 
-def in_thread(call: Callable[[], T], *, timeout_s: float) -> T:
+def in_thread(
+    call: Callable[[], T], *, timeout_s: float, look: Callable[[], None] | None = None
+) -> T:
     """Run a call that may block outside Python; a signal ends the wait at once.
+
+    Args:
+        look: called now and then during the wait, to say something or to end it by an exception.
 
     Raises:
         TimeoutError: if the call is not back in time. It goes on in its thread.
@@ -38,10 +44,17 @@ def in_thread(call: Callable[[], T], *, timeout_s: float) -> T:
             answers.put((None, error))
 
     threading.Thread(target=run, name=_CALL, daemon=True).start()
-    try:
-        answer, error = answers.get(timeout=max(timeout_s, 0.0))
-    except Empty:
-        raise TimeoutError(f"no answer within {timeout_s:g} s") from None
+    end = time.monotonic() + timeout_s
+    while True:
+        left = end - time.monotonic()
+        try:
+            answer, error = answers.get(timeout=max(min(left, _LOOK_S), 0.0))
+            break
+        except Empty:
+            if left <= 0:
+                raise TimeoutError(f"no answer within {timeout_s:g} s") from None
+            if look is not None:
+                look()
     if error is not None:
         raise error
     return answer  # type: ignore[return-value]
@@ -95,6 +108,7 @@ class PeerWaits:
         *,
         on_slow: Callable[[list[int]], None],
         on_failure: Callable[[list[int], BaseException], BaseException],
+        stopped: Callable[[], BaseException | None],
     ) -> None:
         """Return when all messages have crossed.
 
@@ -103,10 +117,11 @@ class PeerWaits:
             on_slow: called once in a long wait, with the sites that are waited for.
             on_failure: called with the sites that failed and the first error, while the other
                 connections are still open; returns what is raised.
+            stopped: called now and then; what it returns is raised.
 
         Raises:
-            BaseException: what `on_failure` returned, or a signal's exception. All messages have
-                failed then, at the peers as well.
+            BaseException: what `on_failure` or `stopped` returned, or a signal's exception. All
+                messages have failed then, at the peers as well.
         """
         self._ended.clear()
         started, said, peers = time.monotonic(), False, sorted(works)
@@ -114,13 +129,15 @@ class PeerWaits:
             for peer, own in works.items():
                 self._todo[peer].put(own)
             while waiting := [peer for peer in peers if peer not in self._ended]:
-                left = started + self._patience_s - time.monotonic()
-                try:
-                    self._wake.get(timeout=None if said else max(left, 0.0))
-                except Empty:
+                with suppress(Empty):
+                    self._wake.get(timeout=_LOOK_S)
+                self._raise_first(peers, on_failure)
+                waited = time.monotonic() - started
+                if not said and waited > self._patience_s:
                     said = True
                     on_slow(waiting)
-                self._raise_first(peers, on_failure)
+                if waited > _LOOK_S and (error := stopped()) is not None:
+                    raise error
             self._raise_first(peers, on_failure)
         except BaseException:
             self._abort()
