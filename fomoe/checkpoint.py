@@ -48,6 +48,8 @@ def saved_rounds(run_dir: Path) -> list[int]:
     except FileNotFoundError:
         return []
     except OSError as error:
+        if not run_dir.is_dir():
+            return []
         raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}") from None
     numbers = [name.removeprefix(_ROUND) for name in names if name.startswith(_ROUND)]
     rounds = [int(number) for number in numbers if number.isascii() and number.isdigit()]

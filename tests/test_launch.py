@@ -243,7 +243,7 @@ def rounds(run):
     run.transport.gather(lambda _: b"and here")
 
 train.run_rounds = rounds
-train.build_run = lambda _, transport, **__: types.SimpleNamespace(
+train.build_run = lambda _, transport, *__, **___: types.SimpleNamespace(
     transport=transport, progress=contextlib.nullcontext()
 )
 cli.run()
