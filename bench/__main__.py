@@ -12,16 +12,28 @@ from typing import Any
 import torch
 
 from bench import baseline
+from bench.answers import answer_rows
 from bench.growth import growth_rows
 from bench.layers import Row, layer_rows, peak_rate
 from bench.machine import Machine, find_machine, load_average
+from bench.peaks import peak_rows
 from bench.plot import growth_svg
 from bench.proxy import proxy_rows
 from bench.steps import memory_rows, step_rows
 from fomoe.hostmemory import keep_freed_memory
 
 LATEST = Path(__file__).parent / "latest.json"
-PARTS = ("layers", "steps", "memory", "growth", "proxy")
+# Each table and the part that it belongs to.
+TABLES = {
+    "layers": "layers",
+    "steps": "steps",
+    "memory": "memory",
+    "peaks": "memory",
+    "growth": "growth",
+    "proxy": "proxy",
+    "answers": "answers",
+}
+PARTS = tuple(dict.fromkeys(TABLES.values()))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,9 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.plot and result["growth"]:
         args.plot.write_text(growth_svg(result["growth"]))
     if args.store:
-        baseline.store(result)
-    if not args.only:
-        print("\n".join(["", "against the baseline", *baseline.compare(result, baseline.load())]))
+        baseline.store(result, whole=not args.only)
+    lines = baseline.compare(result, baseline.load(), whole=not args.only)
+    print("\n".join(["", "against the baseline", *lines]))
     return 0
 
 
@@ -69,13 +81,15 @@ def measure(machine: Machine, parts: tuple[str, ...] | list[str]) -> dict[str, A
     rest: dict[str, Callable[[], list[Row]]] = {
         "steps": lambda: step_rows(machine, peak),
         "memory": lambda: memory_rows(machine),
+        "peaks": lambda: peak_rows(machine),
         "growth": lambda: growth_rows(machine),
         "proxy": lambda: proxy_rows(machine),
+        "answers": lambda: answer_rows(machine),
     }
     for name, work in rest.items():
-        if name in parts:
+        if TABLES[name] in parts:
             print(f"{name} ...", file=sys.stderr)
-        result[name] = work() if name in parts else []
+        result[name] = work() if TABLES[name] in parts else []
     result["load_after"] = load_average()
     return result
 
@@ -87,10 +101,10 @@ def print_tables(result: dict[str, Any], parts: Sequence[str]) -> None:
     print(f"load average {result['load_before']:.1f} before, {result['load_after']:.1f} after")
     if "proxy" in parts and not result["proxy"]:
         print("proxy: left out, it needs an accelerator")
-    for part in PARTS:
-        if result[part]:
-            print(f"\n{part}")
-            print_table(result[part])
+    for table in TABLES:
+        if result[table]:
+            print(f"\n{table}")
+            print_table(result[table])
 
 
 def print_table(rows: list[Row]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from conftest import tiny_config
 
 pytest.importorskip("bench", reason="the bench folder is not beside the package")
 
-from bench import baseline
+from bench import answers, baseline, peaks
 from bench.growth import even_routing, growth_rows
 from bench.layers import layer_rows, product_candidates
 from bench.machine import LayerShape, Machine, StepShape
@@ -19,6 +20,7 @@ from bench.plot import growth_svg
 from bench.proxy import proxy_row, proxy_rows
 from bench.steps import memory_rows, step_flops, step_rows
 from bench.timing import Timing
+from fomoe.config import build_config
 from fomoe.shapes import parameter_specs
 
 SHAPE = LayerShape(tokens=32, width=16, hidden=12, num_experts=4, top_k=2)
@@ -69,6 +71,53 @@ def test_a_proxy_run_is_read_from_its_records(tmp_path: Path) -> None:
     row = proxy_row(MACHINE, config)
     assert row["round_s"] > 0
     assert row["peak_gb"] is None
+
+
+def test_peaks_of_both_products_stand_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"torch": iter([100e6, 200e6, 100e6] * 2), "onednn": iter([110e6, 240e6, 130e6] * 2)}
+    asked = []
+
+    def train(experiment: dict[str, Any], clock: str) -> dict[str, float]:
+        products = experiment["model"]["matmul"]
+        asked.append(products)
+        build_config(experiment)
+        return {"peak_bytes": next(sizes[products]), "step_s": 0.1 if products == "torch" else 0.2}
+
+    monkeypatch.setattr(peaks, "train_apart", train)
+    monkeypatch.setattr(peaks, "has_onednn", lambda: True)
+    rows = peaks.peak_rows(MACHINE)
+    assert asked == ["torch", "onednn"] * 6, "in turns"
+    assert [(row["products"], row["over_torch"]) for row in rows] == [
+        *(("torch", 1.0), ("onednn", 1.2)) * 2,
+    ]
+    assert [row["peak_mb"] for row in rows[:2]] == [100, 130]
+    assert rows[1]["step_over_torch"] == pytest.approx(2.0)
+    monkeypatch.setattr(peaks, "has_onednn", lambda: False)
+    sizes["torch"] = iter([1e6] * 6)
+    assert [row["products"] for row in peaks.peak_rows(MACHINE)] == ["torch", "torch"]
+
+
+def test_a_training_process_reports_its_peak(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("\n\n".join(f"some words, text {i}" for i in range(900)))
+    shape = {"num_layers": 1, "d_model": 16, "num_experts": 4, "expert_ffn_dim": 8}
+    experiment = peaks.options(shape, "torch")
+    experiment["data"] |= {"source": str(tmp_path / "text.txt"), "seq_len": 16}
+    experiment |= {"rounds": 3, "local_steps": 1}
+    peaks.main([json.dumps(experiment), "wall", str(torch.get_num_threads())])
+    found = json.loads(capsys.readouterr().out)
+    assert found["peak_bytes"] >= 0, "nothing, where another test has used more before"
+    assert found["step_s"] > 0
+
+
+def test_rows_of_a_sweep_stand_beside_one_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = {"one answer": "--model dbrx", "sweep": "--model dbrx --sweep local_steps=1..9..1"}
+    monkeypatch.setattr(answers, "QUESTIONS", questions)
+    one, sweep = answers.answer_rows(MACHINE)
+    assert (one["rows"], sweep["rows"]) == (1, 9)
+    assert one["rows_per_answer"] == 1
+    assert sweep["rows_per_answer"] > 0
 
 
 def test_products_do_the_flops_that_a_layer_is_counted_with(
@@ -130,17 +179,32 @@ def test_plot_is_made_of_the_rows() -> None:
 def result(share: float) -> dict[str, Any]:
     layer = {"shape": "s", "what": "split 1/2", "share_of_products": share, "over_full": 0.5}
     step = {"what": "ours R/E 1", "over_transformers": 1.2, "share_of_bound": 1.0}
-    return {"kind": "k", "layers": [layer], "steps": [step]}
+    peak = {"what": "shape", "products": "onednn", "over_torch": 1.25}
+    sweep = {"what": "sweep", "rows": 9, "rows_per_answer": 90.0}
+    tables = {"layers": [layer], "steps": [step], "peaks": [peak], "answers": [sweep]}
+    return {"kind": "k", **tables}
 
 
 def test_comparison_names_the_line_that_moved(tmp_path: Path) -> None:
     path = tmp_path / "baseline.json"
-    assert "no baseline for k" in baseline.compare(result(0.7), baseline.load(path))[0]
-    baseline.store(result(0.7), path)
-    assert baseline.compare(result(0.71), baseline.load(path)) == [
-        "all 4 ratios within 15% of the baseline"
+    assert "no baseline for k" in baseline.compare(result(0.7), baseline.load(path), whole=True)[0]
+    baseline.store(result(0.7), path, whole=True)
+    assert baseline.compare(result(0.71), baseline.load(path), whole=True) == [
+        "all 6 ratios within 15% of the baseline"
     ]
-    (line,) = baseline.compare(result(0.5), baseline.load(path))
+    (line,) = baseline.compare(result(0.5), baseline.load(path), whole=True)
     assert line == "WORSE -29%: s | split 1/2 | share of product rate (0.70 -> 0.50)"
     fewer = {**result(0.7), "steps": []}
-    assert baseline.compare(fewer, baseline.load(path))[0].startswith("gone: step")
+    assert baseline.compare(fewer, baseline.load(path), whole=True)[0].startswith("gone: step")
+
+
+def test_one_part_is_compared_and_stored_without_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "baseline.json"
+    baseline.store(result(0.7), path, whole=True)
+    part = {**result(0.7), "layers": [], "steps": [], "answers": []}
+    part["peaks"][0]["over_torch"] = 2.5
+    (line,) = baseline.compare(part, baseline.load(path), whole=False)
+    assert line == "WORSE -50%: peak | shape | torch over onednn (0.80 -> 0.40)"
+    baseline.store(part, path, whole=False)
+    assert baseline.load(path)["k"]["peak | shape | torch over onednn"] == 0.4
+    assert baseline.load(path)["k"]["step | ours R/E 1 | over_transformers"] == 1.2
