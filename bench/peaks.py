@@ -23,8 +23,8 @@ import torch
 import fomoe.train
 from bench.layers import Row
 from bench.machine import Machine
-from fomoe.config import build_config
 from fomoe.hostmemory import resident_peak_bytes
+from fomoe.load import build_config
 from fomoe.model.matmul import has_onednn
 
 # One site that holds all experts; rows of an expert differ at every step.

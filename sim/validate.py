@@ -2,7 +2,7 @@
 
 Whole runs, the trainer's own gains and the measured links go through `evaluate`, the function that
 `fomoe project` asks; the bandwidth tables go through the event model alone. Every row has a bound,
-and the command fails past it. Rows kept aside were looked at after the constants were fixed.
+and the command fails past it. No constant changed after the rows kept aside.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from bench.plot import growth_svg
 from bench.proxy import proxy_row, proxy_rows
 from bench.steps import memory_rows, step_flops, step_rows
 from bench.timing import Timing
-from fomoe.config import build_config
+from fomoe.load import build_config
 from fomoe.shapes import parameter_specs
 
 SHAPE = LayerShape(tokens=32, width=16, hidden=12, num_experts=4, top_k=2)
