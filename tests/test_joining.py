@@ -444,7 +444,7 @@ def test_what_is_no_store_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(joining, "_ANSWER_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as stranger:
         port = stranger.getsockname()[1]
-        with pytest.raises(SyncError, match="does not answer as a run of FoMoE"):
+        with pytest.raises(SyncError, match=f"no store of a run answers at 127.0.0.1:{port}"):
             joining.reach_store(launch(1, port), joining.resolve("127.0.0.1", port, 10), 30)
 
 

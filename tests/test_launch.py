@@ -377,7 +377,7 @@ def test_what_ends_the_script_ends_its_sites(stub, number: int) -> None:
 
 def test_a_site_per_slurm_node(stub, tmp_path: Path) -> None:
     programs = {
-        "scontrol": 'echo "node-a"; echo "node-b"',
+        "scontrol": "echo node-a; sleep 0.2; echo node-b",
         "srun": 'shift; for id in 0 1; do SLURM_NODEID=$id SLURM_NNODES=2 "$@"; done',
     }
     for name, body in programs.items():

@@ -211,5 +211,6 @@ def _open_store(launch: Launch, listener: int | None) -> dist.Store:
         )
     except (RuntimeError, TimeoutError) as error:
         raise SyncError(
-            f"what listens at {launch.where} does not answer as a run of FoMoE: {one_line(error)}"
+            f"no store of a run answers at {launch.where} ({one_line(error)}); does another "
+            f"program listen there, or has site 0 just stopped?"
         ) from None
