@@ -39,7 +39,7 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     """The accelerator of this rank if there is one, else the CPU.
 
     Raises:
-        ConfigError: if a device is asked for that this machine does not have.
+        ConfigError: if this machine does not have the device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,11 +65,11 @@ def started(
     device: torch.device,
     show: bool,
 ) -> Iterator[Run]:
-    """A run that is ready for its rounds; the order keeps every byte where a start is refused.
+    """A run that is ready for its rounds; a start that is refused changes no file.
 
     Raises:
-        FomoeError: at every site, if what the sites were started with differs, or if the run's
-            folder cannot be used as `mode` says.
+        FomoeError: at every site, if the sites were started with different settings, or if the
+            run's folder cannot be used as `mode` says.
     """
     agreed(transport, lambda: check_services(config, transport.sites, device))
     how = mode if resume_round is None else f"resume from round {resume_round}"
@@ -100,7 +100,7 @@ def build_run(
     device: torch.device,
     show: bool,
 ) -> Run:
-    """Build data and sites, resume if asked; only then the folder is written to."""
+    """Build data and sites, and resume if asked; only then write to the folder."""
     run_dir = lock.run_dir
     plan = plan_run(config)
     if device.type == "cpu":
@@ -140,7 +140,7 @@ def build_run(
 def build_sites(
     config: Config, plan: RunPlan, data: Data, own: Sequence[int], device: torch.device
 ) -> tuple[dict[int, Site], dict[int, Parking]]:
-    """This process's sites; each is parked before the next is built, if they are to be parked."""
+    """This process's sites; if sites are parked, each is parked before the next is built."""
     sites, parkings = {}, {}
     parking = parks(config, [plan.memory[site] for site in own], device)
     for site in own:

@@ -1,4 +1,4 @@
-"""Checkpoints: one part per site and round, written so that a torn one is never taken for whole.
+"""Checkpoints: one part per site and round, written so that a torn one never passes for whole.
 
 A part is `site-<k>.safetensors` and `site-<k>.json`; `site-<k>.manifest.json` with their sha256 is
 written last. Every file is written atomically, so a crash or a full disk leaves earlier checkpoints
@@ -37,10 +37,10 @@ def round_folder(run_dir: Path, round_idx: int) -> Path:
 
 
 def saved_rounds(run_dir: Path) -> list[int]:
-    """Rounds that have a checkpoint folder, newest first; nothing is said of their wholeness.
+    """Rounds that have a checkpoint folder, newest first; they may not be whole.
 
     Raises:
-        CheckpointError: if the folder is there and cannot be listed, which is not the same as none.
+        CheckpointError: if the folder exists but cannot be listed: that is not the same as none.
     """
     folder = run_dir / "checkpoints"
     try:
@@ -57,7 +57,7 @@ def saved_rounds(run_dir: Path) -> list[int]:
 
 
 def all_parts(run_dir: Path) -> list[Path]:
-    """Every file of every part, whole or not, of whatever sites."""
+    """Every file of every part, whole or not, of all sites."""
     folders = [round_folder(run_dir, round_idx) for round_idx in saved_rounds(run_dir)]
     return [
         folder / name
@@ -78,7 +78,7 @@ def save_part(
     folder = round_folder(run_dir, round_idx)
     tensors_name, values_name = _file_names(site)
     try:
-        # A manifest of an earlier attempt must not vouch for the files that replace it.
+        # A manifest of an earlier attempt must not stay beside the files of this one.
         remove(folder / f"site-{site}.manifest.json")
         remove_temporaries(folder, f"site-{site}")
         # Segments may share a scalar of their parameter; a file needs one copy each.
@@ -144,10 +144,10 @@ def load_part(run_dir: Path, round_idx: int, site: int) -> tuple[dict[str, Tenso
 
 
 def read_tensors(run_dir: Path, round_idx: int, site: int) -> dict[str, Tensor]:
-    """The tensors of a part, on the CPU; whether the part is whole is not checked.
+    """The tensors of a part, on the CPU; it is not checked whether the part is whole.
 
     Raises:
-        CheckpointError: if the file is no readable safetensors file.
+        CheckpointError: if the file is not a readable safetensors file.
     """
     path = round_folder(run_dir, round_idx) / _file_names(site)[0]
     try:
@@ -157,10 +157,10 @@ def read_tensors(run_dir: Path, round_idx: int, site: int) -> dict[str, Tensor]:
 
 
 def read_values(run_dir: Path, round_idx: int, site: int) -> dict[str, Any]:
-    """The small values of a part, its `config` among them; wholeness is not checked.
+    """The small values of a part, with its `config`; it is not checked whether the part is whole.
 
     Raises:
-        CheckpointError: if the file is no readable mapping with a config.
+        CheckpointError: if the file is not a readable mapping with a config.
     """
     path = round_folder(run_dir, round_idx) / _file_names(site)[1]
     try:
@@ -172,7 +172,7 @@ def read_values(run_dir: Path, round_idx: int, site: int) -> dict[str, Any]:
     return values
 
 
-# What a damaged file may raise in the readers of JSON and of safetensors.
+# Errors that the readers of JSON and of safetensors raise for a damaged file.
 _UNREADABLE = (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError)
 
 
@@ -182,7 +182,7 @@ def _not_readable(path: Path, site: int, error: Exception) -> CheckpointError:
 
 
 def read_json(path: Path) -> Any:
-    """A small JSON file; every kind of damage to its text is a ValueError."""
+    """Read a small JSON file; damaged text of any kind raises ValueError."""
     try:
         return json.loads(path.read_bytes())
     except RecursionError:
@@ -196,7 +196,7 @@ def has_part(run_dir: Path, round_idx: int, site: int) -> bool:
 
 
 def has_manifest(run_dir: Path, round_idx: int, site: int) -> bool:
-    """Whether the save of a part came to its end; nothing is said of its wholeness now."""
+    """Whether a part was saved to the end; it is not checked whether it is still whole."""
     return os.path.lexists(round_folder(run_dir, round_idx) / f"site-{site}.manifest.json")
 
 

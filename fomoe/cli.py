@@ -27,7 +27,7 @@ _EXIT_FAILED, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 2, 130
 
 
 class _Parser(argparse.ArgumentParser):
-    """Mistakes become one line."""
+    """Prints a mistake as one line."""
 
     def error(self, message: str) -> NoReturn:
         message = message.replace(", section.option=value", "")  # argparse lists optional ones too
@@ -35,10 +35,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def run() -> NoReturn:
-    """What the `fomoe` program runs: `main`, and the end of the process."""
+    """The entry point of the `fomoe` program: run `main` and end the process."""
     status = main()
     if status == _EXIT_INTERRUPTED or is_blocked():
-        # Taking torch down costs seconds on a busy machine, and hangs where a call is blocked.
+        # Shutting torch down takes seconds on a busy machine, and hangs if a call is blocked.
         with suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
@@ -48,7 +48,7 @@ def run() -> NoReturn:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, 1 (failed), 2 (wrong input) or 130 (interrupted)."""
-    # torch's C++ side prints stack traces of refused connections; our own line says it better.
+    # torch's C++ side prints stack traces of refused connections; our own line is clearer.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     words = sys.argv[1:] if argv is None else list(argv)
     try:
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FomoeError as error:
         return _fail(error, _EXIT_FAILED)
     except BrokenPipeError:
-        # The reader of our output went away, as `head` does; Python would complain at exit.
+        # The reader of our output has ended, as `head` does; Python would complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _EXIT_FAILED
     except OSError as error:
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
-    """The parser; `chosen` is the command that will run, whose flags must be there."""
+    """The parser; `chosen` is the command that will run, whose flags it must have."""
     parser = _Parser(
         prog="fomoe",
         description="Pre-train one Mixture-of-Experts model across sites that each hold only some "
@@ -281,13 +281,13 @@ def load(
 
 
 def _launched_site(config: Any) -> int | None:
-    """The site that this process would be, None in a proxy run."""
+    """The site that this process would run; None in a proxy run."""
     rank = os.environ.get("RANK", "")
     return int(rank) if rank.isdecimal() and int(rank) < config.num_sites else None
 
 
 def _launch(num_sites: int | None = None) -> Launch:
-    """What the environment says, checked; a warning is printed."""
+    """Read and check the launch environment; a warning is printed."""
     launch = launch_from_environment(num_sites=num_sites)
     if launch.warning:
         print(f"fomoe: warning: {launch.warning}", file=sys.stderr)
@@ -295,7 +295,7 @@ def _launch(num_sites: int | None = None) -> Launch:
 
 
 def _take_overrides(args: argparse.Namespace, rest: list[str]) -> None:
-    """argparse gives up on overrides that follow a flag; they are taken here."""
+    """argparse does not accept overrides after a flag; they are added here."""
     for word in rest:
         if word.startswith("-") or "=" not in word or not hasattr(args, "overrides"):
             raise ConfigError("argument", word, "is not known (see --help)")

@@ -1,4 +1,4 @@
-"""The errors a user can meet, each printed as one line by the command line."""
+"""The errors that a user can cause or see; the command line prints each as one line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ConfigError(FomoeError, ValueError):
 
 
 class DataError(FomoeError, ValueError):
-    """A source, shard or tokenizer cannot be used as asked."""
+    """A source, shard or tokenizer cannot be used."""
 
 
 class CheckpointError(FomoeError):
@@ -24,7 +24,7 @@ class CheckpointError(FomoeError):
 
 
 class ServiceError(FomoeError):
-    """An optional package or service that was asked for cannot be used."""
+    """An optional package or service that the config needs cannot be used."""
 
 
 class SyncError(FomoeError, RuntimeError):

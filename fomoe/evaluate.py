@@ -1,8 +1,8 @@
 """Evaluation: each site's own model, the merged model, and how stable routing is.
 
 The merged model (all experts, no skip) exists nowhere in a distributed run: sites pass hidden
-states of their share of the held-out part through one layer at a time, with that layer's experts
-fetched for the moment.
+states of their share of the held-out part through one layer at a time, and fetch that layer's
+experts for as long as it runs.
 
 Shapes: L MoE layers, E experts, T probe tokens, K top-k.
 """
@@ -129,7 +129,7 @@ def _combine(
     loads: dict[int, list[list[int]]],
     sizes: list[int],
 ) -> MergedEvaluation:
-    """Every site's batches to every site, added in the order of the batches."""
+    """Send every site's results to every site, and add them in the order of the batches."""
 
     def message(site: int) -> bytes:
         own = [index for index, owner in share.items() if owner == site]
@@ -183,7 +183,7 @@ def routing_health(selected_LE: Tensor, skipped_L: Tensor, entropy_L: Tensor) ->
     """Health of each MoE layer's routing, from counts of selected assignments.
 
     Returns per layer: `load` (share per expert), `max_vio` (largest load over the mean, minus 1;
-    2408.15664), `dead_expert_fraction` (experts nobody chose), `entropy` (nats) and
+    2408.15664), `dead_expert_fraction` (experts that no token chose), `entropy` (nats) and
     `skipped_fraction`.
     """
     health = []

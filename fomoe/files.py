@@ -1,8 +1,8 @@
 """Files in a folder that several processes write, read and prune at once.
 
 A file goes to a temporary name of its own process, is flushed to disk and then renamed, so that a
-reader sees the old file or the new one, and a crash or a full disk leaves what was there. Peers
-make, list and remove folders meanwhile: "already gone" and "not empty yet" are normal here.
+reader sees the old file or the new one, and a crash or a full disk leaves the old one. Peers make,
+list and remove folders at the same time: "already gone" and "not empty yet" are normal here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ATTEMPTS = 100
 
 
 def listing(folder: Path) -> list[str]:
-    """Names in a folder, sorted; none where it does not exist (any more)."""
+    """Names in a folder, sorted; none if it does not exist (any more)."""
     try:
         return sorted(os.listdir(folder))
     except OSError as error:
@@ -66,13 +66,13 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def not_written(path: Path, error: OSError) -> CheckpointError:
-    """The system's own error for a full disk does not say which file it was."""
+    """An error that names the file; the system's own error for a full disk does not."""
     reason = error.strerror or error
     return CheckpointError(f"{path} cannot be written: {reason}; checkpoints are kept")
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write through a temporary name: flush, rename, flush the folder, which is made if need be.
+    """Write through a temporary name: flush, rename, flush the folder, which is made if missing.
 
     Raises:
         OSError: if it cannot be written; what was there is untouched.
@@ -90,7 +90,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def remove_temporaries(folder: Path, name: str) -> None:
-    """Remove what killed processes left of files whose names begin with `name`.
+    """Remove what killed processes left of temporary files whose names begin with `name`.
 
     Only the process that writes these files may call it.
     """

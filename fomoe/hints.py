@@ -1,4 +1,4 @@
-"""What a misspelt name most likely means; a hint that is far is worse than none (no torch)."""
+"""The name that a misspelt one most likely means; a far-fetched hint helps nobody (no torch)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def near(name: str, names: Iterable[str]) -> str | None:
-    """The valid name that a wrong one most likely means, or None where none is near.
+    """The valid name that a wrong one most likely means; None if none is near.
 
     Of dotted names the last parts are compared: a few slips of the keys within a section, the
     same name in another section, or some words of one name only (`model.layers`).
@@ -29,14 +29,14 @@ def near(name: str, names: Iterable[str]) -> str | None:
 
 
 def hint(name: str, names: Iterable[str]) -> str:
-    """`did you mean X?` where a name is near, else the names that there are."""
+    """`did you mean X?` if a name is near, otherwise the list of names."""
     names = list(names)
     found = near(name, names)
     return f"did you mean {found}?" if found else f"there are {', '.join(names)}"
 
 
 def _allowed(own: str, *, section: str, here: bool) -> int:
-    """Slips that a name may have: a short one has more neighbours, and so has one elsewhere."""
+    """Most slips of a name: fewer for a short one or another section, since more names are near."""
     if not here:
         return int(len(own) > 3)
     return int(bool(section) or len(own) > 2) + (len(own) > 5) + (len(own) > 9)

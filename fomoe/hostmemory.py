@@ -1,4 +1,4 @@
-"""The process's memory on the host: what a step frees is kept for the next; the peak is read."""
+"""The process's memory on the host: freed memory is kept for the next step; the peak is read."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
-    """Stop glibc from handing freed buffers back to the kernel; returns whether it did.
+    """Stop glibc from returning freed buffers to the kernel; returns whether it did.
 
     A step frees and allocates the same large buffers over and over. By default glibc maps each one
-    anew, and the kernel's clearing of its pages costs a fifth of an expert layer on CPU
-    (docs/performance.md). Other C libraries are left alone.
+    again, and the time in which the kernel clears its pages is a fifth of an expert layer on CPU
+    (docs/performance.md). Other C libraries are not changed.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -30,9 +30,9 @@ def keep_freed_memory() -> bool:
 def resident_peak_bytes() -> int:
     """Largest resident set of this process so far, in bytes.
 
-    Linux hands the peak that `getrusage` reports on to the programs that a process starts, so
-    that a small one started by a large one reports the large one's; the kernel's status file does
-    not.
+    On Linux a program inherits the peak that `getrusage` reports from the process that starts it,
+    so a small program would report the peak of a large one. The kernel's status file has no such
+    fault.
     """
     status = Path("/proc/self/status")
     found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.M) if status.exists() else None

@@ -1,4 +1,4 @@
-"""Files of one JSON object per line, some of whose lines a bad disk or a crash may have damaged."""
+"""Files of one JSON object per line; a bad disk or a crash may have damaged some of the lines."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Lines:
-    """What a file holds.
+    """The content of a file.
 
     Attributes:
         objects: per whole line its number (from 1), its text and the object.
-        damaged: numbers of the lines that hold none. A last line that a kill cut short is left out
-            and is not counted.
+        damaged: numbers of the lines without an object. A last line that a kill cut short is left
+            out and is not counted.
     """
 
     objects: list[tuple[int, str, dict[str, Any]]]
@@ -23,7 +23,7 @@ class Lines:
 
 
 def read_lines(path: Path) -> Lines:
-    """Read line by line, so that a damaged line costs no other one.
+    """Read line by line, so that a damaged line does not affect the others.
 
     Raises:
         OSError: if the file cannot be read.

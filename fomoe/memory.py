@@ -1,7 +1,7 @@
 """Bytes of the state that a site keeps between steps, from the plan alone (no torch).
 
-Activations and buffers are not here: they depend on the backend and are estimated by the
-simulator. A test holds these figures equal to the bytes of the built objects.
+Activations and buffers are not included: they depend on the backend, and the simulator estimates
+them. A test compares these figures with the bytes of the built objects.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def merge(
         run_dir: a run's folder, with the parts of all sites.
         round_idx: rounds done; by default the newest that is complete.
         out: folder to write; by default `<run_dir>/merged`.
-        say: told which round is merged, and which newer ones are refused and why.
+        say: called with a line that says which round is merged, or why a newer one is refused.
 
     Returns:
         The `model.safetensors` that was written, with `config.yaml` beside it.
@@ -51,7 +51,7 @@ def merge(
     try:
         target.mkdir(parents=True, exist_ok=True)
         path = target / "model.safetensors"
-        # One key only: the file of equal models is equal to the byte. config.yaml lies beside it.
+        # One key only, so that equal models give equal files. config.yaml is beside it.
         metadata = {"rounds": str(round_idx)}
         write_atomically(path, lambda p: save_file(tensors, p, metadata=metadata))
         write_text_atomically(target / "config.yaml", config.to_yaml())
@@ -64,9 +64,9 @@ def merge(
 def _newest_whole(
     run_dir: Path, asked: int | None, say: Callable[[str], None]
 ) -> tuple[int, Config, dict[str, Tensor]]:
-    """Round, config and parameters of the round that is asked for, or of the newest whole one.
+    """Round, config and parameters of the requested round, or of the newest whole one.
 
-    A run that goes on saves rounds and removes old ones meanwhile: then the search begins anew.
+    A live run saves rounds and removes old ones meanwhile: then the search starts again.
     """
     for _ in range(_ATTEMPTS):
         rounds = saved_rounds(run_dir)
@@ -95,7 +95,7 @@ def _newest_whole(
 
 
 def _read_whole(run_dir: Path, round_idx: int) -> tuple[Config, dict[str, Tensor]]:
-    """Every parameter from its first holder, once all parts are found to be of one run.
+    """Read every parameter from its first holder, and check that all parts are of one run.
 
     Raises:
         CheckpointError: naming the first site whose part cannot be used, and why.
@@ -143,7 +143,7 @@ def _named(own: dict[str, Tensor], segment: Segment) -> Tensor:
 
 
 def _join_rows(plan: Plan, found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters that were cut into rows, whole again; every expert stays a tensor of its own."""
+    """Join parameters that were cut into rows; every expert stays a tensor of its own."""
     rows: dict[str, list[Segment]] = {}
     for bucket in plan.buckets:
         for segment in bucket.segments:
@@ -156,7 +156,7 @@ def _join_rows(plan: Plan, found: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _any_site(run_dir: Path, round_idx: int) -> int:
-    """A site whose part is here; it may be any one where a site's files were not copied yet."""
+    """A site whose part is here: any one, since the files of some sites may not be copied yet."""
     names = listing(round_folder(run_dir, round_idx))
     manifests = [name for name in names if name.endswith(".manifest.json")]
     numbers = [name.removeprefix("site-").split(".")[0] for name in manifests]

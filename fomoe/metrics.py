@@ -1,4 +1,4 @@
-"""What a run records: `metrics.jsonl`, and a log beside it where the config asks for one.
+"""The records of a run: `metrics.jsonl`, and a log beside it if the config asks for one.
 
 One JSON object per line; `kind` is `step`, `round` or `merged`. docs/metrics.md lists the fields.
 A proxy run writes all sites to `metrics.jsonl`; in a distributed run site 0 does, and site k > 0
@@ -19,7 +19,7 @@ from fomoe.services import WandbLog
 
 
 def metrics_path(run_dir: Path, site: int) -> Path:
-    """Where the process whose first site is `site` writes."""
+    """The file of the process whose first site is `site`."""
     return run_dir / ("metrics.jsonl" if site == 0 else f"metrics.site{site}.jsonl")
 
 
@@ -30,7 +30,7 @@ class Metrics:
         run_dir: the run's folder.
         sites: the sites of this process.
         first_round: rounds before it are kept.
-        log: gets the records too; None if nothing does.
+        log: receives the records too, if there is one.
 
     Attributes:
         path: the file of this process.
@@ -74,14 +74,14 @@ class Metrics:
         try:
             os.fsync(self._file.fileno())
             self._file.close()
-        except OSError as error:  # closing tries once more to write what did not fit
+        except OSError as error:  # closing tries again to write what did not fit
             raise not_written(self.path, error) from error
         if self._log is not None:
             self._log.close()
 
 
 def _read_records(path: Path) -> tuple[list[tuple[str, int]], int]:
-    """Text and round of every record, and the number of lines that hold none."""
+    """Text and round of every record, and the number of lines without one."""
     if not path.exists():
         return [], 0
     try:

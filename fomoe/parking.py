@@ -1,7 +1,7 @@
-"""Parking: what a waiting site of a proxy run keeps on the accelerator, or in host memory.
+"""Parking: the state of waiting sites of a proxy run is moved to host memory.
 
 Sites of one process run one after the other. While a site waits, its parameters and inner optimizer
-state may lie in pinned host memory; sync, checkpoints and replica hashes read them there.
+state may be kept in pinned host memory; sync, checkpoints and replica hashes read them there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fomoe.errors import ConfigError
 from fomoe.memory import SiteMemory
 from fomoe.site import Site
 
-# Of the free device memory: activations and buffers of the running site need the rest.
+# Share of the free device memory; the running site's activations and buffers need the rest.
 _STATE_FRACTION = 0.5
 
 
@@ -27,7 +27,7 @@ def parks(config: Config, memory: Iterable[SiteMemory], device: torch.device) ->
     `auto` parks where the state of all sites would take more than half of the free device memory.
 
     Raises:
-        ConfigError: if parking is asked for where it cannot help.
+        ConfigError: if parking is requested where it cannot help.
     """
     asked, together = config.run.park, config.sync.average == "gradients"
     if asked == "always" and device.type != "cuda":
@@ -52,7 +52,7 @@ class Parking:
         self._host: dict[str, Tensor] = {}  # allocated once, pinning is slow
 
     def park(self) -> None:
-        """Move everything to the host and give up gradients; a second call changes nothing."""
+        """Move everything to the host and free the gradients; a second call changes nothing."""
         self.site.optimizer.zero_grad(set_to_none=True)
         for name, parameter in self.site.parameters.items():
             parameter.data = self._to_host(name, parameter.data)
@@ -62,11 +62,11 @@ class Parking:
                 if isinstance(value, Tensor) and value.device == self.site.device:
                     state[key] = self._to_host(f"{key}/{name}", value)
         if self.site.device.type == "cuda":
-            # The host reads these buffers next, and the copies only wait in the stream.
+            # The host reads these buffers next, and the copies may still be queued.
             torch.cuda.synchronize(self.site.device)
 
     def unpark(self, *, optimizer: bool = True) -> None:
-        """Bring the parameters back, and the optimizer state where a step follows."""
+        """Move the parameters back, and the optimizer state if a step follows."""
         device = self.site.device
         for parameter in self.site.parameters.values():
             parameter.data = self._to_device(parameter.data, device)
@@ -94,7 +94,7 @@ class Parking:
 
 @contextmanager
 def unparked(parkings: Iterable[Parking], *, optimizer: bool) -> Iterator[None]:
-    """The sites are on their device within, and parked after it."""
+    """Keep the sites on their device inside the block, and park them after it."""
     parkings = list(parkings)
     for parking in parkings:
         parking.unpark(optimizer=optimizer)

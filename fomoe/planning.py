@@ -1,6 +1,6 @@
 """What a run will store and send, from the config alone (no torch): the planned part of a summary.
 
-`--dry-run` prints it, the trainer writes it into `summary.json` and holds its counters against it.
+`--dry-run` prints it, the trainer writes it into `summary.json` and compares its counters with it.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def memory_by_kind(run: RunPlan) -> list[dict[str, int]]:
 
 
 def spread(name: str, values: list[Any]) -> dict[str, Any]:
-    """A mean over sites and the list it is the mean of; whole means stay integers."""
+    """The mean over sites and the values by site; a whole mean stays an integer."""
     mean = sum(values) / len(values)
     whole = all(isinstance(value, int) for value in values) and mean.is_integer()
     return {name: int(mean) if whole else mean, f"{name}_by_site": values}

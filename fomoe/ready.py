@@ -1,8 +1,8 @@
-"""What training would refuse before its first step, although every rule of the config holds.
+"""Checks for what training would refuse before its first step although the config is valid.
 
-A dry run and a comparison ask here first: whether text, token shards and tokenizer are there,
-whether torch takes the outer optimizer's options, and whether the run's folder can be one. Text
-is not read, and nothing is fetched.
+A dry run and a comparison make them first: whether text, token shards and tokenizer exist, whether
+torch accepts the outer optimizer's options, and whether the run's folder can be made. Text is not
+read, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def check_ready(config: Config, *, site: int | None = None) -> None:
         site: the one site that this machine runs; None: all of them, as a proxy run does.
 
     Raises:
-        FomoeError: the first problem, in training's words.
+        FomoeError: for the first problem, with the message that training would give.
     """
     for source in needed_sources(config, range(config.num_sites) if site is None else (site,)):
         check_source(source)
     if local_path(config.data.tokenizer) is not None:
         named_tokenizer(config)
     if config.outer.options:
-        from fomoe.sync.outer import build_outer_optimizer  # torch itself must say
+        from fomoe.sync.outer import build_outer_optimizer  # only torch can check them
 
         build_outer_optimizer(config, [])
     assert config.run.dir is not None  # the command line gives one

@@ -1,8 +1,8 @@
-"""What is left of a run at every site, and whether a resume may go on from it.
+"""What is left of a run at every site, and whether a resume may continue from it.
 
-Looking writes nothing and comes before anything is made, so a resume that is refused leaves every
-byte as it was. A run that is there but cannot be used is not the same as none: round 0 is next only
-where nothing can be lost by it.
+The check writes nothing and comes before anything is made, so a resume that is refused leaves every
+byte as it was. A run that exists but cannot be used is not the same as none: training starts at
+round 0 only if nothing can be lost by it.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ class Remains:
 
     Attributes:
         folder: the site's run folder.
-        rounds: rounds of which any file of its part is there, newest first.
-        finished: those of them whose save came to its end (they have a manifest).
-        same: whether something readable is of the present experiment.
-        differs: what differs from it, where nothing readable is of it.
+        rounds: rounds for which any file of its part exists, newest first.
+        finished: those of them that were saved to the end (they have a manifest).
+        same: whether anything readable belongs to the present experiment.
+        differs: how the saved experiment differs, if nothing readable belongs to this one.
         has_records: whether there is a file of records.
-        recorded: the rounds that it tells of, where the site has fewer than two checkpoints.
+        recorded: rounds in that file; read only if the site has fewer than two checkpoints.
         first_due: the round of the first checkpoint, by the run's config.yaml; 0 without one.
-        ended: whether the run came to its end.
-        trace: whether anything of a run is there.
+        ended: whether the run has ended.
+        trace: whether there is anything of a run.
     """
 
     folder: str
@@ -76,7 +76,7 @@ def look(
     """
 
     def look_here() -> dict[int, Remains]:
-        # Read once: the sites of a proxy run have one folder.
+        # Read once: the sites of a proxy run share one folder.
         if run_dir.exists() and not run_dir.is_dir():
             raise CheckpointError(f"run.dir {run_dir} is a file, not a folder")
         saved, recorded = _read_config_yaml(run_dir / "config.yaml"), dict[Path, int]()
@@ -112,7 +112,7 @@ def _look(
         differing.append(differences({"config": saved}, config, None))
     # A distributed run keeps one file of records per site, a proxy run one for all.
     files = [p for p in {metrics_path(run_dir, site), metrics_path(run_dir, 0)} if p.exists()]
-    if len(rounds) < 2:  # else a checkpoint was whole once, and they are not asked
+    if len(rounds) < 2:  # with two, one was whole once, and records do not matter
         recorded |= {path: _recorded_rounds(path) for path in files if path not in recorded}
     own = [run_dir / name for name in ("config.yaml", "summary.json")]
     return Remains(
@@ -138,7 +138,7 @@ def _read_config_yaml(path: Path) -> dict[str, Any] | None:
 
 
 def _recorded_rounds(path: Path) -> int:
-    """One more than the newest round of a file of records; damaged lines tell nothing."""
+    """One more than the newest round of a file of records; damaged lines are skipped."""
     newest = 0
     with path.open("rb") as file:
         for line in file:
@@ -157,7 +157,7 @@ def _first_due(saved: dict[str, Any]) -> int:
 
 
 def parse_saved(tree: dict[str, Any]) -> Config | None:
-    """A saved config with the defaults of options that it does not know; None if it is damaged."""
+    """A saved config, with defaults for options that it lacks; None if it is damaged."""
     try:
         return Config.model_validate(tree)
     except (ValidationError, RecursionError):
@@ -202,7 +202,7 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """Rounds to try, newest first; none: start at round 0, `because` nothing is lost by it."""
+    """Rounds to try, newest first; if none, `because` says why to start at round 0."""
 
     rounds: list[int] = field(default_factory=list)
     because: str = ""
@@ -259,7 +259,7 @@ def _nothing_to_lose(remains: dict[int, Remains]) -> str:
     """Why a run of this very experiment can start again; empty if its checkpoints are missing.
 
     A run that was stopped before or while its first checkpoint was saved has no round to go back
-    to. Its config says when that was due, and its records say that it did not come further.
+    to. Its config says when that checkpoint was due, and its records that it ran no further.
     """
     sites = list(remains.values())
     first = max(own.first_due for own in sites)

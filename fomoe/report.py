@@ -30,10 +30,10 @@ class Progress:
         self.live = show and self.console.is_terminal and not self.console.is_dumb_terminal
         self.started = self._last_line = time.monotonic()
         self._steps_done = self._tokens = 0
-        # A process sees its own sites only.
+        # A process knows the figures of its own sites only.
         self._whose = "  site 0" if num_local_sites < config.num_sites else ""
-        # What was decided for this machine, once, on the first round's line: a start that fails
-        # prints its mistake and nothing else.
+        # Choices made for this machine, printed once, on the first round's line: a start that fails
+        # prints its error and nothing else.
         self.notes: list[str] = []
         self._steps_total = config.rounds * config.local_steps * num_local_sites
         self._steps_to_do = self._steps_total
@@ -59,7 +59,7 @@ class Progress:
         self.console.print(text, markup=False)
 
     def warn(self, text: str) -> None:
-        """One line at whichever site it happens, also where nothing else is shown."""
+        """Print one line at the site where it happens, even if nothing else is shown there."""
         if self.show:
             self.say(text)
         else:
@@ -72,7 +72,7 @@ class Progress:
         self._bar.update(self._task, completed=done)
 
     def step_callback(self, site: int, round_idx: int) -> Callable[[Any], None]:
-        """What a site calls after each of its steps; reads the step's values now and then only."""
+        """What a site calls after each step; it reads the step's values only to print them."""
         config = self.config
 
         def on_step(values: Any) -> None:
@@ -199,7 +199,7 @@ def _sites_table(run: RunPlan) -> Table:
 
 
 def print_summary(summary: dict[str, Any], config: Config) -> None:
-    """The table that ends a run, and where to look next."""
+    """The table that ends a run, and the paths of its files."""
     out = console()
     table = Table("", "value", title=f"{summary['method']}: {summary['num_sites']} sites")
     local = [loss for loss in summary["val_loss_local"] if loss is not None]
@@ -267,7 +267,7 @@ def print_comparison(summaries: list[dict[str, Any]]) -> None:
 
 
 def console(*, wide: bool = False, **options: Any) -> Console:
-    """A console as wide as its terminal; where that is no width to print in, of the usual one.
+    """A console as wide as its terminal, or of the usual width if that is too narrow.
 
     Args:
         wide: without a terminal, wide enough that no cell of a large table is cut.
@@ -291,7 +291,7 @@ def ranges_text(numbers: tuple[int, ...]) -> str:
 
 
 def bytes_text(count: float) -> str:
-    """Bytes in units of 1000, as links are sold."""
+    """Bytes in units of 1000, as for network links."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -1,7 +1,7 @@
-"""What a run saves, and the newest round that every site can go on from.
+"""Saving a round, and continuing from the newest round that every site can use.
 
-Each site checks its whole part before any state is touched, and the sites agree: a round is loaded
-at all of them or at none, and what is wrong with a newer one is told with its site.
+Each site checks its whole part before any state is changed, and the sites agree: a round is loaded
+at all of them or at none. A newer round that is refused is reported, with the sites and reasons.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def resume(run: Run, asked: int | None, *, show: bool) -> None:
         CheckpointError: at every site, if a run is there and cannot be continued.
     """
     config, fingerprints = run.config, run.data.fingerprints
-    # The folder is this run's now, and the data is known: what was found before may have changed.
+    # The folder is locked and the data is known; what was found before the lock may have changed.
     remains = look(run.run_dir, config, run.transport, fingerprints)
     choice = choose_rounds(remains, asked)
     if choice.because:
@@ -66,7 +66,7 @@ def resume(run: Run, asked: int | None, *, show: bool) -> None:
     values = agreed(run.transport, lambda: load_round(run, found.round_idx))
     run.first_round = found.round_idx
     for line in refusals(found, run.transport):
-        # Site 0 speaks of all sites; each other process of its own, where its user looks.
+        # Site 0 reports on all sites; every other process reports on its own to its own user.
         if run.transport.members[0] in run.transport.sites:
             run.progress.say(line)
         elif show:
@@ -116,7 +116,7 @@ def find_round(
     expected: Mapping[int, Expected],
     replicas: Sequence[Bucket],
 ) -> Found:
-    """The first of these rounds whose parts are whole, fit and finite at all sites.
+    """The first of these rounds whose parts are whole, of this run and finite at all sites.
 
     Args:
         rounds: to try, newest first; the same at all sites.
@@ -124,7 +124,7 @@ def find_round(
         replicas: buckets whose replicas must be equal at all their holders.
 
     Raises:
-        CheckpointError: at every site, if there is none; it names what is wrong at which site.
+        CheckpointError: at every site, if there is none; it says what is wrong at which site.
     """
     refused: dict[int, dict[int, str]] = {}
     for round_idx in rounds:
@@ -192,7 +192,7 @@ def _as_json(own: dict[int, dict[str, Any]], site: int) -> bytes:
 
 
 def wrong_value(values: dict[str, Any], round_idx: int, site: int, expected: Expected) -> str:
-    """The first small value that a run cannot go on with; empty if all are right."""
+    """The first small value that a run cannot continue with; empty if all are right."""
     known = {"round": round_idx, "step_idx": round_idx * expected.steps_per_round, "site": site}
     for key, value in known.items():
         own = values.get(key, value if key == "site" else None)  # older parts name no site
@@ -216,7 +216,7 @@ def wrong_value(values: dict[str, Any], round_idx: int, site: int, expected: Exp
 
 
 def _are_counts(tree: Any, names: Iterable[str], *, whole: bool = True) -> bool:
-    """Whether a mapping has these names and numbers from 0 that can be counted with."""
+    """Whether a mapping has exactly these names, and only counts of 0 or more."""
     return (
         isinstance(tree, dict)
         and set(tree) == set(names)
@@ -247,7 +247,7 @@ def _differing(replicas: Sequence[Bucket], hashes: dict[int, dict[str, str]]) ->
 
 
 def refusals(found: Found, transport: Transport) -> list[str]:
-    """A line per refused round: at the first site of all sites, else of this process's own."""
+    """A line per refused round: on all sites at the first site, elsewhere on the process's own."""
     everyone = transport.members[0] in transport.sites
     lines = []
     for round_idx, problems in found.refused.items():
@@ -258,10 +258,10 @@ def refusals(found: Found, transport: Transport) -> list[str]:
 
 
 def remove_newer(run_dir: Path, round_idx: int, sites: Iterable[int]) -> None:
-    """Remove these sites' parts of rounds after this one: they are not of the history to come.
+    """Remove these sites' parts of rounds after this one, which the run will save again.
 
-    Only once every site has loaded this round. The newest go first, so that what a crash leaves is
-    still one history.
+    Called only once every site has loaded this round. The newest are removed first, so that the
+    parts that a crash leaves still belong to one history.
 
     Raises:
         CheckpointError: if one cannot be removed.
@@ -277,7 +277,7 @@ def remove_newer(run_dir: Path, round_idx: int, sites: Iterable[int]) -> None:
 
 
 def horizon_change(values: dict[str, Any], config: Config) -> str:
-    """How the learning rate jumps where the schedule's horizon is not the saved one; or nothing."""
+    """Says how the learning rate jumps if the schedule's horizon has changed; otherwise empty."""
     saved, step = parse_saved(values["config"]), values["step_idx"]
     if saved is None or saved.schedule_steps == config.schedule_steps:
         return ""
@@ -311,11 +311,11 @@ def expected_state(run: Run, site: int) -> Expected:
 
 
 def save_round(run: Run, rounds_done: int) -> None:
-    """Every site's part of a checkpoint; then the oldest are removed.
+    """Save every site's part of a checkpoint, then remove the oldest checkpoints.
 
     Raises:
         CheckpointError: if a part cannot be written at a site.
-        SyncError: if a site's state is not finite; a poisoned round is never saved.
+        SyncError: if a site's state is not finite; such a round is never saved.
     """
     anchors = run.sync.anchors
     check_sites(run.transport, lambda s: run.sites[s].divergence() or anchors.divergence(s))
@@ -347,7 +347,7 @@ def save_round(run: Run, rounds_done: int) -> None:
 
 
 def load_round(run: Run, round_idx: int) -> dict[str, Any]:
-    """Take over a round's state at this process's sites; returns the values of the last one."""
+    """Load a round at this process's sites; returns the small values of the last site."""
     for site_idx, site in run.sites.items():
         tensors = checkpoint.read_tensors(run.run_dir, round_idx, site_idx)
         values = checkpoint.read_values(run.run_dir, round_idx, site_idx)

@@ -7,13 +7,13 @@ from fomoe.errors import ConfigError
 from fomoe.hints import hint
 from fomoe.placement import build_placement
 
-# Classes of torch.optim whose step works element by element, as anchors and their slices need;
-# the others take a closure, or sparse gradients or matrices only. A test holds them to torch.
+# Classes of torch.optim whose step works element by element, as anchors of segments require. The
+# others need a closure, sparse gradients or matrices. A test compares the list with torch.
 ELEMENTWISE_OPTIMIZERS = (
     *("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam"),
     *("Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD"),
 )
-# Beyond these no model is meant: a mistyped size would only fill the memory, or overflow.
+# No real model is larger; a mistyped size would only fill the memory, or overflow.
 _MOST_SITES, _MOST_LAYERS, _MOST_EXPERTS = 4096, 10**4, 10**6  # experts of all layers
 _MOST_HOLDERS, _MOST_PARAMETERS = 10**8, 10**15
 _MOST_SHARDS, _MOST_TOKENS = 10**5, 10**9  # tokens of a micro-batch

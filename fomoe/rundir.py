@@ -30,7 +30,7 @@ from fomoe.sync.transport import Transport
 
 T = TypeVar("T")
 
-# Settings of `run` that decide when sites talk; the rest of `run` may differ between them.
+# Settings of `run` that decide when sites exchange; the rest of `run` may differ between them.
 _RUN_TOGETHER = ("checkpoint_every", "eval_every", "eval_merged_every")
 # What a run writes beside its checkpoints, and the temporary names of the same files.
 _TEMPORARY = r"(\.[0-9a-f]{8}\.tmp)?"
@@ -103,30 +103,30 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def claim_run_dir(
     config: Config, transport: Transport, mode: str
 ) -> Iterator[tuple[Config, RunLock]]:
-    """Hold the run's folder for `mode`; it is made, and nothing in it is touched yet.
+    """Lock the run's folder for `mode`; it is made, and nothing in it is changed yet.
 
     Sites may share one folder or have folders of their own, on machines of their own.
 
     Yields:
-        The config with the folder that is used, and the hold on it.
+        The config with the folder that is used, and the lock on it.
 
     Raises:
         CheckpointError: if a run is there and the mode is `new`, or if another run is alive in it.
     """
     assert config.run.dir is not None  # the command line gives one
     wanted = Path(config.run.dir)
-    # Every site draws an id; that of the first names the run.
+    # Every site draws an id; the first site's names the run.
     run_id = gather(transport, lambda _: secrets.token_hex(4).encode())[0].decode()
     if mode == "next-free":
         lock = _lock_next_free(wanted, run_id, transport)
     else:
-        if mode == "new":  # before anything is made; with a lock file the run may be alive
+        if mode == "new":  # before anything is made; if it has a lock file, the run may be alive
             agreed(transport, lambda: None if _has_lock(wanted) else _refuse_existing(wanted))
         found = _lock_in_turn(lambda: lock_folder(wanted, run_id), transport)
         assert found is not None
         lock = found
     try:
-        if mode == "new":  # once more: a run may just have ended there
+        if mode == "new":  # again: a run may just have ended there
             agreed(transport, lambda: _refuse_existing(wanted))
         if not lock.held:
             text = "is on a file system without locks: nothing keeps a second run out of it"
@@ -138,9 +138,9 @@ def claim_run_dir(
 
 
 def _lock_in_turn(take: Callable[[], RunLock | None], transport: Transport) -> RunLock | None:
-    """Take the lock at the first site, then at the others; none keeps it if one gets None.
+    """Take the lock at the first site, then at the others; no site keeps it if one gets None.
 
-    Of two runs that start at once in the same folders, the first sites decide which one goes on.
+    Of two runs that start at once in the same folders, the first sites decide which one continues.
     """
     lock: RunLock | None = None
 
@@ -176,7 +176,7 @@ def _lock_next_free(wanted: Path, run_id: str, transport: Transport) -> RunLock:
 
 
 def _lock_if_free(folder: Path, run_id: str) -> RunLock | None:
-    """None if something is in the folder, or another run."""
+    """None if the folder is not empty, or another run uses it."""
     if not _is_free(folder):
         return None
     try:
@@ -198,7 +198,7 @@ def _is_free(folder: Path) -> bool:
 
 
 def _refuse_existing(run_dir: Path) -> None:
-    """No site has written anything yet, so whatever is there is of another run."""
+    """No site has written anything yet, so any file of a run belongs to another one."""
     if checkpoint.all_parts(run_dir) or any(map(_IS_RECORD, listing(run_dir))):
         raise CheckpointError(
             f"run.dir {run_dir} already holds a run: --resume continues it, --overwrite replaces "
@@ -207,10 +207,10 @@ def _refuse_existing(run_dir: Path) -> None:
 
 
 def remove_run(run_dir: Path) -> None:
-    """Remove what a run wrote, of whatever sites, and nothing else; peers may do the same.
+    """Remove what a run wrote at any site, and nothing else; peers may do the same.
 
-    Only once everything that can be wrong with the new run has been checked, and before any site
-    writes.
+    Called only after everything that can be wrong with the new run has been checked, and before
+    any site writes.
 
     Raises:
         CheckpointError: naming the file that cannot be removed.

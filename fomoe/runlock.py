@@ -2,7 +2,7 @@
 
 Every process of a run holds a shared `flock` on `run.lock` in the folder for as long as it lives;
 the kernel drops it when the process ends, however it ends. The last line of the file names the run
-that holds it: processes of that run come in, another run is refused. Readers take no lock.
+that holds it: processes of that run are let in, another run is refused. Readers take no lock.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class FolderInUseError(CheckpointError):
 
 @dataclass
 class RunLock:
-    """A run's hold on its folder.
+    """A run's lock on its folder.
 
     Attributes:
         run_dir: the folder.
@@ -48,13 +48,16 @@ class RunLock:
     _descriptor: int = field(default=-1, repr=False)
 
     def release(self) -> None:
-        """Let go. The last process of the run to do so removes the lock file, and a folder that
-        the run made and left empty."""
+        """Release the lock.
+
+        The run's last process removes the lock file, and the folder if the run made it and left it
+        empty.
+        """
         if not self.held:
             return
         descriptor, path = self._descriptor, self.run_dir / LOCK_NAME
         self.held = False
-        # The run is over, well or badly: a lock file that stays is in nobody's way.
+        # The run has ended, so a lock file that remains does no harm.
         with suppress(OSError):
             if _lock(descriptor, fcntl.LOCK_EX) and _is_named(descriptor, path):
                 earlier, _, own = _read(descriptor).rpartition(b"\n")
@@ -68,7 +71,7 @@ class RunLock:
 
 
 def lock_folder(run_dir: Path, run_id: str, *, patience_s: float | None = None) -> RunLock:
-    """Make the folder and take it for a run; its other processes may have taken it already.
+    """Make the folder and lock it for a run; other processes of the run may have done so already.
 
     Raises:
         FolderInUseError: if another run is alive in it, naming that run.
@@ -96,20 +99,20 @@ def lock_folder(run_dir: Path, run_id: str, *, patience_s: float | None = None) 
 
 
 def _try(path: Path, run_id: str, made: bool) -> RunLock | None:
-    """One attempt; None if another run is in, or the lock changed hands meanwhile."""
+    """One attempt; None if another run holds the folder, or the lock file changed meanwhile."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except FileNotFoundError:  # the folder's last run has just removed it
         return None
     kept = False
     try:
-        if _lock(descriptor, fcntl.LOCK_EX):  # nobody is alive in the folder
+        if _lock(descriptor, fcntl.LOCK_EX):  # no process holds the folder
             if not _is_named(descriptor, path):
                 return None
             _add_line(descriptor, path, run_id, made)
         elif not _names(descriptor, run_id):
             return None
-        # From exclusive to shared is no single step: another run may come between, and is seen.
+        # From exclusive to shared is not one step: another run may come between, so check again.
         shared = _lock(descriptor, fcntl.LOCK_SH)
         kept = shared and _is_named(descriptor, path) and _names(descriptor, run_id)
         return RunLock(path.parent, held=True, _descriptor=descriptor) if kept else None
@@ -137,7 +140,7 @@ def _make_folder(run_dir: Path) -> bool:
 
 
 def _lock(descriptor: int, kind: int) -> bool:
-    """Take the lock or change its kind at once; false if another process is in the way."""
+    """Take the lock or change its kind at once; false if another process holds it."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except OSError as error:
@@ -156,7 +159,7 @@ def _is_named(descriptor: int, path: Path) -> bool:
 
 
 def _add_line(descriptor: int, path: Path, run_id: str, made: bool) -> None:
-    """Name the run in a line of its own: what a killed run left is kept until the run begins."""
+    """Add a line that names the run; a killed run's line is kept until this run begins."""
     host = socket.gethostname()
     line = json.dumps({"run": run_id, "host": host, "pid": os.getpid(), "made": made})
     size = os.lseek(descriptor, 0, os.SEEK_END)

@@ -19,12 +19,12 @@ from fomoe.shapes import ParameterSpec
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What a rule says of the rows [start, stop) of a parameter.
+    """What a rule decides for the rows [start, stop) of a parameter.
 
     Attributes:
         holders: sites that store them, ascending.
         trainers: holders whose updates may count; none if the rows are frozen.
-        expert: the routed expert that they belong to, if they belong to one.
+        expert: the routed expert that they belong to, or None.
     """
 
     start: int
@@ -42,13 +42,13 @@ class Segment:
     """Rows [start, stop) of one parameter with one holder set; `Site.view` finds them in memory.
 
     Attributes:
-        name: the parameter's name; of a routed expert the expert's own, else with `[start:stop]`
-            where the rows are not the whole.
+        name: a routed expert's own name; otherwise the parameter's name, followed by
+            `[start:stop]` if the rows are only a part of it.
         parameter: the parameter's name.
-        shape: shape of the rows; of a routed expert its matrix, without the stack's dimension.
+        shape: shape of the rows; for a routed expert, of its matrix without the stack's dimension.
         start, stop: rows of the parameter.
         expert_class: whether it belongs to a routed expert (else to the shared parameters).
-        layer, expert: of the routed expert (or of the router row), else None.
+        layer, expert: of the routed expert (or of the router row); otherwise None.
         holders: sites that store it and receive its mean, ascending.
         trainers: holders whose updates may count, ascending.
     """
@@ -99,7 +99,7 @@ class Bucket:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All buckets of a model; every element of the model stands in exactly one segment."""
+    """All buckets of a model; every element of the model belongs to exactly one segment."""
 
     num_sites: int
     buckets: tuple[Bucket, ...]
@@ -127,7 +127,7 @@ def build_plan(specs: Iterable[ParameterSpec], num_sites: int, rule: Rule) -> Pl
     Args:
         specs: every parameter of the model.
         num_sites: number of sites, K.
-        rule: the pieces of a parameter, in the order of their rows.
+        rule: returns the pieces of a parameter, in the order of their rows.
     """
     grouped: dict[tuple[bool, Sites, Sites], list[Segment]] = {}
     for spec in specs:
@@ -235,8 +235,8 @@ def contribution_weight(segment: Segment, site: int, *, rule: str, counts: Round
 def trains(bucket: Bucket, site: int) -> bool:
     """Whether a site computes gradients for a bucket it holds.
 
-    Only whole buckets of experts can be frozen at some sites: a router matrix is one parameter even
-    where the updates of its rows count for some sites only.
+    Only whole buckets of experts can be frozen at some sites: a router matrix is one parameter,
+    even where only some sites' updates of a row count.
     """
     return site in bucket.trainers or bool(bucket.trainers and not bucket.expert_class)
 

@@ -1,6 +1,6 @@
-"""Optional packages and services: checked before a folder is claimed, and one line where they fail.
+"""Optional packages and services: checked before a folder is claimed; a failure is one line.
 
-wandb gets the records too, where `run.wandb` asks for it; no run depends on it once it trains.
+wandb receives the records too if `run.wandb` asks for it; it cannot stop a run that trains.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fomoe.sync.transport import Transport
 
 
 def check_services(config: Config, sites: Iterable[int], device: torch.device) -> None:
-    """Try whatever a config asks for that an installation may lack.
+    """Check whatever a config needs that an installation may lack.
 
     Raises:
         FomoeError: naming the option, the package or service, and what to do.
@@ -51,7 +51,7 @@ def _import_wandb(mode: str) -> Any:
             f"run.wandb={mode} needs the package {missing}: pip install {missing}, or take "
             f"run.wandb=off"
         ) from None
-    except Exception as error:  # a package of its own that does not fit the others
+    except Exception as error:  # an installed wandb that does not fit other packages
         raise ServiceError(f"run.wandb={mode}: wandb cannot be imported: {_line(error)}") from None
 
 
@@ -68,7 +68,7 @@ def _log_in(wandb: Any) -> None:
 
 
 class WandbLog:
-    """A wandb run that gets records: group = run, one job per process.
+    """A wandb run that receives records: group = run, one job per process.
 
     Args:
         config: the experiment; `run.wandb` is offline or online.
@@ -129,7 +129,7 @@ class WandbLog:
             self._give_up(error)
 
     def discard(self) -> None:
-        """The run does not begin: end it, and remove its files."""
+        """End the wandb run and remove its files, because training does not begin."""
         with suppress(Exception):
             self._run.finish(exit_code=1)
         self._forget()
@@ -141,7 +141,7 @@ class WandbLog:
 
     def _forget(self) -> None:
         with suppress(Exception):
-            self._wandb.teardown()  # its service would go on writing
+            self._wandb.teardown()  # its service would continue to write
         new = [self._folder / n for n in listing(self._folder) if n not in self._before]
         for path in new:
             if path.is_dir() and not path.is_symlink():
@@ -152,7 +152,7 @@ class WandbLog:
 
 
 def open_log(config: Config, run_dir: Path, transport: Transport) -> WandbLog | None:
-    """The log of this process where `run.wandb` asks for one: at all sites, or at none.
+    """This process's log if `run.wandb` asks for one: opened at all sites, or at none.
 
     Raises:
         FomoeError: if a site cannot open its own.

@@ -1,7 +1,7 @@
-"""Every parameter of the model from config arithmetic: name, shape, kind (no torch).
+"""Every parameter of the model, computed from the config: name, shape, kind (no torch).
 
-The model builds exactly these parameters and a test holds the two equal, so placement, segments,
-`--dry-run` and the simulator can speak of a model that nobody has built.
+The model builds exactly these parameters, and a test compares the two, so placement, segments,
+`--dry-run` and the simulator need no built model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class ParameterSpec:
             [E, out, in], one row per expert.
         kind: embedding, attention, norm, router, ffn, shared_expert or expert.
         layer: index of the layer, None outside the layers.
-        residual: whether its product is added to the residual stream, which scales its start.
+        residual: whether its product is added to the residual stream, which scales its init.
     """
 
     name: str
@@ -105,7 +105,7 @@ def _moe(config: Config, layer: int) -> list[ParameterSpec]:
 def _ffn(
     prefix: str, stacked: tuple[int, ...], d_model: int, width: int, kind: str, layer: int
 ) -> list[ParameterSpec]:
-    """A SwiGLU FFN, or a stack of them: gate and up in one matrix, so that one product serves
+    """A SwiGLU FFN, or a stack of them; gate and up are one matrix, so that one product computes
     both."""
     return [
         ParameterSpec(f"{prefix}.gate_up", (*stacked, 2 * width, d_model), kind, layer),

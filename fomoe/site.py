@@ -1,6 +1,6 @@
 """One site: its resident model, its inner optimizer and its data; it runs local steps.
 
-A site never talks to another one. What happens between rounds is the sync's business.
+A site never talks to another one; the sync does, between rounds.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Site:
         device: where the model lives.
 
     Attributes:
-        segments: what this site holds.
+        segments: those that this site holds.
         parameters: the model's parameters by name; `trainable` are those with gradients.
     """
 
@@ -64,7 +64,7 @@ class Site:
         config = plan.config
         self.config, self.site, self.stream, self.device = config, site, stream, device
         bf16 = uses_bf16(config.inner.precision, device)
-        # Before anything is built: a backend that cannot run here is the user's mistake.
+        # Checked before anything is built: a backend that cannot run here is a user's mistake.
         self.expert_backend = expert_backend(config, device)
         placement = plan.placement
         self.model = Transformer(config, placement.residents(site), placement.trained(site))
@@ -78,7 +78,7 @@ class Site:
         self._reset_round()
 
     def run_local_steps(self, num_steps: int, on_step: Callable[[Tensor], None]) -> list[Tensor]:
-        """Train alone for some steps; `on_step` gets each step's record as it is made.
+        """Take some local steps; `on_step` is called with the record of each step.
 
         Returns:
             One fp32 vector of `STEP_FIELDS` per step, on the device.
@@ -122,7 +122,7 @@ class Site:
         return total
 
     def apply(self, losses: Tensor) -> Tensor:
-        """Clip and step with the gradients that are there; returns the step's record."""
+        """Clip the present gradients and take the step; returns the step's record."""
         inner = self.config.inner
         # The norm is over this site's gradients only; sites do not share statistics.
         limit = inner.clip_norm or math.inf
@@ -150,13 +150,13 @@ class Site:
         return grad[rows]
 
     def inner_views(self, segment: Segment) -> dict[str, Tensor]:
-        """The inner optimizer's state of a segment by key; scalars are its whole parameter's."""
+        """The inner optimizer's state of a segment by key; a scalar is for the whole parameter."""
         name, rows = self._place(segment)
         state = self.optimizer.state.get(self.parameters[name], {})
         return {k: v[rows] if v.ndim else v for k, v in state.items() if v is not None}
 
     def _place(self, segment: Segment) -> tuple[str, int | slice]:
-        """The parameter that holds a segment, and its rows there; known nowhere else."""
+        """The parameter that holds a segment, and its rows there; no other code knows this."""
         if segment.expert_class:
             assert segment.layer is not None
             assert segment.expert is not None
@@ -226,7 +226,7 @@ class Site:
         return shares
 
     def end_round(self) -> RoundRouting:
-        """Hand over the round's counts and start counting anew."""
+        """Return the round's counts and reset the counters."""
         routing = RoundRouting(
             selected_LE=self._selected_LE.cpu(),
             executed_LE=self._executed_LE.cpu(),
@@ -239,7 +239,7 @@ class Site:
         return routing
 
     def round_counts(self, routing: RoundRouting) -> RoundCounts:
-        """What decides this site's contribution weights."""
+        """The counts that this site's contribution weights are computed from."""
         layers = self.config.model.moe_layers
         executed = {
             (layer, expert): count
@@ -263,7 +263,7 @@ class Site:
     # -------------------------------------------------------------------------------- checkpoint
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors by entry and small values: everything that the next round depends on.
+        """Tensors by entry name, and small values: everything that the next round depends on.
 
         Segments without trainers never change and are left out.
         """
@@ -281,7 +281,7 @@ class Site:
         return [segment for segment in self.segments if segment.trainers]
 
     def divergence(self) -> str:
-        """What is not finite in this site's state; empty if all is."""
+        """Says what in this site's state is not finite; empty if everything is."""
         return divergence(self.state()[0])
 
     def state_layout(self) -> Layout:
@@ -301,7 +301,7 @@ class Site:
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Bring back what `state` returned."""
+        """Restore what `state` returned."""
         self.optimizer.state.clear()
         inner = by_key(tensors, "inner")
         for segment in self._changing():
@@ -327,7 +327,7 @@ def expert_backend(config: Config, device: torch.device) -> str:
     """The backend of the experts on a device.
 
     Raises:
-        ConfigError: if the one that is asked for cannot run there.
+        ConfigError: if the requested backend cannot run there.
     """
     bf16 = uses_bf16(config.inner.precision, device)
     return choose_backend(config.model, device, torch.bfloat16 if bf16 else torch.float32)
@@ -363,7 +363,7 @@ def learning_rate(inner: InnerConfig, step: int, horizon: int) -> float:
 
 
 def uses_bf16(precision: str, device: torch.device) -> bool:
-    """`auto` takes bf16 autocast where the device has it; CPU stays in fp32."""
+    """`auto` uses bf16 autocast on an accelerator that supports it; a CPU stays in fp32."""
     if precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
     return precision == "bf16"

@@ -1,7 +1,7 @@
-"""State tensors by name, as in a checkpoint: which must be there, and that all are finite.
+"""State tensors by name, as in a checkpoint: whether all are present and finite.
 
-A state that is not finite never becomes finite again, and one that lacks a tensor trains on from
-zeros without a word. Both are found before a sync commits and before a checkpoint is loaded.
+A state that is not finite never becomes finite again, and a missing tensor would silently restart
+from zeros. Both are found before a sync commits and before a checkpoint is loaded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 # Shape and type of every tensor, by name.
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
-# What a tensor is, by the first part of its name.
+# What an error calls a tensor, by the first part of its name.
 _KINDS = {
     "param": "parameters are",
     "inner": "inner optimizer state is",
@@ -75,7 +75,7 @@ def optimizer_layout(
     shapes: Mapping[str, tuple[int, ...]],
     kind: str,
 ) -> Layout:
-    """What an optimizer keeps for each parameter after its first step, from a trial step.
+    """What an optimizer keeps for each parameter after its first step, found by a trial step.
 
     Args:
         build: makes the optimizer of one fp32 parameter.

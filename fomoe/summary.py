@@ -1,4 +1,4 @@
-"""Records and summaries: what a round and a run say about themselves.
+"""The record of a round and the summary of a run.
 
 docs/metrics.md lists every field.
 """
@@ -187,7 +187,7 @@ def process_peaks() -> dict[str, int]:
 
 
 def _executed(executed: int, selected: int) -> float:
-    return executed / selected if selected else 1.0  # a dense model runs everything
+    return executed / selected if selected else 1.0  # a dense model skips nothing
 
 
 def _model_bytes(by_class: dict[str, int]) -> int:

@@ -1,7 +1,7 @@
-"""Text files as what they are: read rightly, or refused with the place and what they look like.
+"""Text files: decoded correctly, or refused with the offset of the fault and a likely cause.
 
-UTF-8, UTF-16 and UTF-32 with a byte order mark, and gzip of these are read. Damage is never
-replaced: what is trained on is what stands in the file.
+UTF-8, UTF-16 and UTF-32 with a byte order mark, and gzip of these are read. Damaged bytes are never
+replaced: a run trains on exactly the text of the file.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ _KINDS = {
     b"\x89PNG": "an image",
     b"\xff\xd8\xff": "an image",
 }
-# Names that plain text may begin with as well count only where more of the file agrees.
+# Signatures that plain text may begin with too: they count only if more of the file agrees.
 _AGREES = {
     b"BZh": lambda data: data[4:10] == b"1AY&SY",
     b"PAR1": lambda data: data.endswith(b"PAR1"),
 }
 _CONVERT = "; convert it (iconv -f {} -t UTF-8)"
-_SAMPLE = 65_536  # bytes that tell what a file looks like
+_SAMPLE = 65_536  # bytes from which the kind of a file is guessed
 
 
 class TextError(ValueError):
-    """Why a file cannot be read as text: words that go on a sentence about it."""
+    """Why a file cannot be read as text; the message continues a sentence about the file."""
 
 
 def why_no_file(path: str | Path, *, pipes: bool = False) -> str:
-    """Why a path is no file that can be read, or nothing.
+    """Why a path is not a readable file; empty if it is.
 
     Args:
-        pipes: whether a pipe will do, which can be read only once.
+        pipes: whether a pipe is accepted, although it can be read only once.
     """
     try:
         mode = os.stat(path).st_mode
@@ -95,7 +95,7 @@ def read_text(path: str | Path, *, pipes: bool = False, keep_newlines: bool = Fa
     r"""The text of a file; `\r\n` and `\r` become `\n` unless `keep_newlines`.
 
     Raises:
-        TextError: if it is no readable file, or not text in an encoding that is read.
+        TextError: if it is not a readable file, or not text in one of the encodings.
     """
     if problem := why_no_file(path, pipes=pipes):
         raise TextError(problem)
@@ -108,7 +108,7 @@ def read_text(path: str | Path, *, pipes: bool = False, keep_newlines: bool = Fa
 
 
 def decode(data: bytes) -> str:
-    """The text that some bytes are.
+    """Decode bytes to text.
 
     Raises:
         TextError: naming the offset of what is not text, and what the bytes look like.
@@ -146,7 +146,7 @@ def _unpack(data: bytes) -> bytes:
 
 
 def _kind(data: bytes) -> str:
-    """What a file that is no text is by its first bytes, or nothing."""
+    """The kind of a file that is not text, by its first bytes; empty if none is known."""
     for start, kind in _KINDS.items():
         if data.startswith(start) and _AGREES.get(start, lambda _: True)(data):
             return kind
@@ -167,7 +167,7 @@ def _looks(body: bytes, error: UnicodeDecodeError) -> str:
 
 
 def _looks_with_nuls(body: bytes) -> str:
-    """What bytes with NULs look like: those of wide encodings stand at every second byte or so."""
+    """What bytes with NULs look like: wide encodings have one at every second byte or so."""
     sample = body[: _SAMPLE - _SAMPLE % 4]
     shares = [sample[i::4].count(0) / max(len(sample[i::4]), 1) for i in range(4)]
     for encoding, text_at in (("UTF-32LE", 0), ("UTF-32BE", 3)):

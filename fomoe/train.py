@@ -45,14 +45,14 @@ def train(
         resume_round: with mode resume, go back to this round; None: the newest that all sites have.
         device: auto, cpu, cuda or cuda:N.
         interface: network interface for traffic between sites.
-        launch: where this process stands, by default what the environment says.
+        launch: which site this process is; by default read from the environment.
         show: print progress.
 
     Raises:
-        FomoeError: for every mistake of a user and every failed sync.
+        FomoeError: for a user's mistake and for a failed sync.
     """
     launch = launch or launch_from_environment(num_sites=config.num_sites)
-    # What is wrong at this site alone is told before it waits for the others.
+    # A problem of this site alone is reported before the site waits for the others.
     where = choose_device(device, launch.local_rank)
     transport = open_transport(
         launch, config.num_sites, timeout_s=config.sync.timeout_s, interface=interface
@@ -168,7 +168,7 @@ def _step_together(
     vectors: dict[int, list[torch.Tensor]],
     seconds: dict[int, float],
 ) -> float:
-    """One step with averaged gradients, which tie the sites together; seconds of averaging."""
+    """One step of all sites with averaged gradients; returns the seconds spent averaging."""
     losses = {}
     for index, site in run.sites.items():
         started = time.perf_counter()
@@ -187,16 +187,16 @@ def _step_together(
 
 
 def finish_device_work(device: torch.device) -> None:
-    """Wait for queued kernels, once per site and round, so that times are of work done."""
+    """Wait for queued kernels, once per site and round, so that times cover finished work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def synchronize(run: Run) -> dict[int, RoundRouting]:
-    """The sync that ends a round: on all sites, or on none.
+    """The sync that ends a round: it is committed at all sites, or at none.
 
     Raises:
-        SyncError: saying what is lost, if a site fails or is not well.
+        SyncError: saying what is lost, if a site fails or its state is not finite.
     """
     prepared = run.sync.prepare()
     run.sync.commit(run.sync.exchange(prepared))
@@ -209,7 +209,7 @@ def count_bytes(run: Run) -> dict[int, Counts]:
 
 
 def evaluate_sites(run: Run, round_idx: int) -> dict[int, float]:
-    """Each site's own model where it is due; returns the agreement of its probe's top-k."""
+    """Evaluate each site's own model if it is due; returns the agreement of the probe's top-k."""
     agreement = {}
     if is_due(run.config.run.eval_every, round_idx, run.config.rounds):
         for site_idx, site in run.sites.items():

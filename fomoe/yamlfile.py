@@ -51,15 +51,15 @@ def parse_yaml(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with the number and truth words people expect, and no silently repeated keys.
+    """YAML with numbers and booleans as people expect them, and no silently repeated keys.
 
     YAML 1.1, which PyYAML follows, reads `3e-4` as text, `off` as false and `2026-01-02` as a
-    date; there are no options that are dates. Merge keys (`<<: *base`) are read.
+    date; no option is a date. Merge keys (`<<: *base`) are read.
     """
 
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
-        self._open: list[str] = []  # anchors of the collections around what is read
+        self._open: list[str] = []  # anchors of the enclosing collections
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
@@ -73,9 +73,9 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def compose_mapping_node(self, anchor: Any) -> Any:
-        """A mapping whose keys are words that stand once, with what it merges in.
+        """A mapping whose keys are words, each given once; its merge keys are applied.
 
-        Merging here, where every base is whole, is the same in every version of PyYAML.
+        Merged here, where every base is complete, it is the same in every version of PyYAML.
         """
         node = super().compose_mapping_node(anchor)
         own: dict[str, Any] = {}
@@ -108,7 +108,7 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith(_DROPPED)]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-# Tags that a file may ask for by name: those of the values that options have.
+# Tags that a file may name: those of the types that options have.
 _Loader.yaml_constructors = {
     tag: build
     for tag, build in yaml.SafeLoader.yaml_constructors.items()

@@ -1,1 +1,1 @@
-"""The network. It knows its resident experts and never that other sites exist."""
+"""The network. It knows its resident experts and nothing of other sites."""

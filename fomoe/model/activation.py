@@ -1,7 +1,7 @@
 """SwiGLU's activation, silu(gate) * up, with a backward that fills one buffer.
 
-Gate and up stand side by side in one product's output. Autograd would give each half its own
-gradient and copy both together.
+Gate and up are the two halves of one product's output. Autograd would make a gradient for each half
+and then copy both into one.
 
 Shapes: N rows, F hidden, G = 2F.
 """
@@ -34,7 +34,7 @@ def swiglu_backward(grad_NF: Tensor, h_NG: Tensor, silu_NF: Tensor) -> Tensor:
 
 
 class SwiGLUActivation(torch.autograd.Function):
-    """`swiglu_activation` in a graph."""
+    """`swiglu_activation` for autograd."""
 
     @staticmethod
     def forward(ctx: Any, h_NG: Tensor) -> Tensor:

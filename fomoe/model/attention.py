@@ -2,10 +2,10 @@
 
 The products over the sequence are torch's scaled_dot_product_attention. Training in fp32 on CPU
 takes `_Blocks` instead where sequences are short: torch's kernel computes every score again in the
-backward pass, which pays for long ones only (docs/performance.md).
+backward pass, which is faster for long sequences only (docs/performance.md).
 
 Shapes: B batch, S sequence, D model, N heads, G key-value heads, H head size; M heads of some
-sequences, R rows of a block, C the positions that they see.
+sequences, R rows of a block, C the positions that they attend to.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Attention(nn.Module):
 def attend(
     q_BNSH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, cos_SH: Tensor, sin_SH: Tensor
 ) -> Tensor:
-    """softmax(q k' / sqrt(H)) v over the positions so far, q and k rotated first, [B, N, S, H]."""
+    """softmax(q k' / sqrt(H)) v with a causal mask, [B, N, S, H]; q and k are rotated first."""
     grouped = q_BNSH.shape[1] != k_BGSH.shape[1]
     plain = q_BNSH.device.type == "cpu" and q_BNSH.dtype == v_BGSH.dtype == torch.float32
     trains = torch.is_grad_enabled() and q_BNSH.requires_grad
@@ -76,11 +76,11 @@ def attend(
 
 
 class _Blocks(torch.autograd.Function):
-    """Attention by blocks of queries whose scores fit a cache; it keeps each block's shares.
+    """Attention by blocks of queries whose scores fit a cache; it keeps each block's softmax.
 
-    A block of rows meets all keys up to its last row, so of the scores above the diagonal only
-    those inside a block's own square are computed, and masked. Whole sequences go together, as
-    many as fill a block; what each needs is rotated and laid out just before.
+    A block of rows is multiplied by all keys up to its last row, so of the scores above the
+    diagonal only those inside the block's own square are computed, and masked. As many whole
+    sequences as fill a block are computed together; each is rotated and laid out just before.
     """
 
     @staticmethod
@@ -131,7 +131,7 @@ class _Blocks(torch.autograd.Function):
 
 
 def _heads_side_by_side(x_BNSH: Tensor) -> Tensor:
-    """Memory for another of its shape, in the order in which the projections read and write."""
+    """An empty tensor of this shape, in the memory order of the projections."""
     batch, heads, seq, size = x_BNSH.shape
     return x_BNSH.new_empty(batch, seq, heads, size).transpose(1, 2)
 

@@ -47,7 +47,8 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, None]:
         x_ND, weight_D, scale_N1 = ctx.saved_tensors
         size = x_ND.shape[-1]
-        # LayerNorm's kernel with a mean of 0, which also takes each row's mean gradient away.
+        # LayerNorm's kernel with a mean of 0. It also subtracts each row's mean gradient, which is
+        # added again below.
         x_grad_ND, weight_grad_D, _ = torch.ops.aten.native_layer_norm_backward(
             grad_ND,
             x_ND,

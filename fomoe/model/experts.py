@@ -1,7 +1,7 @@
 """Expert FFNs and their compute: only executed assignments cost anything.
 
 Resident experts are stacked and run on a backend (`fomoe.model.backends`). Experts that are passed
-in as functions run one by one, plainly; that is also what the backends are tested against.
+in as functions run one by one; tests compare the backends with this plain form.
 
 Shapes: T tokens, K top-k, D model, F hidden, E all experts, R resident experts, A executed
 assignments.
@@ -21,7 +21,7 @@ from fomoe.model.backends.choice import BACKENDS, choose_backend
 from fomoe.model.matmul import linear
 from fomoe.model.router import Routing
 
-# One expert as a function of its rows: a module, or weights that were fetched for the moment.
+# One expert as a function of its rows: a module, or weights that were fetched for one use.
 Expert = Callable[[Tensor], Tensor]
 
 
@@ -55,7 +55,7 @@ class Experts(nn.Module):
     Attributes:
         ids: expert id of each slot: the trained ones, then the frozen ones.
         gate_up, down: [R, 2F, D] and [R, D, F] of the trained experts; None if there are none.
-        frozen_gate_up, frozen_down: the same of the frozen ones.
+        frozen_gate_up, frozen_down: the same for the frozen experts.
         slot_E: int64, slot of each expert; the number of residents for absent ones.
         resident_E: bool, whether an expert is resident.
     """
@@ -127,7 +127,7 @@ def _stacks(
 
 
 def slots(experts: tuple[int, ...], num_experts: int) -> Tensor:
-    """int64 [E], the position of each expert in `experts`; their number for absent ones."""
+    """int64 [E], the position of each expert in `experts`; len(experts) for absent ones."""
     slot_E = torch.full((num_experts,), len(experts))
     if experts:
         slot_E[list(experts)] = torch.arange(len(experts))

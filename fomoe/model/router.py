@@ -82,7 +82,7 @@ class Router(nn.Module):
         super().__init__()
         self.top_k, self.options, self.matmul = top_k, options, matmul
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
-        # For the choice only, never for the gate. The balance bias is equal at all sites.
+        # They affect the choice only, never the gate. The balance bias is equal at all sites.
         self.register_buffer("balance_bias_E", torch.zeros(num_experts), persistent=False)
         self.register_buffer("execute_bias", torch.zeros(()), persistent=False)
 
@@ -95,7 +95,7 @@ class Router(nn.Module):
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
             logits_TE = linear(x_TD.float(), self.weight.float(), self.matmul)
             if options.route_scope == "resident" and num_resident < num_experts:
-                # Finite, so that probability 0 times it is 0.
+                # A finite value, so that its product with probability 0 is 0.
                 lowest = torch.finfo(logits_TE.dtype).min
                 logits_TE = logits_TE.masked_fill(~resident_E, lowest)
             scores_TE = score_experts(logits_TE=logits_TE, score=options.score)
@@ -127,7 +127,7 @@ class Router(nn.Module):
 
 
 def score_experts(*, logits_TE: Tensor, score: str) -> Tensor:
-    """Scores of all experts: softmax over them, or a sigmoid each (DeepSeek-V3, 2412.19437)."""
+    """Scores of all experts: one softmax, or a sigmoid for each (DeepSeek-V3, 2412.19437)."""
     return logits_TE.softmax(-1) if score == "softmax" else logits_TE.sigmoid()
 
 
@@ -178,7 +178,7 @@ def choose_experts(
 def router_stats(
     *, routing: Routing, logits_TE: Tensor, scores_TE: Tensor, score: str, resident_E: Tensor
 ) -> RouterStats:
-    """Counts and losses of one layer; balance counts are of the original choice over all E."""
+    """Counts and losses of one layer; the balance loss counts original choices over all E."""
     num_experts = scores_TE.shape[-1]
     selected_E = torch.bincount(routing.selected_TK.flatten(), minlength=num_experts)
     executed_E = torch.bincount(

@@ -55,7 +55,7 @@ class MoE(nn.Module):
     def forward(
         self, x_TD: Tensor, experts: Mapping[int, Expert] | None = None
     ) -> tuple[Tensor, Routing, RouterStats]:
-        """Route and run T tokens; with `experts`, by those instead of the residents."""
+        """Route and run T tokens; `experts`, if given, run instead of the residents."""
         if experts is None:
             routing, stats = self.router(x_TD, self.experts.resident_E, len(self.experts))
             y_TD = self.experts(x_TD, routing)

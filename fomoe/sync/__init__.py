@@ -1,1 +1,1 @@
-"""What crosses between sites: averaging over holders, the outer step, the transports."""
+"""Everything between sites: averaging over holders, the outer step, the transports."""

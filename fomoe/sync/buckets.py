@@ -1,8 +1,8 @@
-"""Buckets as numbers: what a site contributes, how a chunk is summed, how sums become means.
+"""The arithmetic of buckets: what a site contributes, sums of chunks, and means.
 
 Every site that stores a segment receives its mean (a holder); how much each adds is its
-contribution weight, which may be 0. Nothing here looks across segments: a statistic over several
-would differ between holders of the same expert. Nothing here knows of a network.
+contribution weight, which may be 0. Every segment is averaged by itself: a statistic over several
+would differ between holders of the same expert. Nothing here uses a network.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from fomoe.segments import Bucket, Segment, chunk_bounds
 
-# Elements [start, stop) of a segment laid flat, as a site stores them, on any device.
+# Elements [start, stop) of a flattened segment, as a site stores them, on any device.
 Read = Callable[[Segment, int, int], Tensor]
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Elements [start, stop) of a bucket laid flat; its owner is the holder that sums them."""
+    """Elements [start, stop) of a flattened bucket; the owner is the holder that sums them."""
 
     bucket: Bucket
     owner: int
@@ -42,7 +42,7 @@ class Contribution:
     Args:
         bucket: the bucket.
         weights: one per segment.
-        read: gives a segment's values; it is not called for a segment of weight 0, whose values
+        read: returns a segment's values; it is not called for a segment of weight 0, whose values
             may be anything (0 x NaN is NaN).
 
     Attributes:
@@ -80,7 +80,7 @@ def reduce_chunk(contributions: list[Tensor]) -> Tensor:
 
 
 def divide_by_weights(bucket: Bucket, values: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean of each segment, in place; zero where nobody contributed.
+    """Weighted mean of each segment, in place; zero where no site contributed.
 
     Args:
         values: sums of weight x value, [bucket.numel].

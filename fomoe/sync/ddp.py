@@ -1,6 +1,6 @@
 """DDP, the small sibling of a sync: gradients are averaged at every step, nothing at a round's end.
 
-The parameters of all sites are equal all the time, so there are no anchors and no outer step.
+The parameters of all sites are always equal, so there are no anchors and no outer step.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fomoe.sync.sync import Sync
 
 
 class GradientSync(Sync):
-    """A sync without anchors: at a round's end the sites only agree that all is well."""
+    """A sync without anchors: at the end of a round the sites only check each other's state."""
 
     def average_gradients(self) -> None:
         """Replace every gradient by its mean over all sites, through the same reduction.

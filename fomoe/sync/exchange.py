@@ -1,7 +1,7 @@
-"""What sites do together, whatever the transport: reduce, gather, agree, share, fetch.
+"""Operations over several sites, for any transport: reduce, gather, agree, share, fetch.
 
-Each is written once, as messages between members; a transport only moves them. Payload is what a
-site puts in, counted here; wire is what it sends, counted by the transport.
+Each is written once, as messages between members; a transport only moves them. The payload, what a
+site puts into an operation, is counted here; the transport counts the bytes that a site sends.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def mean_over_holders(
     """Weighted means of the buckets that sites of this process hold, by bucket index.
 
     Every holder sends each chunk to the chunk's owner, which sums it in site order and sends the
-    sum to the others. What `contribute` reads is left alone.
+    sum to the others. The values that `contribute` reads are not changed.
 
     Args:
         buckets: the same at every member.
@@ -53,8 +53,8 @@ def mean_over_holders(
         bucket.index: torch.empty(bucket.numel) for bucket in buckets if bucket.index in weights
     }
     chunks = [chunk for bucket in buckets for chunk in chunks_of(bucket)]
-    # Over a network all chunks cross together, so that no site waits for a peer that is still in
-    # another one; in one process they go one by one, so that few contributions exist at a time.
+    # Over a network all chunks are exchanged at once, so that no site waits for a peer that is busy
+    # with another one. In one process they are summed one by one: few contributions exist at once.
     for batch in [chunks] if transport.remote else [[chunk] for chunk in chunks]:
         _sum_chunks(transport, batch, own, values)
     for (index, site), contribution in own.items():
@@ -123,7 +123,7 @@ def _sum_chunks(
         for source in chunk.bucket.holders
     ]
     moved = iter(transport.move("summing over the holders", to_owner))
-    del to_owner  # and with it this process's contributions
+    del to_owner  # frees this process's contributions
     from_owner = []
     for chunk in batch:
         parts = [part for part in (next(moved) for _ in chunk.bucket.holders) if part is not None]
@@ -200,10 +200,10 @@ def check_sites(
     problem: Callable[[int], str],
     error: type[FomoeError] = SyncError,
 ) -> None:
-    """Raise at every member if any site has a problem: all go on, or none does.
+    """Raise at every member if any site has a problem: all sites continue, or none does.
 
     Args:
-        problem: what is wrong with one of this process's sites, or nothing.
+        problem: says what is wrong with a site of this process; empty if nothing is.
 
     Raises:
         FomoeError: of the kind given, naming the sites and their problems.
@@ -219,7 +219,7 @@ def check_sites(
 
 
 def agreed(transport: Transport, work: Callable[[], T]) -> T:
-    """Do something in every process; if it fails in one, all raise instead of waiting for it.
+    """Run `work` in every process; if it fails in one, all raise instead of waiting for it.
 
     Raises:
         FomoeError: this process's own error, or one that names the sites that failed.
@@ -253,7 +253,7 @@ class Item:
     """A tensor that some sites hold and others want to read.
 
     Attributes:
-        name: what `read` is asked for.
+        name: the argument of `read`.
         shape: its shape; fp32.
         holders: sites that have it; the first sends it.
     """
@@ -266,7 +266,7 @@ class Item:
 def fetch(
     transport: Transport, items: Iterable[Item], read: Callable[[int, str], Tensor]
 ) -> dict[str, Tensor]:
-    """Every item, read at a site of this process where one holds it, else received."""
+    """Every item by name: read from a site of this process that holds it, otherwise received."""
     found: dict[str, Tensor] = {}
     messages, names = [], []
     for item in items:

@@ -30,8 +30,8 @@ class Anchors:
         pin: keep the anchors in pinned memory.
 
     Attributes:
-        buckets: those of them that are held here.
-        values: the anchors by segment.
+        buckets: those of the given buckets that are held here.
+        values: the anchors by name of the segment.
 
     Raises:
         ConfigError: if `outer.options` are not the optimizer's own.
@@ -100,13 +100,15 @@ class Anchors:
         )
 
     def divergence(self, site: int) -> str:
-        """What is not finite in one site's anchors and outer state; empty if all is."""
+        """Says what in one site's anchors and outer state is not finite; empty if everything is."""
         return divergence(self.state_of(site))
 
     @torch.no_grad()
     def load_state_of(self, site: int, tensors: Mapping[str, Tensor]) -> None:
-        """Bring back what `state_of` returned; replicas of one process are equal, so order is not
-        important."""
+        """Restore what `state_of` returned.
+
+        Replicas in one process are equal, so the order of the sites does not matter.
+        """
         outer = by_key(tensors, "outer")
         for segment in self._segments_of(site):
             anchor = self.values[segment.name]
@@ -128,7 +130,7 @@ def build_outer_optimizer(config: Config, anchors: list[nn.Parameter]) -> torch.
     name = config.outer.optimizer
     kind = getattr(torch.optim, name)
     try:
-        # Some options are refused at the first step only: it is tried before anything is trained.
+        # torch refuses some options only at the first step, so a trial step comes before training.
         trial = nn.Parameter(torch.zeros(1))
         trial.grad = torch.zeros(1)
         kind([trial], **config.outer.arguments).step()

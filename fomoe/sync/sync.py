@@ -1,8 +1,9 @@
 """The sync of a round: prepare, exchange, commit.
 
-`prepare` ends the round at every site. `exchange` is everything that can fail: means of values and
-weights, the byte check, finite states, balance counts; it changes nothing. `commit` writes anchors,
-parameters and balance biases, and asks nobody.
+`prepare` ends the round at every site. `exchange` does everything that can fail: it averages values
+over their holders, compares bytes with the plan, checks that every state is finite and adds the
+balance counts. It changes nothing. `commit` writes anchors, parameters and balance biases; it waits
+for no other site.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ from fomoe.sync.transport import Transport, model_bytes
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a round left at the sites of this process.
+    """The counts of a round at the sites of this process.
 
     Attributes:
         routing: its routing, by site.
-        counts: what decides the contribution weights, by site.
+        counts: what the contribution weights are computed from, by site.
     """
 
     routing: dict[int, RoundRouting]
@@ -48,11 +49,11 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Exchanged:
-    """What all sites agreed on; nothing of it is committed yet.
+    """The results that all sites agreed on; nothing is committed yet.
 
     Attributes:
         means: mean pseudo-gradients by bucket index, of the buckets held here.
-        selected_LE: assignments per layer and expert over all sites; None where no bias moves.
+        selected_LE: assignments per layer and expert over all sites; None without a balance bias.
     """
 
     means: dict[int, Tensor]
@@ -129,7 +130,7 @@ class Sync:
             ) from error
 
     def reduce(self, buckets: Sequence[Bucket], contribute: Contribute) -> dict[int, Tensor]:
-        """Means of some buckets; bytes that are not the planned ones are told in `exchange`."""
+        """Means of some buckets; `exchange` reports bytes that differ from the plan."""
         counts = self.transport.counts
         before = {site: model_bytes(counts[site]) for site in self.sites}
         means = mean_over_holders(self.transport, buckets, contribute)
@@ -168,10 +169,10 @@ class Sync:
     # ------------------------------------------------------------------------------ replicas
 
     def check_replicas(self) -> dict[int, str]:
-        """Compare hashes of the sites' own parameters over the holders of every bucket.
+        """Compare hashes of the sites' own parameters between the holders of every bucket.
 
         Returns:
-            The hash of each bucket with several holders, of those held here.
+            The hash of each bucket that is held here and has several holders.
 
         Raises:
             SyncError: naming the first bucket whose replicas differ, and its holders.

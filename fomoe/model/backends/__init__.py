@@ -1,1 +1,1 @@
-"""Ways to compute the resident experts; `fomoe.model.backends.base` has the interface."""
+"""Ways to compute the resident experts; `fomoe.model.backends.base` defines the interface."""

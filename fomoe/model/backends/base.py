@@ -53,8 +53,8 @@ class Dispatch:
 def plan_dispatch(routing: Routing, slot_E: Tensor, num_resident: int) -> Dispatch:
     """Compact a batch's assignments to those that a resident expert executes.
 
-    With every expert resident all T x K assignments are executed, so that no size has to be read
-    from the device; otherwise the counts are, once.
+    If every expert is resident, all T x K assignments are executed and no size has to be read from
+    the device; otherwise the counts are read, once.
     """
     top_k = routing.expert_TK.shape[-1]
     slot_A = slot_E[routing.expert_TK].flatten()
@@ -78,7 +78,7 @@ class Stacks(NamedTuple):
 
     Attributes:
         gate_up, down: [R, 2F, D] and [R, D, F] of the experts that are trained.
-        frozen: the same of the experts that are stored only, or nothing.
+        frozen: the same for the experts that are stored but not trained; None without them.
     """
 
     gate_up: Tensor
@@ -86,7 +86,7 @@ class Stacks(NamedTuple):
     frozen: tuple[Tensor, Tensor] | None = None
 
     def whole(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """gate_up and down of all slots; no copy where none is frozen and the dtype is theirs."""
+        """gate_up and down of all slots; no copy if none is frozen and the dtype is the same."""
         both = (self.gate_up, self.down)
         if self.frozen is not None:
             both = tuple(torch.cat(pair) for pair in zip(both, self.frozen, strict=True))

@@ -1,4 +1,4 @@
-"""Which backend computes the experts, and why; every reason not to is an error that names it."""
+"""Which backend computes the experts; one that cannot is refused with the reason."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def choose_backend(model: ModelConfig, device: torch.device, dtype: torch.dtype)
     split.
 
     Raises:
-        ConfigError: if the backend that is asked for cannot run this model here.
+        ConfigError: if the requested backend cannot run this model here.
     """
     asked = model.experts.backend
     if asked == "auto":
@@ -49,7 +49,7 @@ def choose_backend(model: ModelConfig, device: torch.device, dtype: torch.dtype)
 
 
 def _misaligned(model: ModelConfig, dtype: torch.dtype) -> str:
-    """The rule that a width breaks, or nothing."""
+    """The rule that a width breaks; empty if all widths fit."""
     multiple = ALIGNMENT_BYTES // dtype.itemsize
     widths = {"model.d_model": model.d_model, "model.expert_ffn_dim": model.expert_width}
     wrong = [f"{name} {width}" for name, width in widths.items() if width % multiple]

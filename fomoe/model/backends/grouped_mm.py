@@ -23,7 +23,7 @@ def _input_grad(y: Tensor, w: Tensor, dispatch: Dispatch) -> Tensor:
 
 
 def _weight_grad(y: Tensor, x: Tensor, dispatch: Dispatch) -> Tensor:
-    """A group without rows multiplies over no elements: its product is 0, and is written."""
+    """For a group without rows the kernel writes zeros: its product sums no elements."""
     return _grouped_mm(y.t(), x, offs=dispatch.ends_R)
 
 

@@ -1,7 +1,7 @@
-"""megablocks: the grouped products of an optional CUDA library (docs/performance.md builds it).
+"""megablocks: grouped products of an optional CUDA library (docs/performance.md: how to build it).
 
 Only its products are used: its layers keep router losses in lists global to the module, and its
-dispatch knows no absent experts. Expert ids here are those of the resident experts.
+dispatch has no absent experts. Expert ids here are those of the resident experts.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _input_grad(y: Tensor, w: Tensor, dispatch: Dispatch) -> Tensor:
 
 
 def _weight_grad(y: Tensor, x: Tensor, dispatch: Dispatch) -> Tensor:
-    """The library leaves the gradient of an expert without rows as it finds it."""
+    """The library does not write the gradient of an expert without rows; here it becomes 0."""
     grads = load().gmm(y, x, _sizes(dispatch), trans_a=True, trans_b=False)
     for expert, count in enumerate(dispatch.counts):
         if not count:

@@ -1,10 +1,10 @@
-"""Split: one product per expert. The default on CPU, right everywhere.
+"""Split: one product per expert. The default on CPU; it runs on every device.
 
-Experts run in tiles: as many of them as fill a tile's rows share one gather and one activation, so
-that many small experts cost no more calls than a few large ones, and a tile's buffers fit a CPU's
-cache, which those of all experts do not. Two small experts with nearly equal numbers of rows share
-one batched product, so that each thread has a matrix of its own instead of half of one. No gradient
-is ever zero-filled beyond its own rows.
+Experts run in tiles. The experts of a tile share one gather and one activation, so that many small
+experts need no more calls than a few large ones, and a tile's buffers fit a CPU's cache, which the
+buffers of all experts do not. Two small experts with nearly equal numbers of rows share one batched
+product, so that each thread has a matrix of its own instead of half of one. No gradient is filled
+with zeros beyond its own rows.
 
 Shapes: T tokens, D model, F hidden, G = 2F, R resident experts, A executed assignments, P rows of
 all experts with their padding, N rows of one tile, n rows of one expert.
@@ -27,10 +27,10 @@ from fomoe.model.matmul import TORCH, Product, Products, choose_products
 # Rows of a tile, unless one expert has more. From 512 to 8192 the times differ by a few per cent.
 TILE_ROWS = 2048
 
-# Experts of more rows have a product of their own: its threads are busy enough with one.
+# Experts of more rows have a product of their own, which keeps all threads busy.
 PAIR_ROWS = 640
 
-# Rows by which two of a pair may differ, or an eighth of the smaller.
+# Most rows by which the experts of a pair differ; or an eighth of the smaller, if that is more.
 _UNEVEN = 8
 
 
@@ -78,12 +78,12 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Where every executed assignment's row stands.
+    """Where the row of every executed assignment is.
 
     Attributes:
         tiles: rows of a tile, and its groups.
         token_P: token of each row; a padding row repeats some token.
-        place_A: row of each executed assignment; None where each has its own number.
+        place_A: row of each executed assignment; None if assignment i is row i.
         bags: rows of each token, in the order of its choices, and where each token's rows start.
         empty: slots of experts without rows.
     """
@@ -106,12 +106,12 @@ class Rows:
 
 
 def lay_out(dispatch: Dispatch, products: Products) -> Rows:
-    """Rows group by group, each expert's padded to its group's size."""
+    """Lay out the rows group by group; those of an expert are padded to its group's size."""
     counts = dispatch.counts
     groups = list(_groups(counts, products))
     tiles = list(_tiles(groups))
     row_A, start_T = dispatch.bags
-    shifts, end = [0] * len(counts), 0  # of each expert's rows, from where they stand by slot
+    shifts, end = [0] * len(counts), 0  # of each expert's rows, from their place by slot
     before = [0, *itertools.accumulate(counts)]
     empty = [slot for slot, count in enumerate(counts) if not count]
     for experts, size in groups:
@@ -131,7 +131,7 @@ def lay_out(dispatch: Dispatch, products: Products) -> Rows:
 
 
 def _groups(counts: list[int], products: Products) -> Iterator[tuple[tuple[int, ...], int]]:
-    """Experts with rows, by products, and the rows that each of a group runs with."""
+    """The experts of each product, and the rows of one expert in it, with its padding."""
     small: list[int] = []
     for expert, count in enumerate(counts):
         if products is TORCH and 0 < count <= PAIR_ROWS:
@@ -149,7 +149,7 @@ def _groups(counts: list[int], products: Products) -> Iterator[tuple[tuple[int, 
 
 
 def _tiles(groups: list[tuple[tuple[int, ...], int]]) -> Iterator[tuple[slice, list[Group]]]:
-    """Groups, as many in a row as fill a tile; a larger one has a tile of its own."""
+    """Consecutive groups, as many as fill a tile; a larger group has a tile of its own."""
     members: list[Group] = []
     start, rows = 0, 0
     for experts, size in groups:
