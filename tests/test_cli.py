@@ -291,6 +291,22 @@ def test_a_terminal_gets_a_live_display(tiny: Path, monkeypatch: pytest.MonkeyPa
     assert "round 2/2" in outcome.err
 
 
+@pytest.mark.parametrize("columns", ["0", "1", "30"])
+@pytest.mark.parametrize("terminal", [False, True])
+def test_no_width_is_too_small_to_print(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, columns: str, terminal: bool
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    outcome = fomoe("train", tiny, "rounds=1")
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", outcome.out)
+    assert "│ merged validation loss (nats per token)" in plain
+    assert "round 1/1" in outcome.err
+    planned = fomoe("train", tiny, "--dry-run")
+    assert "│ this run (fomoe) │" in re.sub(r"\x1b\[[0-9;]*m", "", planned.out)
+
+
 def test_version_and_help() -> None:
     assert fomoe("--version").out.strip() == f"fomoe {__version__}"
     out = fomoe("--help").out

@@ -207,6 +207,12 @@ def test_trained_bpe(tmp_path: Path) -> None:
     assert tokenizer.eos_id == 0
 
 
+@pytest.mark.parametrize("damage", [b"", b"{}", b"\xff\xfe", b'{"version": "1.0"'])
+def test_a_damaged_tokenizer_of_a_run_is_refused(damage: bytes) -> None:
+    with pytest.raises(DataError, match=r"^the run's tokenizer\.json is damaged: "):
+        parse_bpe(damage)
+
+
 def test_bpe_is_trained_on_the_training_text(tmp_path: Path) -> None:
     """Not on the held-out part, whose words would leak through the vocabulary."""
     source = letters(tmp_path / "letters", length=400)
@@ -351,7 +357,7 @@ TEXTS_OF_ALL = {
     "a trained tokenizer": ["data.sites=[A,B,C]", "data.tokenizer=bpe", "data.bpe_vocab_size=300"],
     "more parts than sites": ["data.num_shards=5"],
     "more sources than sites": ["data.sites=[A,B,C,A]", "data.num_shards=4"],
-    "a held-out source": ["data.sites=[A,B,C]", "data.held_out=B", "data.tokenizer=bpe"],
+    "a held-out source": ["data.sites=[A,B,C]", "data.held_out=B"],
     "shards of tokens": ["data.sites=[S.npy,T.npy,S.npy]", *SHARDS],
 }
 

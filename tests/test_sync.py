@@ -39,6 +39,7 @@ from torch import Tensor
 
 from fomoe.errors import ConfigError, FomoeError, SyncError
 from fomoe.planning import plan_run
+from fomoe.rules import ELEMENTWISE_OPTIMIZERS
 from fomoe.run import Run
 from fomoe.segments import Bucket, Plan, RoundCounts, Segment, sync_traffic, wire_elements
 from fomoe.state import entry
@@ -566,6 +567,22 @@ def test_any_elementwise_optimizer_steps_outside_and_replicas_stay_equal(optimiz
 def test_an_optimizer_that_is_none_or_not_elementwise_is_refused(optimizer, options):
     with pytest.raises(ConfigError, match=r"outer\."):
         make_run(tiny_config(outer__optimizer=optimizer, outer__options=options))
+
+
+def test_the_optimizers_that_are_allowed_are_torchs_elementwise_ones():
+    """What is not allowed needs a closure, or sparse gradients or matrices only."""
+    classes = {
+        name
+        for name, kind in vars(torch.optim).items()
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+    }
+    others = {"LBFGS", "SparseAdam", "Muon", "Optimizer", "Adafactor"}
+    assert classes - set(ELEMENTWISE_OPTIMIZERS) <= others
+    for optimizer in ELEMENTWISE_OPTIMIZERS:
+        run = make_run(
+            tiny_config(num_sites=1, placement__replication_factor=1, outer__optimizer=optimizer)
+        )
+        assert type(run.outer.optimizer) is getattr(torch.optim, optimizer)
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam", "NAdam"])
