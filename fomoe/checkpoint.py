@@ -190,7 +190,7 @@ def read_json(path: Path) -> Any:
 
 
 def has_part(run_dir: Path, round_idx: int, site: int) -> bool:
-    """Whether any file of a site's part is there, whole or not."""
+    """Whether any file of a site's part exists, whole or not."""
     names = (*_file_names(site), f"site-{site}.manifest.json")
     return any(os.path.lexists(round_folder(run_dir, round_idx) / name) for name in names)
 

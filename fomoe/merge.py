@@ -156,7 +156,7 @@ def _join_rows(plan: Plan, found: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _any_site(run_dir: Path, round_idx: int) -> int:
-    """A site whose part is here: any one, since the files of some sites may not be copied yet."""
+    """A site whose part is present; the files of some sites may not have been copied yet."""
     names = listing(round_folder(run_dir, round_idx))
     manifests = [name for name in names if name.endswith(".manifest.json")]
     numbers = [name.removeprefix("site-").split(".")[0] for name in manifests]

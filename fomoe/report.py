@@ -22,7 +22,7 @@ _PLAIN_EVERY_S = 15.0  # longest silence where there is no terminal
 
 
 class Progress:
-    """A live bar on a terminal, plain lines elsewhere, nothing where `show` is false."""
+    """A live bar on a terminal, plain lines elsewhere, nothing if `show` is false."""
 
     def __init__(self, config: Config, *, num_local_sites: int, show: bool) -> None:
         self.config, self.show = config, show

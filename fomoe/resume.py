@@ -293,7 +293,7 @@ def horizon_change(values: dict[str, Any], config: Config) -> str:
 
 
 def expected_state(run: Run, site: int) -> Expected:
-    """What a part of this site must hold; `probe` is there once its model was evaluated."""
+    """What a part of this site must hold; `probe` is present once its model was evaluated."""
     rng = torch.get_rng_state()
     config, moe_layers = run.config, len(run.config.model.moe_layers)
     first_batch = min(config.inner.batch_size, len(run.data.held_out)) * config.data.seq_len

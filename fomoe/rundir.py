@@ -164,7 +164,7 @@ def _lock_in_turn(take: Callable[[], RunLock | None], transport: Transport) -> R
 
 
 def _lock_next_free(wanted: Path, run_id: str, transport: Transport) -> RunLock:
-    """Take `wanted`, or `wanted-2`, `-3`, ...: the first that holds nothing at any site."""
+    """Take `wanted`, or `wanted-2`, `-3`, ...: the first that is empty at every site."""
     folder, number = wanted, 1
     while True:
         take = partial(_lock_if_free, folder, run_id)

@@ -13,7 +13,7 @@ from fomoe.sync.sync import Sync
 
 
 class GradientSync(Sync):
-    """A sync without anchors: at the end of a round the sites only check each other's state."""
+    """A sync without anchors: at the end of a round the sites only check their states."""
 
     def average_gradients(self) -> None:
         """Replace every gradient by its mean over all sites, through the same reduction.

@@ -85,7 +85,7 @@ class Sync:
         return Prepared(routing, counts)
 
     def exchange(self, prepared: Prepared) -> Exchanged:
-        """Average, and agree that all is well at every site.
+        """Average, and check the state and the byte counts of every site.
 
         Raises:
             SyncError: if an exchange failed, or naming the sites whose state is not finite or whose
