@@ -15,12 +15,11 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import Field
 
+from fomoe.kinds import CyclicPlacement, PlacementConfig
 from fomoe.options import (
     MOST,
-    AnyTuple,
     Decay,
     Fraction,
-    IntTuple,
     NonNegative,
     NonNegativeFloat,
     Options,
@@ -95,18 +94,6 @@ class ModelConfig(Options):
         if layer < self.num_dense_layers and self.dense_ffn_dim is not None:
             return self.dense_ffn_dim
         return self.active_width
-
-
-class PlacementConfig(Options):
-    """Which site holds which expert."""
-
-    kind: Literal["cyclic", "common", "table"] = "cyclic"
-    replication_factor: Positive | None = None  # holders per expert, r
-    capacity: IntTuple | None = None  # most experts per layer that each site can hold
-    num_common: NonNegative | None = None  # `common`: experts that every site holds
-    table: AnyTuple | None = None  # `table`: sites per expert, for all layers or per MoE layer
-    # all: every site stores every expert, and the placement says only who trains it (SPES).
-    store: Literal["holders", "all"] = "holders"
 
 
 class RouterConfig(Options):
@@ -241,7 +228,7 @@ class Config(Options):
     rounds: Positive = 10
     seed: Seed = 0
     model: ModelConfig = ModelConfig()
-    placement: PlacementConfig = PlacementConfig()
+    placement: PlacementConfig = CyclicPlacement()
     router: RouterConfig = RouterConfig()
     inner: InnerConfig = InnerConfig()
     outer: OuterConfig = OuterConfig()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fomoe.config import Config
 from fomoe.errors import ConfigError
 from fomoe.methods import method_settings
-from fomoe.options import parse_options, yaml_word
+from fomoe.options import parse_options, refuse_other_kinds, yaml_word
 from fomoe.overrides import parse_override, set_option
 from fomoe.rules import check_config
 from fomoe.yamlfile import read_yaml
@@ -34,31 +35,36 @@ def load_config(
     for override in overrides:
         field, value = parse_override(override, Config)
         set_option(tree, field, value)
-        explicit[field] = value
+        set_option(explicit, field, copy.deepcopy(value))
     if method is not None:
         tree["method"], explicit = method, {}
     return build_config(tree, explicit=explicit)
 
 
 def build_config(tree: dict[str, Any], *, explicit: dict[str, Any] | None = None) -> Config:
-    """Build and check a Config from nested dicts; `explicit` are options no method may overrule."""
+    """Build and check a Config from nested dicts; no method may overrule what `explicit` says."""
     config = parse_options(tree, Config)
-    given = config.model_dump(mode="json")
     tree = copy.deepcopy(tree)
-    for field, value in method_settings(config).items():
+    settings = method_settings(config)
+    for field, value in settings.items():
         set_option(tree, field, value)
     config = parse_options(tree, Config)
-    taken = config.model_dump(mode="json")
-    for field, value in (explicit or {}).items():
-        if _option(given, field) != (set_to := _option(taken, field)):
+    refuse_other_kinds(tree, config)  # only now: a method may have replaced the section
+    for field, value, set_to in _differing(explicit or {}, config.model_dump(mode="json")):
+        if field.startswith(tuple(settings)):
             rule = f"contradicts method {config.method}, which sets {yaml_word(set_to)}"
             raise ConfigError(field, value, rule)
     check_config(config)
     return config
 
 
-def _option(tree: dict[str, Any], field: str) -> Any:
-    value: Any = tree
-    for part in field.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
+def _differing(
+    said: dict[str, Any], taken: dict[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Name, said value and final value of every option that is said and has another value."""
+    for name, value in said.items():
+        final = taken.get(name)
+        if isinstance(value, dict) and isinstance(final, dict):
+            yield from _differing(value, final, f"{prefix}{name}.")
+        elif value != final:
+            yield f"{prefix}{name}", value, final

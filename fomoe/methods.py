@@ -12,14 +12,7 @@ def method_settings(config: Config) -> dict[str, Any]:
 
     The settings are absolute, so applying them to a resolved config changes nothing.
     """
-    everywhere = {
-        "placement.kind": "cyclic",
-        "placement.replication_factor": config.num_sites,
-        "placement.capacity": None,
-        "placement.num_common": None,
-        "placement.table": None,
-        "placement.store": "holders",
-    }
+    everywhere = {"placement": {"kind": "cyclic", "replication_factor": config.num_sites}}
     plain_mean = {
         "outer.optimizer": "SGD",
         "outer.lr": 1.0,
@@ -29,7 +22,7 @@ def method_settings(config: Config) -> dict[str, Any]:
     }
     alone = {
         "num_sites": 1,
-        "placement.replication_factor": 1,
+        "placement": {"kind": "cyclic", "replication_factor": 1},
         "sync.single_holder": "local",
         # One site alone keeps the text that it would have had among the others, and is evaluated
         # on the held-out part of all of it.
@@ -44,6 +37,6 @@ def method_settings(config: Config) -> dict[str, Any]:
         "resident-routing": {"router.route_scope": "resident"},
         "dense": {**everywhere, "model.ffn": "dense"},
         "diloco-half": {**everywhere, "model.expert_ffn_scale": 0.5},
-        "single": {**everywhere, **alone},
+        "single": alone,
     }
     return settings[config.method]

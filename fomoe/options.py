@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, TypeVar
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
 
 from fomoe.errors import ConfigError
 from fomoe.hints import near
@@ -41,6 +49,22 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+class KindOptions(Options):
+    """Base of the kinds of a section that has several: `kind` chooses, and each has its options.
+
+    An option of another kind is not read, so that a null unsets what a file has for that kind;
+    `refuse_other_kinds` refuses its values.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+    kind: str
+
+
+def default_kind(kind: str) -> BeforeValidator:
+    """What a section is that does not say its kind."""
+    return BeforeValidator(lambda tree: {"kind": kind, **tree} if isinstance(tree, dict) else tree)
+
+
 T = TypeVar("T", bound=Options)
 
 
@@ -55,39 +79,82 @@ def parse_options(tree: dict[str, Any], kind: type[T]) -> T:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise _first_problem(error) from None
+        raise _first_problem(error, kind) from None
 
 
-def _refuse_unknown(tree: Any, section: type[Options], prefix: str, names: list[str]) -> None:
-    for key, value in tree.items():
-        field = f"{prefix}{key}"
-        if key not in section.model_fields:
-            raise _unknown(field, value, section, prefix, names)
-        kind = section.model_fields[key].annotation
-        if isinstance(kind, type) and issubclass(kind, Options):
-            if not isinstance(value, dict):
-                shown = "null" if value is None else value
-                raise ConfigError(field, shown, "must be a section of options")
-            _refuse_unknown(value, kind, f"{field}.", names)
+def section_kinds(declared: Any) -> tuple[type[Options], ...]:
+    """The sections that a declared type names: none for an option, several where `kind` chooses."""
+    union = get_origin(declared) in (Union, UnionType)
+    named = get_args(declared) if union else (declared,)
+    return tuple(kind for kind in named if isinstance(kind, type) and issubclass(kind, Options))
 
 
-def option_names(section: type[Options], prefix: str = "") -> Iterator[str]:
-    """Dotted names of every option of a section."""
-    for name, info in section.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, Options):
-            yield from option_names(info.annotation, f"{prefix}{name}.")
+def declared_options(section: Any) -> dict[str, Any]:
+    """The declared type of every option of a section, of all its kinds, by name."""
+    options: dict[str, Any] = {}
+    for kind in section_kinds(section):
+        for name, info in kind.model_fields.items():
+            own = info.annotation
+            options[name] = Union[options[name], own] if name in options else own  # noqa: UP007
+    return options
+
+
+def option_names(section: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of every option of a section, of all its kinds."""
+    for name, declared in declared_options(section).items():
+        if section_kinds(declared):
+            yield from option_names(declared, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
 
 
+def refuse_other_kinds(tree: dict[str, Any], options: Options, prefix: str = "") -> None:
+    """Refuse a value for an option that only another kind of its section has; null is no value.
+
+    Args:
+        tree: the nested dicts that `options` were read from.
+
+    Raises:
+        ConfigError: naming the option, its value and the kinds that have it.
+    """
+    for name, info in type(options).model_fields.items():
+        section, given = getattr(options, name), tree.get(name, {})
+        if isinstance(section, KindOptions):
+            kinds = section_kinds(info.annotation)
+            for option, value in given.items():
+                if option in type(section).model_fields or value is None:
+                    continue
+                owners = [k.model_fields["kind"].default for k in kinds if option in k.model_fields]
+                rule = (
+                    f"is an option of {' and '.join(owners)} {name} and has no meaning for "
+                    f"{section.kind} {name}; set it to null"
+                )
+                raise ConfigError(f"{prefix}{name}.{option}", value, rule)
+        elif isinstance(section, Options):
+            refuse_other_kinds(given, section, f"{prefix}{name}.")
+
+
+def _refuse_unknown(tree: Any, section: Any, prefix: str, names: list[str]) -> None:
+    options = declared_options(section)
+    for key, value in tree.items():
+        field = f"{prefix}{key}"
+        if key not in options:
+            raise _unknown(field, value, list(options), prefix, names)
+        if section_kinds(options[key]):
+            if not isinstance(value, dict):
+                shown = "null" if value is None else value
+                raise ConfigError(field, shown, "must be a section of options")
+            _refuse_unknown(value, options[key], f"{field}.", names)
+
+
 def _unknown(
-    field: str, value: Any, section: type[Options], prefix: str, names: list[str]
+    field: str, value: Any, section: list[str], prefix: str, names: list[str]
 ) -> ConfigError:
     sections = {name.rpartition(".")[0] for name in names if "." in name}
     # A section's name may be what is misspelled.
     found = near(field, sorted(sections)) if isinstance(value, dict) else None
     found = found or near(field, names)
-    rule = f"did you mean {found}?" if found else f"there are {', '.join(section.model_fields)}"
+    rule = f"did you mean {found}?" if found else f"there are {', '.join(section)}"
     where = f" of {prefix.rstrip('.')}" if prefix and not found else ""
     shown = field if field == field.strip() else repr(field)
     return ConfigError(shown or repr(field), "", f"is not an option{where}; {rule}")
@@ -110,10 +177,13 @@ _RULES = {
 }
 
 
-def _first_problem(error: ValidationError) -> ConfigError:
+def _first_problem(error: ValidationError, section: type[Options]) -> ConfigError:
     problem = error.errors()[0]
-    field = ".".join(str(part) for part in problem["loc"])
+    field = _field(problem["loc"], section)
     value = problem["input"]
+    if problem["type"] == "union_tag_invalid":
+        kinds = " or ".join(problem["ctx"]["expected_tags"].replace("'", "").rsplit(", ", 1))
+        return ConfigError(f"{field}.kind", yaml_word(value["kind"]), f"must be one of {kinds}")
     if problem["type"] == "string_type":
         rule = "must be text"
         if value is not None and not isinstance(value, list | dict):
@@ -122,6 +192,17 @@ def _first_problem(error: ValidationError) -> ConfigError:
     context = problem.get("ctx", {})
     rule = _RULES.get(problem["type"], str(context.get("error", problem["msg"])))
     return ConfigError(field, yaml_word(value), rule.format(**context).replace("'", ""))
+
+
+def _field(place: tuple[int | str, ...], declared: Any) -> str:
+    """The dotted name of a place; pydantic's own has the kind after a section that has several."""
+    names, parts = [], iter(place)
+    for part in parts:
+        names.append(str(part))
+        declared = declared_options(declared).get(str(part))
+        if len(section_kinds(declared)) > 1:
+            next(parts, None)
+    return ".".join(names)
 
 
 def yaml_word(value: Any) -> str:

@@ -12,16 +12,16 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel
 
 from fomoe.errors import ConfigError
+from fomoe.options import Options, declared_options
 from fomoe.yamlfile import parse_yaml
 
 # An item of a list of text: in quotes as in YAML where it holds a comma, else up to the comma.
 _ITEM = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|[^,]*?)\s*(,|$)""", re.DOTALL)
 
 
-def parse_override(override: str, options: type[BaseModel]) -> tuple[str, Any]:
+def parse_override(override: str, options: type[Options]) -> tuple[str, Any]:
     """The option's dotted name and its value.
 
     Args:
@@ -61,15 +61,12 @@ def set_option(tree: dict[str, Any], field: str, value: Any) -> None:
     node[option] = value
 
 
-def _annotation(options: type[BaseModel], field: str) -> Any:
+def _annotation(options: type[Options], field: str) -> Any:
     """The declared type of an option, or None where there is no such option."""
-    kind: Any = options
+    declared: Any = options
     for part in field.split("."):
-        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
-            return None
-        info = kind.model_fields.get(part)
-        kind = info.annotation if info else None
-    return kind
+        declared = declared_options(declared).get(part)
+    return declared
 
 
 def _kinds(annotation: Any) -> set[Any]:

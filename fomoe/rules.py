@@ -80,8 +80,8 @@ def _check_sizes(config: Config) -> None:
         raise ConfigError("model.num_layers", layers, f"must be at most {_MOST_LAYERS}")
     moe_layers = layers - model.num_dense_layers if model.ffn == "moe" else 0
     experts, most = moe_layers * model.num_experts, config.num_sites
-    if config.placement.store == "holders" and config.placement.kind == "cyclic":
-        most = config.placement.replication_factor or most
+    if config.placement.store == "holders":
+        most = config.placement.most_sites(most)
     if experts > _MOST_EXPERTS or experts * most > _MOST_HOLDERS:
         rule = f"in {moe_layers} layers and on {most} sites each is more than can be planned"
         raise ConfigError("model.num_experts", model.num_experts, rule)

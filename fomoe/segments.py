@@ -13,7 +13,8 @@ from functools import cached_property
 from math import prod
 
 from fomoe.config import Config
-from fomoe.placement import Placement, Sites
+from fomoe.kinds import Sites
+from fomoe.placement import Placement
 from fomoe.shapes import ParameterSpec
 
 

@@ -57,7 +57,7 @@ class Holdings:
 
 @lru_cache(maxsize=4096)
 def cyclic_holdings(shape: ModelShape, num_sites: int, replication_factor: int) -> Holdings:
-    """Holdings of `fomoe.placement.cyclic` without its table.
+    """Holdings of `fomoe.kinds.cyclic` without its table.
 
     Expert e of MoE layer l lies on r consecutive sites from e + l on, so the pairs with equal
     (e + l) mod K share their holders.

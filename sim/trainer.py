@@ -18,10 +18,11 @@ from fomoe.config import Config
 from fomoe.errors import ConfigError, FomoeError
 from fomoe.hints import hint
 from fomoe.jsonlines import Lines, read_lines
+from fomoe.kinds import by_capacity, capacity_slots
 from fomoe.load import build_config, load_config
 from fomoe.memory import SiteMemory
 from fomoe.options import NonNegativeFloat, Options, option_names
-from fomoe.placement import Placement, build_placement, by_capacity, capacity_slots
+from fomoe.placement import Placement, build_placement
 from fomoe.planning import plan_run
 from fomoe.yamlfile import read_yaml
 

@@ -147,6 +147,9 @@ WRONG = [
     ("placement.capacity=[4,4,x]", "placement.capacity.2", "'x'", "must be an integer"),
     ("outer.options=[1]", "outer.options", "[1]", "must be a mapping"),
     ("model=3", "model", "3", "must be a section"),
+    ("placement.kind=cylic", "placement.kind", "'cylic'", "must be one of cyclic, common or table"),
+    ("placement={kind: null}", "placement.kind", "null", "must be one of cyclic, common or table"),
+    ("placement={kind: [1]}", "placement.kind", "[1]", "must be one of cyclic, common or table"),
     ("rounds.x=1", "rounds.x", "1", "rounds is not a section"),
     ("inner.beta1=1.0", "inner.beta1", "1.0", "must be less than 1"),
 ]
@@ -421,7 +424,9 @@ def test_a_method_sets_what_it_says(tiny: Path, method: str) -> None:
     config = load_config(tiny, [f"method={method}"])
     for name, value in method_settings(config).items():
         read = option(config, name)
-        assert (list(read) if isinstance(read, tuple) else read) == value, name
+        if isinstance(value, dict) and value:  # a whole section: what it leaves out is the default
+            read, value = read.model_dump(), type(read)(**value).model_dump()
+        assert read == value, name
     r = config.placement.replication_factor
     assert (config.num_sites, r) == ((1, 1) if method == "single" else (3, r))
     if method in ("diloco", "photon", "ddp", "dense", "diloco-half"):
@@ -441,6 +446,10 @@ CONTRADICTIONS = [
     ("dense", "model.ffn=moe", "'dense'"),
     ("diloco-half", "model.expert_ffn_scale=1.0", "0.5"),
     ("single", "num_sites=3", "1"),
+    ("single", "placement.replication_factor=2", "1"),
+    ("diloco", "placement.capacity=[4,4,4]", "null"),
+    ("diloco", "placement.num_common=1", "null"),
+    ("diloco", "placement.store=all", "'holders'"),
 ]
 
 
@@ -457,6 +466,7 @@ def test_an_override_that_contradicts_the_method_is_refused(
 
 WITHIN = [
     ("diloco", "placement={kind: common, num_common: 3}"),
+    ("diloco", "placement={kind: cyclic, replication_factor: 3, num_common: 3}"),
     ("photon", "outer.options={weight_decay: 0.1}"),
     ("photon", "outer.options.weight_decay=0.1"),
 ]
@@ -471,8 +481,18 @@ def test_no_part_of_a_section_that_contradicts_is_dropped_in_silence(
 
 
 def test_an_override_that_agrees_with_the_method_is_taken(tiny: Path) -> None:
-    config = load_config(tiny, ["method=photon", "outer.lr=1", "placement.replication_factor=3"])
-    assert config == load_config(tiny, ["method=photon"])
+    plain = load_config(tiny, ["method=photon"])
+    for words in (
+        ["outer.lr=1", "placement.replication_factor=3"],
+        ["outer={lr: 1}", "placement={kind: cyclic, replication_factor: 3, num_common: null}"],
+        ["placement.replication_factor=2", "placement={replication_factor: 3}"],
+    ):
+        assert load_config(tiny, ["method=photon", *words]) == plain
+
+
+def test_only_what_a_method_sets_can_contradict_it(tiny: Path) -> None:
+    """A nan equals nothing, itself included."""
+    assert load_config(tiny, ["outer.options={a: .nan}"]).outer.options
 
 
 def test_the_fingerprint_covers_every_option_but_run(tiny: Path) -> None:

@@ -5,12 +5,25 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator
+from typing import Annotated, Literal
 
 import pytest
 from conftest import LAYOUTS, tiny_config
+from pydantic import Field
 
+from fomoe.config import Config
 from fomoe.errors import ConfigError
-from fomoe.placement import build_placement, by_capacity, capacity_slots, common, cyclic
+from fomoe.kinds import (
+    CyclicPlacement,
+    PlacementKind,
+    by_capacity,
+    capacity_slots,
+    common,
+    cyclic,
+)
+from fomoe.options import Text, default_kind, option_names, parse_options, refuse_other_kinds
+from fomoe.overrides import parse_override
+from fomoe.placement import build_placement
 
 
 def shapes(count: int = 300) -> Iterator[tuple[random.Random, int, int, int]]:
@@ -161,7 +174,28 @@ def test_store_all_holds_everywhere_and_trains_by_the_table():
             {"placement.kind": "common", "placement.replication_factor": None},
             "num_common null must be set",
         ),
-        ({"placement.num_common": 2}, "is an option of common placement"),
+        (
+            {"placement.num_common": 2},
+            "num_common 2 is an option of common placement and has no meaning for cyclic placement",
+        ),
+        ({"placement.table": [[0]] * 8}, "is an option of table placement"),
+        (
+            {
+                "placement.kind": "common",
+                "placement.num_common": 2,
+                "placement.replication_factor": None,
+                "placement.capacity": [8, 5, 2, 1],
+            },
+            "is an option of cyclic placement and has no meaning for common placement",
+        ),
+        (
+            {
+                "placement.kind": "common",
+                "placement.num_common": 9,
+                "placement.replication_factor": None,
+            },
+            "num_common 9 exceeds the 8 experts",
+        ),
     ],
 )
 def test_options_that_leave_an_expert_alone_or_contradict_are_refused(options, words):
@@ -189,3 +223,72 @@ def test_wrong_tables_are_refused(table, words):
     }
     with pytest.raises(ConfigError, match=words):
         tiny_config(options)
+
+
+# ----------------------------------------------------------------------------------------- kinds
+
+
+@pytest.mark.parametrize("layout", ["cyclic", "common", "capacity", "table", "diloco", "spes"])
+def test_null_for_an_option_of_another_kind_is_no_value(layout):
+    names = ("replication_factor", "capacity", "num_common", "table")
+    plain = tiny_config(LAYOUTS[layout])
+    own = plain.placement.model_dump()
+    unset = {f"placement.{name}": None for name in names if own.get(name) is None}
+    assert tiny_config(LAYOUTS[layout] | unset) == plain
+    assert set(own) - {"kind", "store"} <= set(names)
+
+
+def test_a_section_without_its_kind_is_cyclic():
+    placement = tiny_config().placement
+    assert placement == CyclicPlacement(replication_factor=2)
+    assert Config.model_validate({"placement": {}}).placement == CyclicPlacement()
+
+
+def test_every_option_of_every_kind_is_known_by_name_once():
+    names = [name for name in option_names(Config) if name.startswith("placement.")]
+    options = ("kind", "store", "replication_factor", "capacity", "num_common", "table")
+    assert sorted(names) == sorted(f"placement.{option}" for option in options)
+
+
+class OneSite(PlacementKind):
+    """Every expert on the site of a name: a kind that only this test knows."""
+
+    kind: Literal["one-site"] = "one-site"
+    name: Text = "a"
+
+    def assign(self, num_layers, num_experts, num_sites):
+        if not 0 <= (site := ord(self.name) - ord("a")) < num_sites:
+            raise ConfigError("placement.name", self.name, f"is not one of {num_sites} sites")
+        return (((site,),) * num_experts,) * num_layers
+
+
+class WithOneSite(Config):
+    placement: Annotated[
+        CyclicPlacement | OneSite, Field(discriminator="kind"), default_kind("cyclic")
+    ] = CyclicPlacement()
+
+
+def test_a_new_kind_is_one_class_with_its_function():
+    """Parsing, names, overrides, refusals and the table follow from the class alone."""
+    assert "placement.name" in option_names(WithOneSite)
+    assert parse_override("placement.name=1", WithOneSite) == ("placement.name", "1")
+
+    def read(**placement) -> Config:
+        config = parse_options({"num_sites": 3, "placement": placement}, WithOneSite)
+        refuse_other_kinds({"placement": placement}, config)
+        return config
+
+    config = read(kind="one-site", name="c", replication_factor=None)
+    assert build_placement(config).holders == (((2,),) * 8,) * 4
+    assert build_placement(read(kind="one-site", store="all")).trainers == (((0,),) * 8,) * 4
+    assert WithOneSite.model_validate(config.model_dump(mode="json")) == config
+    for wrong, words in (
+        ({"kind": "one-site", "name": "d"}, "placement.name d is not one of 3 sites"),
+        ({"kind": "one-site", "name": ""}, "placement.name '' must not be empty"),
+        ({"kind": "one-site", "replication_factor": 2}, "2 is an option of cyclic placement"),
+        ({"name": "c", "replication_factor": 2}, "name c is an option of one-site placement"),
+        ({"kind": "one-sit"}, "placement.kind 'one-sit' must be one of cyclic or one-site"),
+        ({"kind": "one-site", "nam": "c"}, r"did you mean placement.name\?"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            build_placement(read(**wrong))

@@ -10,9 +10,10 @@ import torch
 from conftest import LAYOUTS, all_good, make_run, one_round, over_gloo, tiny_config
 from torch import Tensor
 
+from fomoe.kinds import cyclic
 from fomoe.memory import SiteMemory, site_memory
 from fomoe.model.transformer import Transformer
-from fomoe.placement import Placement, cyclic
+from fomoe.placement import Placement
 from fomoe.planning import plan_run, planned_summary
 from fomoe.segments import (
     Piece,
