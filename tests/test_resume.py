@@ -184,6 +184,25 @@ def test_another_experiment_is_refused_before_its_data_is_read(done: Path, run_d
     assert "is of another experiment: sites 0, 1, 2: data.source (was " in outcome.err
 
 
+def test_a_saved_null_of_another_kind_of_placement_is_no_difference(
+    done: Path, run_dir: Path
+) -> None:
+    """Runs of an earlier version saved the options of every kind."""
+    nulls = {"capacity": None, "num_common": None, "table": None}
+    for round_idx in (1, 2):
+        for site in range(SITES):
+            edit(run_dir, round_idx, site, lambda _, own: own["config"]["placement"].update(nulls))
+    other = ("placement.kind=common", "placement.replication_factor=null", "placement.num_common=2")
+    outcome = resume(done, run_dir, *other)
+    assert outcome.status == 1
+    for words in ("kind (was cyclic, now common)", "num_common (was null, now 2)"):
+        assert f"placement.{words}" in outcome.err
+    assert "capacity" not in outcome.err
+    outcome = resume(done, run_dir, "rounds=3")
+    assert outcome.status == 0, outcome.err
+    assert "resuming after round 2\n" in outcome.err
+
+
 class Stop(Exception):
     """A kill."""
 
