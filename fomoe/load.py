@@ -49,7 +49,7 @@ def build_config(tree: dict[str, Any], *, explicit: dict[str, Any] | None = None
     for field, value in settings.items():
         set_option(tree, field, value)
     config = parse_options(tree, Config)
-    refuse_other_kinds(tree, config)  # only now: a method may have replaced the section
+    refuse_other_kinds(config)
     for field, value, set_to in _differing(explicit or {}, config.model_dump(mode="json")):
         if field.startswith(tuple(settings)):
             rule = f"contradicts method {config.method}, which sets {yaml_word(set_to)}"

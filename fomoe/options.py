@@ -13,6 +13,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    model_validator,
 )
 
 from fomoe.errors import ConfigError
@@ -52,12 +53,19 @@ class Options(BaseModel):
 class KindOptions(Options):
     """Base of the kinds of a section that has several: `kind` chooses, and each has its options.
 
-    An option of another kind is not read, so that a null unsets what a file has for that kind;
-    `refuse_other_kinds` refuses its values.
+    A null for an option of another kind is no value. Other values for one are kept until
+    `refuse_other_kinds` refuses them, because a method may yet replace the section.
     """
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="allow")
     kind: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_null_of_another_kind(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        return {k: value for k, value in tree.items() if k in cls.model_fields or value is not None}
 
 
 def default_kind(kind: str) -> BeforeValidator:
@@ -95,7 +103,7 @@ def declared_options(section: Any) -> dict[str, Any]:
     for kind in section_kinds(section):
         for name, info in kind.model_fields.items():
             own = info.annotation
-            options[name] = Union[options[name], own] if name in options else own  # noqa: UP007
+            options[name] = options[name] | own if name in options else own
     return options
 
 
@@ -108,22 +116,16 @@ def option_names(section: Any, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-def refuse_other_kinds(tree: dict[str, Any], options: Options, prefix: str = "") -> None:
-    """Refuse a value for an option that only another kind of its section has; null is no value.
-
-    Args:
-        tree: the nested dicts that `options` were read from.
+def refuse_other_kinds(options: Options, prefix: str = "") -> None:
+    """Refuse a value for an option that only another kind of its section has.
 
     Raises:
         ConfigError: naming the option, its value and the kinds that have it.
     """
-    for name, info in type(options).model_fields.items():
-        section, given = getattr(options, name), tree.get(name, {})
+    for name, section in options:
         if isinstance(section, KindOptions):
-            kinds = section_kinds(info.annotation)
-            for option, value in given.items():
-                if option in type(section).model_fields or value is None:
-                    continue
+            kinds = section_kinds(type(options).model_fields[name].annotation)
+            for option, value in (section.model_extra or {}).items():
                 owners = [k.model_fields["kind"].default for k in kinds if option in k.model_fields]
                 rule = (
                     f"is an option of {' and '.join(owners)} {name} and has no meaning for "
@@ -131,7 +133,7 @@ def refuse_other_kinds(tree: dict[str, Any], options: Options, prefix: str = "")
                 )
                 raise ConfigError(f"{prefix}{name}.{option}", value, rule)
         elif isinstance(section, Options):
-            refuse_other_kinds(given, section, f"{prefix}{name}.")
+            refuse_other_kinds(section, f"{prefix}{name}.")
 
 
 def _refuse_unknown(tree: Any, section: Any, prefix: str, names: list[str]) -> None:

@@ -275,7 +275,7 @@ def test_a_new_kind_is_one_class_with_its_function():
 
     def read(**placement) -> Config:
         config = parse_options({"num_sites": 3, "placement": placement}, WithOneSite)
-        refuse_other_kinds({"placement": placement}, config)
+        refuse_other_kinds(config)
         return config
 
     config = read(kind="one-site", name="c", replication_factor=None)

@@ -11,6 +11,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,32 @@ def test_another_experiment_is_refused_before_its_data_is_read(done: Path, run_d
     outcome = resume(done, run_dir, "data.source=/no/such/file.txt")
     assert outcome.status == 1
     assert "is of another experiment: sites 0, 1, 2: data.source (was " in outcome.err
+
+
+def test_a_saved_null_of_another_kind_of_placement_is_no_difference(
+    done: Path, run_dir: Path
+) -> None:
+    """Runs of an earlier version saved the options of every kind."""
+
+    def save(**options: Any) -> None:
+        for round_idx, site in product((1, 2), range(SITES)):
+            edit(
+                run_dir, round_idx, site, lambda _, own: own["config"]["placement"].update(options)
+            )
+
+    save(capacity=None, num_common=None, table=None)
+    other = ("placement.kind=common", "placement.replication_factor=null", "placement.num_common=2")
+    outcome = resume(done, run_dir, *other)
+    assert outcome.status == 1
+    for words in ("kind (was cyclic, now common)", "num_common (was null, now 2)"):
+        assert f"placement.{words}" in outcome.err
+    assert "capacity" not in outcome.err
+    save(of_a_later_version=1)  # what cannot be known must not be taken for the same
+    assert "placement.of_a_later_version (was 1, now null)" in resume(done, run_dir).err
+    save(of_a_later_version=None)
+    outcome = resume(done, run_dir, "rounds=3")
+    assert outcome.status == 0, outcome.err
+    assert "resuming after round 2\n" in outcome.err
 
 
 class Stop(Exception):
