@@ -284,6 +284,8 @@ def open_hub(source: str, split: str) -> Any:
     """
     load_dataset = _hub_library(source)
     name, _, subset = os.path.expanduser(source.removeprefix(HUB)).partition(":")
+    if os.path.isdir(name):
+        name = os.path.abspath(name)  # the library has modules of its own named csv, json, text
     try:
         return load_dataset(name, subset or None, split=split, streaming=True)
     except (OSError, ValueError, RuntimeError) as error:
