@@ -277,6 +277,8 @@ def load(
     at_home = os.path.expanduser(run_dir)
     if at_home.startswith("~"):
         raise ConfigError("run.dir", run_dir, "names a home that is not known (./~ is a folder ~)")
+    if any("\ud800" <= letter <= "\udfff" for letter in at_home):
+        raise ConfigError("run.dir", run_dir, "must be UTF-8: records and other sites name it")
     return config.model_copy(update={"run": config.run.model_copy(update={"dir": at_home})})
 
 

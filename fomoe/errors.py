@@ -6,6 +6,10 @@ from __future__ import annotations
 class FomoeError(Exception):
     """Base of every error that is shown as one line instead of a traceback."""
 
+    def __str__(self) -> str:
+        """The message; a file's name in it may hold bytes that are no UTF-8, which it escapes."""
+        return super().__str__().encode("utf-8", "backslashreplace").decode()
+
 
 class ConfigError(FomoeError, ValueError):
     """An option is wrong: names the field, the value and the rule."""

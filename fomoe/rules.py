@@ -87,10 +87,11 @@ def _check_sizes(config: Config) -> None:
         raise ConfigError("model.num_experts", model.num_experts, rule)
     heads = (model.num_heads + model.kv_heads) * model.head_size
     dense_width = model.dense_ffn_dim if model.num_dense_layers else model.active_width
+    scaled = "model.expert_ffn_dim x expert_ffn_scale"
     rows = {
         "model.vocab_size": (config.vocab_size, config.vocab_size),
         "model.num_heads": (model.num_heads, layers * heads),
-        "model.expert_ffn_dim": (model.expert_ffn_dim, (experts + layers) * model.expert_width),
+        scaled: (model.expert_width, (experts + layers) * model.expert_width),
         "model.shared_expert_ffn_dim": (model.shared_expert_ffn_dim,) * 2,
         "model.dense_ffn_dim": (model.dense_ffn_dim, dense_width or 0),
     }

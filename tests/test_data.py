@@ -148,6 +148,19 @@ def test_a_hub_data_set(tmp_path: Path) -> None:
     assert len(set.union(*seen)) > 40
 
 
+@pytest.mark.parametrize("source", ["hf:json", "hf:~/json"])
+def test_a_folder_is_taken_before_what_the_library_calls_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    pytest.importorskip("datasets", reason="the hub extra is not installed")
+    write_hub(tmp_path / "json")
+    (tmp_path / "json" / "train.jsonl").rename(tmp_path / "json" / "part.jsonl")
+    (tmp_path / "another.json").write_text('{"text": "not this one"}\n' * 90)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert documents_in(build(tmp_path, f"data.source={source}").held_out) == {0, 1}
+
+
 def test_a_hub_stream_resumes_exactly(tmp_path: Path) -> None:
     pytest.importorskip("datasets", reason="the hub extra is not installed")
     source = write_hub(tmp_path / "hub")

@@ -219,6 +219,20 @@ def test_a_file_that_is_there_is_taken_by_its_name(
     assert read(source) == TEXT
 
 
+def test_a_name_that_is_no_utf8(tmp_path: Path) -> None:
+    """A file may have one, and is read or named in the error; the run's folder may not."""
+    name, config = os.fsdecode(b"caf\xe9.txt"), write_config(tmp_path)
+    (tmp_path / name).write_text(TEXT)
+    assert read(tmp_path / name) == read(f"{tmp_path}/caf*") == TEXT
+    (tmp_path / name).write_bytes(b"\xff")
+    shown = r"caf\udce9.txt"
+    for source in (name, "caf?.txt"):
+        outcome = fomoe("train", config, f"data.source={tmp_path}/{source}")
+        assert f"data source {tmp_path}/{shown} is not UTF-8 text" in outcome.err
+    outcome = fomoe("train", config, f"run.dir={tmp_path}/{name}")
+    assert f"run.dir {tmp_path}/{shown} must be UTF-8" in outcome.err
+
+
 def test_patterns_are_patterns_where_no_file_has_that_name(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt", "c.md"):
         (tmp_path / name).write_text(name)

@@ -299,6 +299,8 @@ def open_hub(source: str, split: str) -> Any:
     """
     datasets = hub_library(source)
     name, _, subset = os.path.expanduser(source.removeprefix(HUB)).partition(":")
+    if os.path.isdir(name):
+        name = os.path.abspath(name)  # the library has modules of its own named csv, json, text
     try:
         return datasets.load_dataset(name, subset or None, split=split, streaming=True)
     except (OSError, ValueError, RuntimeError) as error:
