@@ -58,7 +58,7 @@ class CyclicPlacement(PlacementKind):
         return cyclic(num_layers, num_experts, num_sites, r)
 
     def most_sites(self, num_sites: int) -> int:
-        return self.replication_factor or num_sites
+        return min(self.replication_factor or num_sites, num_sites)
 
 
 class CommonPlacement(PlacementKind):

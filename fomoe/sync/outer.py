@@ -61,7 +61,8 @@ class Anchors:
         """Step with the mean pseudo-gradients and copy the result to every local holder.
 
         Raises:
-            SyncError: if a finite mean overflows in the step; no parameter has changed then.
+            SyncError: if a finite mean overflows in the step. The anchors have changed then, no
+                parameter has.
         """
         for bucket in self.buckets:
             for name, grad in split_bucket(bucket, means[bucket.index]).items():

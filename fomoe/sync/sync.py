@@ -98,9 +98,10 @@ class Sync:
                 lambda bucket, site: self._contribute(bucket, site, prepared.counts[site]),
             )
             selected_LE = self._balance_counts(prepared)
+        unplanned, self._unplanned = self._unplanned, dict.fromkeys(self.sites, "")
         with self._uncommitted("at this site"):
             check_sites(
-                self.transport, lambda site: self.sites[site].divergence() or self._unplanned[site]
+                self.transport, lambda site: self.sites[site].divergence() or unplanned[site]
             )
         return Exchanged(means, selected_LE)
 
