@@ -582,7 +582,7 @@ def test_the_optimizers_that_are_allowed_are_torchs_elementwise_ones():
         run = make_run(
             tiny_config(num_sites=1, placement__replication_factor=1, outer__optimizer=optimizer)
         )
-        assert type(run.outer.optimizer) is getattr(torch.optim, optimizer)
+        assert type(run.sync.anchors.optimizer) is getattr(torch.optim, optimizer)
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam", "NAdam"])
