@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import time
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -247,10 +246,8 @@ def test_series_are_named_by_all_that_varies(capsys, tmp_path):
     ],
 )
 def test_ten_thousand_points_are_one_answer_each(capsys, axes):
-    """Structural axes are grids of their own, the others arrays; either takes seconds of CPU."""
-    start = time.process_time()
+    """Structural axes are grids of their own, the others arrays; `make bench` watches the speed."""
     assert main(["project", "--model", "deepseek-v3", "--sweep", *axes.split(), "--csv"]) == 0
-    assert time.process_time() - start < 4
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + (9900 if "sites" in axes else 10_000)
     assert len(set(lines)) == len(lines)

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -57,6 +56,9 @@ from fomoe.sync.gloo import GlooTransport
 from fomoe.sync.sync import Prepared
 from fomoe.sync.transport import InMemoryTransport, Transport
 from fomoe.train import merged_loss, run_local_steps, synchronize
+
+# What a failure says that came with the timeout; one that is noticed at once does not.
+TIMED_OUT = "no word from"
 
 PLAIN_MEAN = {"outer.lr": 1.0, "outer.momentum": 0.0, "sync.weight": "uniform"}
 
@@ -817,7 +819,7 @@ def failing_sync(
     transport: Transport,
     *,
     first_round: bool = True,
-) -> tuple[str, float]:
+) -> str:
     """A good round, local steps, something spoiled, then a sync that fails and changes nothing."""
     run = make_run(config, transport)
     if first_round:
@@ -826,11 +828,10 @@ def failing_sync(
     for site in run.sites:
         spoil(run, site)
     snapshot = Snapshot(run)
-    started = time.monotonic()
     with pytest.raises(expected) as caught:
         synchronize(run)
     snapshot.assert_unchanged()
-    return str(caught.value), time.monotonic() - started
+    return str(caught.value)
 
 
 _REST = "--resume continues from the newest checkpoint"
@@ -873,7 +874,7 @@ def poison_a_bias(run: Run, site: int) -> None:
 def test_a_site_that_is_not_finite_stops_the_sync_at_all_sites(spoil, layout):
     """Also where no peer holds what is spoiled, and nothing is committed anywhere."""
     work = partial(failing_sync, tiny_config(LAYOUTS[layout]), spoil, SyncError)
-    for message, _ in [*all_good(over_gloo(4, work)), work(InMemoryTransport(range(4)))]:
+    for message in [*all_good(over_gloo(4, work)), work(InMemoryTransport(range(4)))]:
         assert "site 2" in message
         assert "not finite" in message
         assert "site 1" not in message
@@ -913,7 +914,7 @@ def miscount(run: Run, site: int) -> None:
 def test_bytes_that_were_not_planned_stop_the_sync_before_it_is_committed(layout):
     """At all sites, although one alone has counted them."""
     work = partial(failing_sync, tiny_config(LAYOUTS[layout]), miscount, SyncError)
-    for message, _ in [*all_good(over_gloo(4, work)), work(InMemoryTransport(range(4)))]:
+    for message in [*all_good(over_gloo(4, work)), work(InMemoryTransport(range(4)))]:
         assert message.startswith("site 2: it sent (payload, wire) = (")
         assert "bytes in this round, but the plan says (" in message
         assert message.endswith(NOT_HERE)
@@ -1007,19 +1008,18 @@ def test_an_error_at_one_site_in_the_middle_changes_nothing_anywhere(at_bucket):
             return real(buckets, fail)
 
         run.sync.reduce = broken
-        started = time.monotonic()
         with pytest.raises((SyncError, MemoryError)) as caught:
             synchronize(run)
         snapshot.assert_unchanged()
-        return caught.type, time.monotonic() - started
+        return caught.type, str(caught.value)
 
     kinds = all_good(over_gloo(4, work))
     assert [kind for kind, _ in kinds] == [SyncError, MemoryError, SyncError, SyncError]
-    assert max(seconds for _, seconds in kinds) < 10
+    assert not any(TIMED_OUT in message for _, message in kinds)
     assert work(InMemoryTransport(range(4)))[0] is MemoryError
 
 
-def test_a_peer_that_is_gone_raises_quickly_and_the_group_stays_dead():
+def test_a_peer_that_is_gone_raises_before_the_timeout_and_the_group_stays_dead():
     config = tiny_config()
 
     def work(transport):
@@ -1029,16 +1029,17 @@ def test_a_peer_that_is_gone_raises_quickly_and_the_group_stays_dead():
         if transport.sites[0] == 3:
             return None
         snapshot = Snapshot(run)
-        started = time.monotonic()
+        messages = []
         for _ in range(2):  # a dead group is not used again as if nothing had happened
-            with pytest.raises(SyncError, match="failed"):
+            with pytest.raises(SyncError, match="failed") as caught:
                 synchronize(run)
+            messages.append(str(caught.value))
         snapshot.assert_unchanged()
-        return time.monotonic() - started
+        return messages
 
-    results = all_good(over_gloo(4, work))
-    assert results.pop() is None
-    assert max(results) < 10
+    *survivors, gone = all_good(over_gloo(4, work))
+    assert gone is None
+    assert not any(TIMED_OUT in message for messages in survivors for message in messages)
 
 
 def test_a_silent_peer_raises_at_the_timeout():
@@ -1047,11 +1048,10 @@ def test_a_silent_peer_raises_at_the_timeout():
     def work(transport):
         if transport.sites[0] == 1:
             return noticed.wait(20)
-        started = time.monotonic()
-        with pytest.raises(SyncError, match="exchanging messages failed: no word from site 1"):
+        with pytest.raises(SyncError, match=f"exchanging messages failed: {TIMED_OUT} site 1"):
             gather(transport, lambda _: b"hello")
         noticed.set()
-        return 0.5 < time.monotonic() - started < 15
+        return True
 
     assert all_good(over_gloo(2, work, timeout_s=1.0)) == [True, True]
 
@@ -1064,7 +1064,7 @@ def test_a_member_that_never_comes_raises_at_the_timeout():
 
 
 KILLED = """
-    import os, signal, sys, time
+    import os, signal, sys
     import torch.distributed as dist
     from fomoe.errors import SyncError
     from fomoe.sync.exchange import gather
@@ -1075,11 +1075,10 @@ KILLED = """
     gather(transport, lambda _: b"ready")
     if site == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    started = time.monotonic()
     try:
         gather(transport, lambda _: b"again")
     except SyncError as error:
-        print("SyncError", time.monotonic() - started < 10)
+        print(error)
 """
 
 
@@ -1089,8 +1088,10 @@ def test_a_killed_process_raises_at_the_survivor(tmp_path):
         subprocess.Popen([*command, str(site)], stdout=subprocess.PIPE, text=True)
         for site in range(2)
     ]
-    output = [site.communicate(timeout=60)[0].strip() for site in sites]
-    assert output == ["SyncError True", ""]
+    survivor, killed = (site.communicate(timeout=120)[0].strip() for site in sites)
+    assert killed == ""
+    assert survivor.startswith("exchanging messages failed: lost site 1")
+    assert TIMED_OUT not in survivor
 
 
 def test_all_members_raise_if_one_has_a_problem():
