@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fomoe import __version__
-from fomoe.errors import ConfigError, FomoeError
+from fomoe.errors import ConfigError, FomoeError, say_line
 from fomoe.hints import hint
 from fomoe.launch import Launch, launch_from_environment, site_label
 from fomoe.sync.waiting import is_blocked
@@ -237,7 +237,7 @@ def _compare(args: argparse.Namespace) -> int:
         check_ready(config)
     summaries = []
     for config in configs:
-        print(f"== {config.method}", file=sys.stderr)
+        say_line(f"== {config.method}")
         summaries.append(train(config, mode=args.mode, device=args.device, launch=launch))
     if args.json:
         print(json.dumps(summaries))
@@ -256,7 +256,7 @@ def _merge(args: argparse.Namespace) -> int:
         Path(args.run_dir),
         round_idx=args.round,
         out=out,
-        say=lambda line: print(line, file=sys.stderr),
+        say=say_line,
     )
     print(path)
     return 0
@@ -292,7 +292,7 @@ def _launch(num_sites: int | None = None) -> Launch:
     """Read and check the launch environment; a warning is printed."""
     launch = launch_from_environment(num_sites=num_sites)
     if launch.warning:
-        print(f"fomoe: warning: {launch.warning}", file=sys.stderr)
+        say_line(f"fomoe: warning: {launch.warning}")
     return launch
 
 
@@ -316,6 +316,5 @@ def _interrupt(signum: int, frame: Any) -> NoReturn:
 
 def _fail(message: object, status: int) -> int:
     line = re.sub(r"\s*[\r\n]\s*", " ", str(message).strip())  # names keep their spaces
-    # One write, so that lines of several sites on one terminal stay whole.
-    sys.stderr.write(f"fomoe: error{site_label()}: {line}\n")
+    say_line(f"fomoe: error{site_label()}: {line}")
     return status

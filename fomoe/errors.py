@@ -1,6 +1,8 @@
-"""The errors that a user can cause or see; the command line prints each as one line."""
+"""The errors that a user can cause or see, each printed as one line, and how a line is printed."""
 
 from __future__ import annotations
+
+import sys
 
 
 class FomoeError(Exception):
@@ -37,6 +39,13 @@ class SyncError(FomoeError, RuntimeError):
 
 class SiteMismatchError(FomoeError):
     """The sites were not started with the same experiment."""
+
+
+def say_line(text: str) -> None:
+    """Write a line to stderr in one piece, so that lines of several sites on one terminal stay
+    whole: `print` writes the line's end apart."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 def _short(value: object) -> str:

@@ -14,6 +14,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from fomoe.config import Config
+from fomoe.errors import say_line
 from fomoe.planning import RunPlan, memory_by_kind, planned_summary
 from fomoe.segments import full_payload, wire_elements
 
@@ -63,7 +64,7 @@ class Progress:
         if self.show:
             self.say(text)
         else:
-            print(text, file=sys.stderr, flush=True)
+            say_line(text)
 
     def resumed(self, round_idx: int) -> None:
         self.say(f"resuming after round {round_idx}")

@@ -7,7 +7,6 @@ at all of them or at none. A newer round that is refused is reported, with the s
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,7 @@ import torch
 
 from fomoe import checkpoint
 from fomoe.config import Config
-from fomoe.errors import CheckpointError, ConfigError
+from fomoe.errors import CheckpointError, ConfigError, say_line
 from fomoe.remains import WAYS_OUT, by_site, choose_rounds, differences, look, parse_saved
 from fomoe.run import Run
 from fomoe.segments import Bucket
@@ -70,7 +69,7 @@ def resume(run: Run, asked: int | None, *, show: bool) -> None:
         if run.transport.members[0] in run.transport.sites:
             run.progress.say(line)
         elif show:
-            print(line, file=sys.stderr, flush=True)
+            say_line(line)
     if change := horizon_change(values, config):
         run.progress.say(change)
     agreed(run.transport, lambda: remove_newer(run.run_dir, found.round_idx, run.sites))

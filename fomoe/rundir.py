@@ -6,7 +6,6 @@ import json
 import re
 import secrets
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +15,7 @@ from typing import Any, TypeVar
 from fomoe import __version__, checkpoint
 from fomoe.config import Config
 from fomoe.data.dataset import Data
-from fomoe.errors import CheckpointError, SiteMismatchError
+from fomoe.errors import CheckpointError, SiteMismatchError, say_line
 from fomoe.files import (
     listing,
     remove,
@@ -130,7 +129,7 @@ def claim_run_dir(
             agreed(transport, lambda: _refuse_existing(wanted))
         if not lock.held:
             text = "is on a file system without locks: nothing keeps a second run out of it"
-            print(f"run.dir {lock.run_dir} {text}", file=sys.stderr)
+            say_line(f"run.dir {lock.run_dir} {text}")
         settings = config.run.model_copy(update={"dir": str(lock.run_dir)})
         yield config.model_copy(update={"run": settings}), lock
     finally:

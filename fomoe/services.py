@@ -6,7 +6,6 @@ wandb receives the records too if `run.wandb` asks for it; it cannot stop a run 
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from importlib import import_module
@@ -17,7 +16,7 @@ import torch
 
 from fomoe.config import Config
 from fomoe.data import sources
-from fomoe.errors import ServiceError
+from fomoe.errors import ServiceError, say_line
 from fomoe.files import listing, remove, remove_if_empty
 from fomoe.site import expert_backend
 from fomoe.sync.exchange import agreed
@@ -137,7 +136,7 @@ class WandbLog:
     def _give_up(self, error: Exception) -> None:
         self._run = None
         text = f"wandb failed and gets no more records: {_line(error)}; metrics.jsonl has them all"
-        print(text, file=sys.stderr, flush=True)
+        say_line(text)
 
     def _forget(self) -> None:
         with suppress(Exception):

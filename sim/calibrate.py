@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict, dataclass, fields
 from math import isfinite
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from fomoe_sim.runs import Round, read_runs
-from fomoe_sim.trainer import ConfigError
+from fomoe_sim.trainer import ConfigError, say_line
 from fomoe_sim.units import read_rate
 
 LARGE_ERROR = 0.2  # of the held-out rounds' time: the user is told
@@ -312,14 +311,14 @@ def add_command(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fit, check, write and print."""
-    rounds = read_runs(args.runs, _say)
+    rounds = read_runs(args.runs, say_line)
     bandwidth = read_rate(args.bandwidth, "--bandwidth") if args.bandwidth else None
     both = {Path(path).resolve() for path in args.runs} & {
         Path(path).resolve() for path in args.hold_out
     }
     if both:
         raise ConfigError("--hold-out", str(both.pop()), "is also a run to fit")
-    held_out = read_runs(args.hold_out, _say)
+    held_out = read_runs(args.hold_out, say_line)
     if not held_out:
         rounds, held_out = split_rounds(rounds)
     calibration = fit(rounds, held_out, bandwidth_bps=bandwidth)
@@ -327,10 +326,6 @@ def run(args: argparse.Namespace) -> int:
     save_calibration(calibration, out)
     print(json.dumps(asdict(calibration), indent=2) if args.json else text(calibration, out))
     return 0
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def text(calibration: Calibration, out: Path) -> str:

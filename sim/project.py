@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
@@ -20,7 +19,7 @@ from fomoe_sim.plot import draw, tornado_svg
 from fomoe_sim.question import Question, baseline, build, check_fragments, has_experts, own_method
 from fomoe_sim.show import Row, days, explain, to_csv, to_json, to_table, words
 from fomoe_sim.solve import days_within, least, utilisation_of
-from fomoe_sim.trainer import ConfigError, hint
+from fomoe_sim.trainer import ConfigError, hint, say_line
 from fomoe_sim.units import check_number, flag_of, read_rate
 
 LIMIT = 1_000_000  # of a sweep
@@ -87,11 +86,11 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         draw(args.plot, rows)
     for reason in refused:
-        print(f"left out: {reason}", file=sys.stderr)
+        say_line(f"left out: {reason}")
     asked = [row for row in rows if row["method"] in methods]
     if args.cluster and not any(row["fits"] for row in asked):
         verdict = asked[0]["memory_verdict"]
-        print(f"fomoe: --cluster {args.cluster}: {verdict}", file=sys.stderr)
+        say_line(f"fomoe: --cluster {args.cluster}: {verdict}")
         return 1
     return 0
 

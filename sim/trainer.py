@@ -15,7 +15,7 @@ import yaml
 
 from fomoe.config import METHODS as CONFIG_METHODS
 from fomoe.config import Config
-from fomoe.errors import ConfigError, FomoeError
+from fomoe.errors import ConfigError, FomoeError, say_line
 from fomoe.hints import hint
 from fomoe.jsonlines import Lines, read_lines
 from fomoe.kinds import by_capacity, capacity_slots
@@ -47,6 +47,7 @@ __all__ = [
     "read_data",
     "read_lines",
     "read_yaml",
+    "say_line",
     "slots_placement",
     "stamp",
 ]

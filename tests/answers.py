@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from helpers_cli import Outcome, fomoe, records, write_config
 
+from fomoe.config import METHODS
+
 TOLERANCE = 1e-6
 # Neither a clock's reading nor a memory's size is an answer.
 _UNSTEADY = ("_s", "_s_by_site", "tokens_per_s", "peak_memory", "run_dir")
@@ -45,19 +47,7 @@ DRY: dict[str, tuple[str, ...]] = {
     ),
     "router rows": ("sync.router_rows=holders",),
     "local": ("placement.replication_factor=1", "sync.single_holder=local"),
-    **{
-        method: (f"method={method}",)
-        for method in (
-            "diloco",
-            "photon",
-            "ddp",
-            "spes",
-            "resident-routing",
-            "dense",
-            "diloco-half",
-            "single",
-        )
-    },
+    **{method: (f"method={method}",) for method in METHODS if method != "fomoe"},
 }
 TRAIN: dict[str, tuple[str, ...]] = {
     **{name: words for name, words in DRY.items() if name != "capacity with r"},

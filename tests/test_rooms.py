@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from fomoe.errors import say_line
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"fomoe": ROOT / "fomoe", "fomoe_sim": ROOT / "sim"}
@@ -134,3 +137,18 @@ def test_only_the_site_cuts_parameters_by_rows() -> None:
                     if isinstance(e, ast.Attribute) and getattr(e.value, "id", "") == "segment"
                 ]  # fmt: skip
                 assert not of_segment or name == "fomoe.site", name
+
+
+def test_lines_on_stderr_are_written_in_one_piece() -> None:
+    """By `say_line`: two writes of one site let another site's line in between."""
+    for name, tree in ROOMS.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print":
+                assert not any(keyword.arg == "file" for keyword in node.keywords), name
+
+
+def test_a_line_is_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(write=written.append, flush=lambda: None))
+    say_line("one line")
+    assert written == ["one line\n"]

@@ -920,6 +920,19 @@ def test_bytes_that_were_not_planned_stop_the_sync_before_it_is_committed(layout
         assert message.endswith(NOT_HERE)
 
 
+def test_a_bucket_that_is_left_out_of_a_sync_stops_it_before_the_commit():
+    """Its bytes are missed: they are compared with the run's plan, not with what was reduced."""
+
+    def forget(run: Run, site: int) -> None:
+        run.sync.buckets = run.sync.buckets[1:]
+        run.sync.anchors.buckets = run.sync.anchors.buckets[1:]
+
+    work = partial(failing_sync, tiny_config(), forget, SyncError)
+    for message in [*all_good(over_gloo(4, work)), work(InMemoryTransport(range(4)))]:
+        assert message.startswith("site 0: it sent (payload, wire) = (")
+        assert message.endswith(NOT_HERE)
+
+
 def test_bytes_of_gradients_are_compared_too():
     config = tiny_config(LAYOUTS["ddp"])
 

@@ -173,7 +173,7 @@ def _kept_bpe(folder: Path | None) -> bytes | None:
     try:
         kept = (folder / "tokenizer.json").read_bytes()
         parse_bpe(kept)
-    except Exception:  # the library raises plain Exception for every damage
+    except (OSError, DataError):
         return None
     return kept
 

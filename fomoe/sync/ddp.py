@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fomoe.segments import Bucket, Segment
 from fomoe.sync.buckets import Contribution, split_bucket
-from fomoe.sync.sync import Sync
+from fomoe.sync.sync import Prepared, Sync
 
 
 class GradientSync(Sync):
@@ -28,6 +28,10 @@ class GradientSync(Sync):
             for site in self.sites.values():
                 for segment in bucket.segments:
                     site.grad_view(segment).copy_(parts[segment.name])
+
+    def _average(self, prepared: Prepared) -> dict[int, Tensor]:
+        """Nothing: gradients were averaged at every step."""
+        return {}
 
     def _gradients(self, bucket: Bucket, site: int) -> Contribution:
         def gradient(segment: Segment, start: int, stop: int) -> Tensor:

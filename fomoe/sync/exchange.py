@@ -57,12 +57,11 @@ def mean_over_holders(
     # with another one. In one process they are summed one by one: few contributions exist at once.
     for batch in [chunks] if transport.remote else [[chunk] for chunk in chunks]:
         _sum_chunks(transport, batch, own, values)
-    for (index, site), contribution in own.items():
-        bucket = next(bucket for bucket in buckets if bucket.index == index)
-        if len(bucket.holders) > 1:
-            counts = transport.counts[site]
+    for bucket in buckets:
+        for site in set(bucket.holders) & set(transport.sites) if len(bucket.holders) > 1 else ():
+            counts, index = transport.counts[site], bucket.index
             counts.add(_class(bucket), payload=values[index].nbytes, wire=0)
-            counts.add("control", payload=contribution.weights.nbytes, wire=0)
+            counts.add("control", payload=own[index, site].weights.nbytes, wire=0)
     return {
         bucket.index: divide_by_weights(bucket, values[bucket.index], weights[bucket.index])
         for bucket in buckets
@@ -156,12 +155,7 @@ def gather(transport: Transport, message: Callable[[int], bytes]) -> list[bytes]
     """One control message per member, in site order, at every member."""
     members = transport.members
     own = {site: message(site) for site in transport.sites}
-    tensors = {
-        site: torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        if text
-        else torch.empty(0, dtype=torch.uint8)
-        for site, text in own.items()
-    }
+    tensors = {site: _as_tensor(text) for site, text in own.items()}
     pairs = list(product(members, repeat=2))
     what = "exchanging messages"
     lengths = transport.move(

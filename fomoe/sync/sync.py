@@ -1,9 +1,9 @@
 """The sync of a round: prepare, exchange, commit.
 
-`prepare` ends the round at every site. `exchange` does everything that can fail: it averages values
-over their holders, compares bytes with the plan, checks that every state is finite and adds the
-balance counts. It changes nothing. `commit` writes anchors, parameters and balance biases; it waits
-for no other site.
+`prepare` ends the round at every site. `exchange` averages values over their holders, adds the
+balance counts, compares bytes with the plan and checks that every state is finite; it changes no
+state. `commit` writes anchors, parameters and balance biases; it waits for no other site, and can
+fail only where a step overflows.
 """
 
 from __future__ import annotations
@@ -20,11 +20,9 @@ from fomoe.errors import SyncError
 from fomoe.planning import RunPlan
 from fomoe.segments import (
     Bucket,
-    Plan,
     RoundCounts,
     Segment,
     contribution_weight,
-    sync_traffic,
     takes_outer_step,
 )
 from fomoe.site import RoundRouting, Site
@@ -89,14 +87,11 @@ class Sync:
 
         Raises:
             SyncError: if an exchange failed, or naming the sites whose state is not finite or whose
-                bytes are not those planned. Nothing is committed at any site then.
+                bytes are not those planned. Nothing is committed at this site then.
         """
         # Before a site has said that it is well, no other commits.
         with self._uncommitted("at any site"):
-            means = self.reduce(
-                self.buckets,
-                lambda bucket, site: self._contribute(bucket, site, prepared.counts[site]),
-            )
+            means = self._average(prepared)
             selected_LE = self._balance_counts(prepared)
         unplanned, self._unplanned = self._unplanned, dict.fromkeys(self.sites, "")
         with self._uncommitted("at this site"):
@@ -130,14 +125,20 @@ class Sync:
                 f"newest checkpoint"
             ) from error
 
+    def _average(self, prepared: Prepared) -> dict[int, Tensor]:
+        """Mean pseudo-gradients by bucket index."""
+        return self.reduce(
+            self.buckets,
+            lambda bucket, site: self._contribute(bucket, site, prepared.counts[site]),
+        )
+
     def reduce(self, buckets: Sequence[Bucket], contribute: Contribute) -> dict[int, Tensor]:
-        """Means of some buckets; `exchange` reports bytes that differ from the plan."""
+        """Means of all buckets of a sync; `exchange` reports bytes that the run did not plan."""
         counts = self.transport.counts
         before = {site: model_bytes(counts[site]) for site in self.sites}
         means = mean_over_holders(self.transport, buckets, contribute)
-        part = Plan(num_sites=self.plan.config.num_sites, buckets=tuple(buckets))
         for site, earlier in before.items():
-            planned = sync_traffic(part, site)
+            planned = self.plan.traffic[site]
             now = model_bytes(counts[site])
             counted = (now[0] - earlier[0], now[1] - earlier[1])
             if counted != (planned.payload, planned.wire):

@@ -7,13 +7,14 @@ of up to `sync.timeout_s`. So these waits run in threads, and the main thread wa
 from __future__ import annotations
 
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Protocol, TypeVar
+
+from fomoe.errors import say_line
 
 T = TypeVar("T")
 
@@ -192,8 +193,7 @@ def _wait_for_peer(
 
 def say(site: int, text: str) -> None:
     """One line of a site on stderr."""
-    sys.stderr.write(f"site {site}: {text}\n")
-    sys.stderr.flush()
+    say_line(f"site {site}: {text}")
 
 
 def one_line(error: BaseException) -> str:
