@@ -1,4 +1,4 @@
-"""The command line: `fomoe train | compare | merge`, and the cost model's commands.
+"""The command line: `fomoe train | compare | merge | study`, and the cost model's commands.
 
 Heavy imports wait until they are needed.
 """
@@ -21,6 +21,7 @@ from fomoe import __version__
 from fomoe.errors import ConfigError, FomoeError, say_line
 from fomoe.hints import hint
 from fomoe.launch import Launch, launch_from_environment, site_label
+from fomoe.study.command import add_study
 from fomoe.sync.waiting import is_blocked
 
 _EXIT_FAILED, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 2, 130
@@ -88,6 +89,7 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     _add_train(commands)
     _add_compare(commands)
     _add_merge(commands)
+    add_study(commands)
     # By name: the cost model imports from this package, not the other way round.
     import_module("fomoe_sim.cli").add_commands(commands, chosen)
     if chosen is not None and chosen not in commands.choices:

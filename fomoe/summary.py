@@ -5,6 +5,7 @@ docs/metrics.md lists every field.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -144,6 +145,7 @@ def summarize(
         "val_loss_merged": merged.loss,
         "val_loss_local": [row["val_loss_local"] for row in rows],
         "unigram_entropy": data.unigram_entropy,
+        "text_sha256": _text_hash(data),
         "run_dir": str(run_dir),
     }
     if transport.members[0] in transport.sites:
@@ -175,6 +177,12 @@ def _measured(plan: RunPlan, rows: list[dict[str, Any]], *, proxy: bool) -> dict
         # A proxy run has one process, whose peak covers all sites.
         summary |= {name: by_site[0]} if proxy else spread(name, by_site)
     return summary
+
+
+def _text_hash(data: Data) -> str:
+    """Of the training text's split and the held-out part: equal hashes, equal text."""
+    parts = (data.fingerprints[name] for name in ("data split", "held-out part"))
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def process_peaks() -> dict[str, int]:
