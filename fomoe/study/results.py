@@ -68,12 +68,19 @@ def append_result(path: Path, line: Line) -> None:
         raise not_written(path, error) from error
 
 
-def result_line(run: StudyRun, summary: Mapping[str, Any], wall_s: float | None) -> Line:
+def result_line(
+    run: StudyRun,
+    summary: Mapping[str, Any],
+    *,
+    wall_s: float | None = None,
+    commit: str | None = None,
+) -> Line:
     """The line of a finished run.
 
     Args:
         summary: the content of the run's summary.json.
         wall_s: seconds of its process; None if it was resumed, or ran before.
+        commit: of the code when its process started; None if not known.
 
     Raises:
         KeyError: if the summary lacks a value.
@@ -92,7 +99,7 @@ def result_line(run: StudyRun, summary: Mapping[str, Any], wall_s: float | None)
         "torch": _version("torch"),
         "python": platform.python_version(),
         "fomoe": fomoe.__version__,
-        "commit": code_commit(),
+        "commit": commit,
         "config": run.config.model_dump(mode="json", exclude={"run"}),
     }
 

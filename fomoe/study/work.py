@@ -22,7 +22,7 @@ from fomoe.files import listing, write_text_atomically
 from fomoe.load import build_config
 from fomoe.report import duration_text
 from fomoe.study.plan import Study, StudyRun
-from fomoe.study.results import Line, append_result, newest, read_results, result_line
+from fomoe.study.results import Line, append_result, code_commit, newest, read_results, result_line
 from fomoe.yamlfile import read_yaml
 
 # recorded: has a line. complete: has ended, the line is missing. started: has checkpoints.
@@ -99,21 +99,23 @@ def work_through(
             )
     todo = []
     for run in runs:
-        if states[run.folder] == "complete":
-            _record(run, files[run.study], None)
-        elif states[run.folder] != "recorded":
+        state = states[run.folder]
+        done = state == "complete" and not _record(run, files[run.study])
+        if state != "recorded" and not done:
             todo.append(run)
     say_line(f"{len(runs) - len(todo)} of {len(runs)} runs are done, {len(todo)} to do")
     return _Pool(todo, states, files, slots, device).work()
 
 
-def _record(run: StudyRun, results: Path, wall_s: float | None) -> str:
+def _record(
+    run: StudyRun, results: Path, *, wall_s: float | None = None, commit: str | None = None
+) -> str:
     """Add the line of a run that has ended; returns what is wrong, or nothing."""
     summary = summary_of(run)
     if summary is None:
         return f"{run.folder} has no summary.json"
     try:
-        line = result_line(run, summary, wall_s)
+        line = result_line(run, summary, wall_s=wall_s, commit=commit)
     except (KeyError, TypeError) as error:
         return f"{run.folder}/summary.json is not complete: {error}"
     append_result(results, line)
@@ -130,6 +132,7 @@ class _Child:
     Attributes:
         slot: its core, or None.
         whole: whether it began at round 0, so that its time is the run's.
+        commit: of the code that it runs.
     """
 
     run: StudyRun
@@ -137,6 +140,7 @@ class _Child:
     slot: int | None
     started: float
     whole: bool
+    commit: str | None
 
 
 class _Pool:
@@ -197,8 +201,8 @@ class _Pool:
         if slot is not None:
             with suppress(ProcessLookupError):  # it has ended already
                 os.sched_setaffinity(process.pid, {slot})
-        child = _Child(run, process, slot, time.monotonic(), state != "started")
-        self.alive.append(child)
+        whole, now = state != "started", time.monotonic()
+        self.alive.append(_Child(run, process, slot, now, whole, code_commit()))
 
     def _collect(self) -> None:
         for child in [c for c in self.alive if c.process.poll() is not None]:
@@ -208,7 +212,8 @@ class _Pool:
             wall_s = time.monotonic() - child.started
             run, status = child.run, child.process.returncode
             own = wall_s if child.whole else None
-            problem = _record(run, self.files[run.study], own) if status == 0 else ""
+            file = self.files[run.study]
+            problem = "" if status else _record(run, file, wall_s=own, commit=child.commit)
             if status or problem:
                 self.failed.append(run)
                 why = problem or f"status {status}: {_last_line(beside(run, '.log'))}"
