@@ -221,9 +221,11 @@ if (home / "hang").exists() and (home / "hang").read_text() in run.name:
     signal.signal(signal.SIGTERM, lambda *_: ((run / "stopped").touch(), sys.exit(130)))
     (run / "hangs").touch()
     time.sleep(60)
-if (home / "pin").exists():
-    while len(os.sched_getaffinity(0)) > 1:
-        time.sleep(0.01)
+end = time.monotonic() + 10
+while (home / "pin").exists() and len(os.sched_getaffinity(0)) > 1:
+    if time.monotonic() > end:
+        sys.exit("is bound to no core")
+    time.sleep(0.01)
 if (home / "fail").exists() and (home / "fail").read_text() in run.name:
     print("fomoe: error: it broke", file=sys.stderr)
     sys.exit(1)
