@@ -1,4 +1,4 @@
-"""The command line: `fomoe train | compare | merge`, and the cost model's commands.
+"""The command line: `fomoe train | compare | merge | options`, and the cost model's commands.
 
 Heavy imports wait until they are needed.
 """
@@ -88,6 +88,7 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     _add_train(commands)
     _add_compare(commands)
     _add_merge(commands)
+    _add_options(commands)
     # By name: the cost model imports from this package, not the other way round.
     import_module("fomoe_sim.cli").add_commands(commands, chosen)
     if chosen is not None and chosen not in commands.choices:
@@ -96,9 +97,16 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="the experiment's YAML file")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.option=value", help="options to change"
+        "config",
+        metavar="CONFIG",
+        help="the experiment's YAML file, or the name of one that comes with the package",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.option=value",
+        help="options to change; 'fomoe options' lists them all",
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     group = parser.add_mutually_exclusive_group()
@@ -163,6 +171,17 @@ def _add_merge(commands: Any) -> None:
     parser.add_argument("--round", type=int, help="rounds done (default: the newest complete)")
     parser.add_argument("--out", help="folder to write (default: RUN/merged)")
     parser.set_defaults(run=_merge)
+
+
+def _add_options(commands: Any) -> None:
+    parser = commands.add_parser("options", help="list the options of an experiment")
+    parser.add_argument("section", nargs="?", default="", help="a section or an option")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--json", action="store_true", help="print them as JSON")
+    group.add_argument(
+        "--write", metavar="FOLDER", help="write options.md and options.schema.json (all options)"
+    )
+    parser.set_defaults(run=_options)
 
 
 # --------------------------------------------------------------------------------------- commands
@@ -259,6 +278,23 @@ def _merge(args: argparse.Namespace) -> int:
         say=say_line,
     )
     print(path)
+    return 0
+
+
+def _options(args: argparse.Namespace) -> int:
+    from fomoe import catalogue
+
+    if args.write is not None:
+        if args.section:
+            raise ConfigError("section", args.section, "cannot stand beside --write")
+        for path in catalogue.write(Path(args.write)):
+            print(path)
+        return 0
+    listed = catalogue.options(args.section)
+    if args.json:
+        print(catalogue.as_json(listed))
+    else:
+        catalogue.print_options(listed)
     return 0
 
 

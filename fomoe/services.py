@@ -45,10 +45,9 @@ def _import_wandb(mode: str) -> Any:
     try:
         return import_module("wandb")
     except ModuleNotFoundError as error:
-        missing = error.name or "wandb"
         raise ServiceError(
-            f"run.wandb={mode} needs the package {missing}: pip install {missing}, or take "
-            f"run.wandb=off"
+            f"run.wandb={mode} needs the package {error.name or 'wandb'}: pip install "
+            f"'fomoe[wandb]', or take run.wandb=off"
         ) from None
     except Exception as error:  # an installed wandb that does not fit other packages
         raise ServiceError(f"run.wandb={mode}: wandb cannot be imported: {_line(error)}") from None

@@ -48,7 +48,7 @@ def library(**parts: Any) -> SimpleNamespace:
 
 
 CASES: dict[str, tuple[Any, str, str]] = {
-    "not installed": (None, "offline", "needs the package wandb: pip install wandb"),
+    "not installed": (None, "offline", "needs the package wandb: pip install 'fomoe[wandb]'"),
     "no key": (library(login=fails("No API key configured.")), "online", "No API key configured."),
     "not logged in": (library(login=lambda **_: False), "online", "nobody is logged in"),
     "no network": (library(init=opens_and_fails), "online", "Timed out while retrying Consider"),
