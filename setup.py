@@ -39,7 +39,7 @@ setup(
     packages=[*find_packages(include=["fomoe", "fomoe.*"]), "fomoe.configs", "fomoe_sim"],
     package_dir={"fomoe.configs": "configs", "fomoe_sim": "sim"},
     package_data={
-        "fomoe": ["py.typed"],
+        "fomoe": ["py.typed", "*.pyi"],
         "fomoe.configs": ["*.yaml", "clusters/*.yaml"],
         "fomoe_sim": ["py.typed", "data/*.yaml"],
     },

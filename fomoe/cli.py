@@ -210,7 +210,7 @@ def _train(args: argparse.Namespace) -> int:
             print_dry_run(run)
         return 0
     launch = _launch(config.num_sites)
-    from fomoe.train import train
+    from fomoe.training import train
 
     summary = train(
         config,
@@ -250,7 +250,7 @@ def _compare(args: argparse.Namespace) -> int:
         settings = config.run.model_copy(update={"dir": str(Path(config.run.dir) / method)})
         configs.append(config.model_copy(update={"run": settings}))
     from fomoe.ready import check_ready
-    from fomoe.train import train
+    from fomoe.training import train
 
     for config in configs:
         check_ready(config)
@@ -268,7 +268,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from fomoe.merge import merge
+    from fomoe.merging import merge
 
     out = Path(args.out) if args.out else None
     path = merge(

@@ -95,6 +95,26 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def project(ask: Ask, *, method: str | None = None) -> Row:
+    """Answer one question: what a run costs in bytes, memory, time and money.
+
+    Args:
+        ask: the model or config, and whatever differs from the defaults.
+        method: by default the config's own, else FoMoE.
+
+    Returns:
+        Values by column; `fomoe project --explain` says what each means, and its unit.
+
+    Raises:
+        ConfigError: naming the option as the command line has it.
+    """
+    ask = read_flags(argparse.Namespace(**vars(ask)))
+    check_ask(ask)
+    name = method_of(method, config=ask.config is not None).name if method else own_method(ask)
+    check_methods(ask, [name], experts=has_experts(ask))
+    return answer_one(build(ask, name))
+
+
 def methods_asked(args: argparse.Namespace, ask: Ask) -> list[str]:
     """Methods of --compare or --method; else the config's own, else FoMoE."""
     config = ask.config is not None
