@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from statistics import stdev
 from types import TracebackType
 from typing import Any
 
@@ -164,7 +165,7 @@ def _traffic_table(run: RunPlan) -> Table:
     columns = ("", "payload", "wire", "payload ratio", "wire ratio")
     table = Table(*columns, title="Bytes per site and round, against the same model elsewhere")
     for name, counts in rows.items():
-        ratios = (_times(n / o if o else None) for n, o in zip(counts, own, strict=True))
+        ratios = (times_text(n / o if o else None) for n, o in zip(counts, own, strict=True))
         table.add_row(name, *(bytes_text(count) for count in counts), *ratios)
     return table
 
@@ -214,8 +215,8 @@ def print_summary(summary: dict[str, Any], config: Config) -> None:
         "parameters per site / whole model": f"{summary['params_per_site']:,.0f} / "
         f"{summary['params_total']:,}",
         "payload per site and round": bytes_text(summary["payload_bytes_per_site_per_round"]),
-        "less than DiLoCo / DDP": f"{_times(summary['ratio_vs_diloco'])} / "
-        f"{_times(summary['ratio_vs_ddp'])}",
+        "less than DiLoCo / DDP": f"{times_text(summary['ratio_vs_diloco'])} / "
+        f"{times_text(summary['ratio_vs_ddp'])}",
         "tokens, all sites": f"{summary['tokens']:,}",
         "tokens/s per site": f"{summary['tokens_per_s']:,.0f}",
         "peak memory of a process": bytes_text(summary["peak_memory_bytes"]),
@@ -234,7 +235,7 @@ def print_summary(summary: dict[str, Any], config: Config) -> None:
 
 
 def print_comparison(summaries: list[dict[str, Any]]) -> None:
-    """One row per method."""
+    """One row per method: means over its seeds, with the standard deviation of several."""
     columns = [
         "method",
         "merged val",
@@ -248,23 +249,35 @@ def print_comparison(summaries: list[dict[str, Any]]) -> None:
         "vs DiLoCo",
         "memory/site",
     ]
-    table = Table(*columns, title="Equal tokens per site, same text")
+    by_method: dict[str, list[dict[str, Any]]] = {}
     for summary in summaries:
-        local = [loss for loss in summary["val_loss_local"] if loss is not None]
+        by_method.setdefault(summary["method"], []).append(summary)
+    seeds = max(len(runs) for runs in by_method.values())
+    over = f", mean and deviation of {seeds} seeds" if seeds > 1 else ""
+    table = Table(*columns, title=f"Equal tokens per site, same text{over}")
+    for method, runs in by_method.items():
+        first = runs[0]
+        local = [[loss for loss in run["val_loss_local"] if loss is not None] for run in runs]
         table.add_row(
-            summary["method"],
-            f"{summary['val_loss_merged']:.4f}",
-            f"{_mean(local):.4f}" if local else "-",
-            f"{summary['executed_fraction']:.3f}",
-            f"{summary['skipped_fraction']:.3f}",
-            f"{summary['expert_flops_fraction']:.2f}",
-            f"{summary['tokens_per_s']:,.0f}",
-            bytes_text(summary["payload_bytes_per_site_per_round"]),
-            _times(summary["ratio_vs_ddp"]),
-            _times(summary["ratio_vs_diloco"]),
-            bytes_text(summary["memory_bytes_per_site"]),
+            method,
+            spread_text([run["val_loss_merged"] for run in runs], ".4f"),
+            spread_text([_mean(losses) for losses in local], ".4f") if all(local) else "-",
+            spread_text([run["executed_fraction"] for run in runs], ".3f"),
+            spread_text([run["skipped_fraction"] for run in runs], ".3f"),
+            f"{_mean([run['expert_flops_fraction'] for run in runs]):.2f}",
+            f"{_mean([run['tokens_per_s'] for run in runs]):,.0f}",
+            bytes_text(first["payload_bytes_per_site_per_round"]),
+            times_text(first["ratio_vs_ddp"]),
+            times_text(first["ratio_vs_diloco"]),
+            bytes_text(first["memory_bytes_per_site"]),
         )
     console(wide=True).print(table)
+
+
+def spread_text(values: list[float], form: str) -> str:
+    """The value, or mean and standard deviation of several."""
+    text = format(_mean(values), form)
+    return text if len(values) == 1 else f"{text} ± {format(stdev(values), form)}"
 
 
 def console(*, wide: bool = False, **options: Any) -> Console:
@@ -306,7 +319,7 @@ def duration_text(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def _times(ratio: float | None) -> str:
+def times_text(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
 
 

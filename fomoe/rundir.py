@@ -23,6 +23,7 @@ from fomoe.files import (
     remove_temporaries,
     write_text_atomically,
 )
+from fomoe.overrides import flatten
 from fomoe.runlock import LOCK_NAME, FolderInUseError, RunLock, lock_folder
 from fomoe.sync.exchange import agreed, gather
 from fomoe.sync.transport import Transport
@@ -82,17 +83,6 @@ def _compare(own: dict[str, Any], transport: Transport) -> None:
 def _shown(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return text[:12] if len(text) == 64 else text
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options as dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 # ------------------------------------------------------------------------------------- the folder

@@ -6,12 +6,14 @@ docs/metrics.md lists every field.
 from __future__ import annotations
 
 import json
+import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fomoe import __version__
 from fomoe.data.dataset import Data
 from fomoe.evaluate import MergedEvaluation, routing_health
 from fomoe.files import write_text_atomically
@@ -145,6 +147,7 @@ def summarize(
         "val_loss_local": [row["val_loss_local"] for row in rows],
         "unigram_entropy": data.unigram_entropy,
         "run_dir": str(run_dir),
+        "environment": environment(),
     }
     if transport.members[0] in transport.sites:
         write_text_atomically(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -175,6 +178,18 @@ def _measured(plan: RunPlan, rows: list[dict[str, Any]], *, proxy: bool) -> dict
         # A proxy run has one process, whose peak covers all sites.
         summary |= {name: by_site[0]} if proxy else spread(name, by_site)
     return summary
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware of this process, for the reader of a record."""
+    return {
+        "fomoe": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def process_peaks() -> dict[str, int]:
