@@ -137,6 +137,7 @@ class Drawing:
             axes.invert_yaxis()
             axes.grid(False, axis="y")
         if log:
+            axes.set_xlim(0.93 * min(left), 1.07 * max(high for _, high in spans))
             self.log_axis("x", lambda value: f"{value:g}")
 
     def log_axis(self, which: str, text: Callable[[float], str], *, axis: int = 0) -> None:
