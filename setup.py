@@ -11,7 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "fomoe/__init__.py").read_t
 HUB = ["datasets>=3,<6"]
 TRANSFORMERS = ["transformers>=4.57,<6"]
 PLOT = ["matplotlib>=3.8,<4"]
-WANDB = ["wandb>=0.18,<1"]
+WANDB = ["wandb>=0.20,<1"]
 TENSORBOARD = ["tensorboard>=2.16,<3"]
 
 setup(

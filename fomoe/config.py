@@ -279,6 +279,8 @@ class RunConfig(Options):
     state of all sites would take more than half of the accelerator's free memory."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Whether wandb gets the records too; needs the extra fomoe[wandb]."""
+    tensorboard: bool = False
+    """Whether TensorBoard gets the records too; needs the extra fomoe[tensorboard]."""
     wandb_project: Text = "fomoe"
     """Project of the wandb runs."""
 

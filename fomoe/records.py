@@ -84,6 +84,14 @@ class Group:
         return self.runs[0]
 
 
+def site_speed(tokens: float, train_s: float, sync_s: float) -> float:
+    """Tokens per second of one site: over its local steps and its sync, evaluation left out.
+
+    Progress lines, summary and report all show this, as a mean over sites.
+    """
+    return tokens / max(train_s + sync_s, 1e-9)
+
+
 def read_groups(folders: Iterable[Path]) -> list[Group]:
     """Read runs and group those that differ in their seed only.
 

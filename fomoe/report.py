@@ -17,6 +17,7 @@ from rich.table import Table
 from fomoe.config import Config
 from fomoe.errors import say_line
 from fomoe.planning import RunPlan, memory_by_kind, planned_summary
+from fomoe.records import site_speed
 from fomoe.segments import full_payload, wire_elements
 
 _NARROWEST, _USUAL, _WIDE = 40, 80, 160  # columns
@@ -31,7 +32,8 @@ class Progress:
         self.console = console(stderr=True, quiet=not show)
         self.live = show and self.console.is_terminal and not self.console.is_dumb_terminal
         self.started = self._last_line = time.monotonic()
-        self._steps_done = self._tokens = 0
+        self._steps_done = 0
+        self._sums: dict[int, list[float]] = {}  # per site: tokens, train_s, sync_s
         # A process knows the figures of its own sites only.
         self._whose = "  site 0" if num_local_sites < config.num_sites else ""
         # Choices made for this machine, printed once, on the first round's line: a start that fails
@@ -79,7 +81,6 @@ class Progress:
 
         def on_step(values: Any) -> None:
             self._steps_done += 1
-            self._tokens += config.tokens_per_step
             if self._steps_done % config.run.log_every or not self.show:
                 return
             now = time.monotonic()
@@ -105,6 +106,10 @@ class Progress:
         steps = [r for r in records if r["kind"] == "step"]
         rounds = [r for r in records if r["kind"] == "round"]
         merged = [r["val_loss_merged"] for r in records if r["kind"] == "merged"]
+        for record in rounds:
+            sums = self._sums.setdefault(record["site"], [0.0, 0.0, 0.0])
+            for index, name in enumerate(("tokens", "train_s", "sync_s")):
+                sums[index] += record[name]
         local = [r["val_loss_local"] for r in rounds if r["val_loss_local"] is not None]
         self.say(
             f"round {round_idx + 1}/{self.config.rounds}{self._whose}"
@@ -120,11 +125,13 @@ class Progress:
         self._last_line = time.monotonic()
 
     def _speed(self) -> str:
-        """Speed of this process and time left."""
+        """Speed of a site in the rounds that are done, as in the summary, and time left."""
         elapsed = max(time.monotonic() - self.started, 1e-9)
         done = min(self._steps_done / max(self._steps_to_do, 1), 1.0)
         left = elapsed / done * (1 - done) if done else 0.0
-        return f"{self._tokens / elapsed:,.0f} tokens/s, {duration_text(left)} left"
+        speed = _mean([site_speed(*sums) for sums in self._sums.values()])
+        known = f"{speed:,.0f} tokens/s per site, " if self._sums else ""
+        return f"{known}{duration_text(left)} left"
 
 
 # ----------------------------------------------------------------------------------------- tables

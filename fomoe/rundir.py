@@ -120,6 +120,7 @@ def claim_run_dir(
         if not lock.held:
             text = "is on a file system without locks: nothing keeps a second run out of it"
             say_line(f"run.dir {lock.run_dir} {text}")
+        lock.run_id = run_id
         settings = config.run.model_copy(update={"dir": str(lock.run_dir)})
         yield config.model_copy(update={"run": settings}), lock
     finally:

@@ -9,7 +9,7 @@ import numpy as np
 
 from fomoe.figures import Drawing
 from fomoe.planning import memory_by_kind, plan_run, planned_summary
-from fomoe.records import Group, Record, RunRecords
+from fomoe.records import Group, Record, RunRecords, site_speed
 from fomoe.report import bytes_text
 
 Values = Callable[[RunRecords], list[float | None]]
@@ -59,7 +59,7 @@ _CURVES: tuple[tuple[str, str, str, Callable[[Record], float | None], str], ...]
         "speed",
         "Speed",
         "tokens/s of one site",
-        lambda r: r["tokens"] / (r["train_s"] + r["sync_s"]),
+        lambda r: site_speed(r["tokens"], r["train_s"], r["sync_s"]),
         "Tokens of a site over the time of its local steps and its sync.",
     ),
     (

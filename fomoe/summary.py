@@ -19,6 +19,7 @@ from fomoe.evaluate import MergedEvaluation, routing_health
 from fomoe.files import write_text_atomically
 from fomoe.hostmemory import resident_peak_bytes
 from fomoe.planning import RunPlan, planned_summary, spread
+from fomoe.records import site_speed
 from fomoe.site import RoundRouting
 from fomoe.sync.exchange import gather
 from fomoe.sync.transport import Transport
@@ -169,7 +170,9 @@ def _measured(plan: RunPlan, rows: list[dict[str, Any]], *, proxy: bool) -> dict
         **spread(
             "expert_flops_fraction", [x * plan.config.model.expert_ffn_scale for x in executed]
         ),
-        **spread("tokens_per_s", [t["tokens"] / (t["train_s"] + t["sync_s"]) for t in totals]),
+        **spread(
+            "tokens_per_s", [site_speed(t["tokens"], t["train_s"], t["sync_s"]) for t in totals]
+        ),
         **spread("train_s", [t["train_s"] for t in totals]),
         **spread("sync_s", [t["sync_s"] for t in totals]),
     }

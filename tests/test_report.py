@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import shutil
 import sys
 import xml.etree.ElementTree as ElementTree
+from itertools import islice
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 import pytest
 from helpers_cli import fomoe, records, snapshot, write_config
 
+from fomoe import reportpage
 from fomoe.records import RunRecords, read_groups, read_run
+from fomoe.reportpage import page
 
 pytest.importorskip("matplotlib")
 
@@ -60,30 +64,21 @@ def test_the_table_of_a_comparison_has_mean_and_deviation(compared: Path) -> Non
 
     summaries = json.loads((compared / "summaries.json").read_text())
     losses = [summary["val_loss_merged"] for summary in summaries[2:]]
-    page = compared / "table.html"
-    assert fomoe("report", *folders(compared), "--out", page).status == 0
     shown = f"{mean(losses):.4f} ± {stdev(losses):.4f}"
-    assert shown in page.read_text()
-    with _captured() as text:
+    assert shown in page(read_groups(folders(compared)), ())
+    with contextlib.redirect_stdout(io.StringIO()) as text:
         print_comparison(summaries)
     assert shown in text.getvalue()
     assert "2 seeds" in text.getvalue()
 
 
-def _captured() -> Any:
-    import contextlib
-    import io
-
-    return contextlib.redirect_stdout(io.StringIO())
-
-
 def test_the_page_is_one_file_that_loads_nothing(compared: Path, tmp_path: Path) -> None:
-    page = tmp_path / "report.html"
+    out = tmp_path / "report.html"
     before = snapshot(compared)
-    outcome = fomoe("report", *folders(compared), "--out", page)
-    assert (outcome.status, outcome.out) == (0, f"{page}\n")
+    outcome = fomoe("report", *folders(compared), "--out", out)
+    assert (outcome.status, outcome.out) == (0, f"{out}\n")
     assert snapshot(compared) == before
-    text = page.read_text()
+    text = out.read_text()
     assert not re.findall(r"<(?:script|link|img|iframe)\b|url\(\s*['\"]?http|@import", text)
     loaded = re.findall(r'(?:src|href)="(?!#|data:)([^"]*)"', text)
     assert not loaded
@@ -98,17 +93,26 @@ def test_the_page_is_one_file_that_loads_nothing(compared: Path, tmp_path: Path)
         assert f'aria-label="{title}"' in text, title
     for svg in re.findall(r"<svg .*?</svg>", text, flags=re.S):
         ElementTree.fromstring(svg)
-    again = tmp_path / "again.html"
-    assert fomoe("report", *folders(compared), "--out", again).status == 0
-    assert again.read_text() == text
 
 
-def test_figures_are_written_for_papers(compared: Path, tmp_path: Path) -> None:
+def test_equal_figures_are_equal_files(compared: Path) -> None:
+    from fomoe.runfigures import traffic
+
+    groups = read_groups(folders(compared))
+    assert traffic(groups).svg() == traffic(groups).svg()
+
+
+def test_figures_are_written_for_papers(
+    compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = reportpage.figures
+    monkeypatch.setattr(reportpage, "figures", lambda groups: islice(drawn(groups), 2))
     words = ["--out", tmp_path / "report.html", "--figures", tmp_path / "figures"]
     assert fomoe("report", folders(compared)[2], *words).status == 0
     made = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert {"loss-bytes.png", "loss-bytes.pdf", "load-0.png", "traffic.pdf"} <= made
-    assert (tmp_path / "figures" / "speed.png").read_bytes().startswith(b"\x89PNG")
+    names = ("loss-tokens", "loss-bytes")
+    assert made == {f"{name}.{suffix}" for name in names for suffix in ("png", "pdf")}
+    assert (tmp_path / "figures" / "loss-bytes.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_runs_that_differ_in_the_seed_are_one_group(compared: Path) -> None:
@@ -166,9 +170,8 @@ def test_a_run_that_is_not_finished_is_shown_so(compared: Path, tmp_path: Path) 
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     kept = [line for line in lines if json.loads(line)["round"] == 0]
     (run / "metrics.jsonl").write_text("".join(kept) + '{"kind": "round", "rou')
-    page = tmp_path / "report.html"
-    assert fomoe("report", run, folders(compared)[0], "--out", page).status == 0
-    assert "not finished: 1 of 2 rounds" in page.read_text()
+    text = page(read_groups([run, folders(compared)[0]]), ())
+    assert "not finished: 1 of 2 rounds" in text
 
 
 def test_records_of_some_sites_are_shown_so(compared: Path, tmp_path: Path) -> None:
@@ -177,17 +180,15 @@ def test_records_of_some_sites_are_shown_so(compared: Path, tmp_path: Path) -> N
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     kept = [line for line in lines if json.loads(line).get("site", 0) == 0]
     (run / "metrics.jsonl").write_text("".join(kept))
-    page = tmp_path / "report.html"
-    assert fomoe("report", run, "--out", page).status == 0
-    assert "without [1, 2]" in page.read_text()
+    assert "without [1, 2]" in page(read_groups([run]), ())
 
 
 def test_a_dense_model_has_no_figures_of_experts(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     assert fomoe("train", config, "method=dense", "rounds=1").status == 0
-    page = tmp_path / "report.html"
-    assert fomoe("report", tmp_path / "run", "--out", page).status == 0
-    text = page.read_text()
+    out = tmp_path / "report.html"
+    assert fomoe("report", tmp_path / "run", "--out", out).status == 0
+    text = out.read_text()
     assert "Loss over tokens" in text
     assert "Load: " not in text
     assert "MaxVio" not in text
