@@ -44,7 +44,7 @@ docs: $(INSTALLED)
 	$(BIN)/fomoe options --write docs
 
 package: $(TOOLS)
-	$(BIN)/python -m tests.try_package
+	$(BIN)/python -m tests.try_package # --from-index: with what pip fetches
 
 bench: $(INSTALLED)
 	$(INSTALL) -e '.[transformers]'
