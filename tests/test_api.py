@@ -1,4 +1,4 @@
-"""What `import fomoe` offers, and the examples of docs/extending.md."""
+"""What `import fomoe` offers, and the examples of docs/python.md."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers_cli import snapshot, write_config
+from helpers_cli import snapshot, words, write_config
 
 import fomoe
 from fomoe.errors import ConfigError
@@ -76,3 +76,18 @@ def test_a_run_needs_a_folder(tmp_path: Path) -> None:
 def test_a_question_is_checked_as_on_the_command_line(ask: dict[str, object], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         fomoe.project(fomoe.Ask(**ask))  # type: ignore[arg-type]
+
+
+EXAMPLES = re.findall(
+    r"## (.+?)\n.*?```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.S
+)
+
+
+@pytest.mark.parametrize("code", [code for _, code in EXAMPLES], ids=[name for name, _ in EXAMPLES])
+def test_the_examples_of_the_page_run(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("notes.txt").write_text(words(3000, 0))
+    exec(compile(code, "docs/python.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) > 1
