@@ -16,7 +16,7 @@ from fomoe.segments import (
     Traffic,
     build_plan,
     full_payload,
-    placement_rule,
+    rule_of,
     sync_traffic,
 )
 from fomoe.shapes import parameter_specs
@@ -48,8 +48,7 @@ class RunPlan:
 def plan_run(config: Config) -> RunPlan:
     """Work out who holds what and what it costs."""
     placement = build_placement(config)
-    rule = placement_rule(placement, router_rows=config.sync.router_rows)
-    plan = build_plan(parameter_specs(config), config.num_sites, rule)
+    plan = build_plan(parameter_specs(config), config.num_sites, rule_of(config, placement))
     sites = range(config.num_sites)
     return RunPlan(
         config=config,

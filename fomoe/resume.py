@@ -300,7 +300,7 @@ def expected_state(run: Run, site: int) -> Expected:
     return Expected(
         tensors={
             **run.sites[site].state_layout(),
-            **run.sync.anchors.state_layout(site),
+            **run.sync.state_layout(site),
             "rng": (tuple(rng.shape), rng.dtype),
         },
         optional={"probe": (probe, torch.int16)},
@@ -316,13 +316,12 @@ def save_round(run: Run, rounds_done: int) -> None:
         CheckpointError: if a part cannot be written at a site.
         SyncError: if a site's state is not finite; such a round is never saved.
     """
-    anchors = run.sync.anchors
-    check_sites(run.transport, lambda s: run.sites[s].divergence() or anchors.divergence(s))
+    check_sites(run.transport, lambda s: run.sites[s].divergence() or run.sync.divergence(s))
 
     def save() -> None:
         for site_idx, site in run.sites.items():
             tensors, values = site.state()
-            tensors |= anchors.state_of(site_idx)
+            tensors |= run.sync.state_of(site_idx)
             tensors["rng"] = torch.get_rng_state()
             if site_idx in run.probes:
                 tensors["probe"] = run.probes[site_idx]
@@ -351,7 +350,7 @@ def load_round(run: Run, round_idx: int) -> dict[str, Any]:
         tensors = checkpoint.read_tensors(run.run_dir, round_idx, site_idx)
         values = checkpoint.read_values(run.run_dir, round_idx, site_idx)
         site.load_state(tensors, values)
-        run.sync.anchors.load_state_of(site_idx, tensors)
+        run.sync.load_state_of(site_idx, tensors)
         torch.set_rng_state(tensors["rng"])
         run.totals[site_idx].load_state(values["totals"])
         run.transport.counts[site_idx].load_state(values["counts"])

@@ -171,6 +171,11 @@ def _segment(spec: ParameterSpec, piece: Piece) -> Segment:
     )
 
 
+def rule_of(config: Config, placement: Placement) -> Rule:
+    """The rule that the config asks for; this is the only place that chooses one."""
+    return placement_rule(placement, router_rows=config.sync.router_rows)
+
+
 def placement_rule(placement: Placement, *, router_rows: str = "all") -> Rule:
     """Experts are held by the placement, everything else by all sites.
 

@@ -489,7 +489,7 @@ class Bench:
         self.said.clear()
         resume_run(self.run, None, show=False)
         for site, own in self.run.sites.items():
-            loaded = own.state()[0] | self.run.sync.anchors.state_of(site)
+            loaded = own.state()[0] | self.run.sync.state_of(site)
             kept, _ = load_part(self.run_dir, self.run.first_round, site)
             others = ("rng", "probe")
             assert_same_bits(loaded, {n: t for n, t in kept.items() if n not in others})

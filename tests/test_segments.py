@@ -284,7 +284,7 @@ def test_absent_experts_have_no_bytes_anywhere(layout):
         run = make_run(config, transport)
         one_round(run)
         own = run.sites[site]
-        saved = own.state()[0] | run.sync.anchors.state_of(site)
+        saved = own.state()[0] | run.sync.state_of(site)
         built = own.model.state_dict() | dict(own.model.named_buffers())
         largest = max(config.model.num_experts, config.vocab_size) * config.model.d_model
         found = set()

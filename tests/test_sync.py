@@ -370,7 +370,7 @@ def test_rule_7_anchor_and_momentum_are_fp32_copies_off_the_parameters_and_check
             assert (tensor.dtype, tensor.device.type) == (torch.float32, "cpu")
             assert tensor.untyped_storage().data_ptr() not in storages
     for site in range(4):
-        saved = anchors.state_of(site)
+        saved = run.sync.state_of(site)
         held = {s.name for s in segments_of(plan) if site in s.holders}
         assert {entry("anchor", name) for name in held} <= saved.keys()
         assert {entry("outer", "momentum_buffer", name) for name in held} <= saved.keys()
@@ -603,10 +603,7 @@ def test_outer_state_and_anchor_come_back_to_the_bit(optimizer):
     run = make_run(config)
     move_randomly(run)
     synchronize(run_with_counts(run))
-    saved = {
-        site: {k: v.clone() for k, v in run.sync.anchors.state_of(site).items()}
-        for site in run.sites
-    }
+    saved = {site: {k: v.clone() for k, v in run.sync.state_of(site).items()} for site in run.sites}
     parameters = {
         site: {n: p.detach().clone() for n, p in own.parameters.items()}
         for site, own in run.sites.items()
@@ -617,7 +614,7 @@ def test_outer_state_and_anchor_come_back_to_the_bit(optimizer):
         for site, own in again.sites.items():
             for name, parameter in own.parameters.items():
                 parameter.copy_(parameters[site][name])
-            again.sync.anchors.load_state_of(site, saved[site])
+            again.sync.load_state_of(site, saved[site])
     assert_same_bits(second_round(again), expected)
 
 
@@ -804,7 +801,7 @@ class Snapshot:
         state = {
             (site, name): tensor.clone()
             for site in self.run.sites
-            for name, tensor in self.run.sync.anchors.state_of(site).items()
+            for name, tensor in self.run.sync.state_of(site).items()
         }
         return parameters_of(self.run) | state
 

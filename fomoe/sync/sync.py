@@ -26,6 +26,7 @@ from fomoe.segments import (
     takes_outer_step,
 )
 from fomoe.site import RoundRouting, Site
+from fomoe.state import Layout, divergence
 from fomoe.sync.buckets import Contribution
 from fomoe.sync.exchange import Contribute, check_sites, gather, mean_over_holders
 from fomoe.sync.outer import Anchors
@@ -167,6 +168,24 @@ class Sync:
         messages = gather(self.transport, lambda site: own[site].numpy().tobytes())
         counts = [torch.frombuffer(bytearray(message), dtype=torch.int64) for message in messages]
         return torch.stack(counts).sum(0).view_as(next(iter(own.values())))
+
+    # ---------------------------------------------------------------------------- checkpoint
+
+    def state_of(self, site: int) -> dict[str, Tensor]:
+        """What the sync keeps for one site between rounds, by entry: anchors and outer state."""
+        return self.anchors.state_of(site)
+
+    def state_layout(self, site: int) -> Layout:
+        """Shapes and types of what `state_of` returns after the first sync."""
+        return self.anchors.state_layout(site)
+
+    def load_state_of(self, site: int, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what `state_of` returned."""
+        self.anchors.load_state_of(site, tensors)
+
+    def divergence(self, site: int) -> str:
+        """Says what in the state of one site is not finite; empty if everything is."""
+        return divergence(self.state_of(site))
 
     # ------------------------------------------------------------------------------ replicas
 
