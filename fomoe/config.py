@@ -244,7 +244,8 @@ class Config(Options):
         return size
 
     @property
-    def schedule_steps(self) -> int:
+    def schedule_horizon(self) -> int:
+        """Inner steps after which the learning rate stays constant."""
         return self.inner.schedule_steps or self.rounds * self.local_steps
 
     @property

@@ -49,7 +49,7 @@ def resume(run: Run, asked: int | None, *, show: bool) -> None:
         run.progress.say(choice.because)
         agreed(run.transport, lambda: remove_newer(run.run_dir, 0, run.sites))
         return
-    replicas = [b for b in run.plan.plan.buckets if b.crosses]
+    replicas = [b for b in run.plan.segment_plan.buckets if b.crosses]
     found = find_round(
         choice.rounds,
         run.run_dir,
@@ -278,16 +278,17 @@ def remove_newer(run_dir: Path, round_idx: int, sites: Iterable[int]) -> None:
 def horizon_change(values: dict[str, Any], config: Config) -> str:
     """Says how the learning rate jumps if the schedule's horizon has changed; otherwise empty."""
     saved, step = parse_saved(values["config"]), values["step_idx"]
-    if saved is None or saved.schedule_steps == config.schedule_steps:
+    if saved is None:
         return ""
-    before = learning_rate(saved.inner, step, saved.schedule_steps)
-    now = learning_rate(config.inner, step, config.schedule_steps)
+    old, new = saved.schedule_horizon, config.schedule_horizon
+    before = learning_rate(saved.inner, step, old)
+    now = learning_rate(config.inner, step, new)
     if before == now:
         return ""
     return (
-        f"the learning rate's schedule ends after {config.schedule_steps} steps, not after "
-        f"{saved.schedule_steps} as before: the next step takes {now:.3g} instead of {before:.3g}; "
-        f"inner.schedule_steps={saved.schedule_steps} keeps the old schedule"
+        f"the learning rate's schedule ends after {new} steps, not after {old} as before: the next "
+        f"step takes {now:.3g} instead of {before:.3g}; inner.schedule_steps={old} keeps the old "
+        f"schedule"
     )
 
 

@@ -73,7 +73,7 @@ class Sync:
         self, plan: RunPlan, sites: Mapping[int, Site], transport: Transport, *, pin: bool = False
     ) -> None:
         self.plan, self.sites, self.transport = plan, sites, transport
-        self.buckets = [b for b in plan.plan.buckets if takes_outer_step(plan.config, b)]
+        self.buckets = [b for b in plan.segment_plan.buckets if takes_outer_step(plan.config, b)]
         self.anchors = Anchors(plan.config, self.buckets, sites, pin=pin)
         self._unplanned = dict.fromkeys(sites, "")
 
@@ -198,7 +198,7 @@ class Sync:
         Raises:
             SyncError: naming the first bucket whose replicas differ, and its holders.
         """
-        shared = [bucket for bucket in self.plan.plan.buckets if bucket.crosses]
+        shared = [bucket for bucket in self.plan.segment_plan.buckets if bucket.crosses]
         own = {
             index: replica_hashes(shared, index, site.view) for index, site in self.sites.items()
         }
