@@ -198,16 +198,16 @@ def wrong_value(values: dict[str, Any], round_idx: int, site: int, expected: Exp
         if type(own) is not int or own != value:
             return f"{key} is {own!r:.40}, not {value}"
     if not _are_counts(values.get("data"), expected.stream):
-        return "data is no position in the text"
+        return "data is not a position in the text"
     if not _are_counts(values.get("totals"), Totals().state(), whole=False):
-        return "totals are no sums over rounds"
+        return "totals are not sums over rounds"
     if not values["totals"]["train_s"]:
         return "totals have no time of training"
     counts = values.get("counts")
     if not isinstance(counts, dict) or set(counts) != {"payload", "wire"}:
-        return "counts are no bytes by class"
+        return "counts are not bytes by class"
     if not all(isinstance(c, dict) and _are_counts(c, c) for c in counts.values()):
-        return "counts are no bytes by class"
+        return "counts are not bytes by class"
     loss = values.get("val_loss_local", "missing")
     if loss is not None and type(loss) is not float:
         return f"val_loss_local is {loss!r:.40}"
@@ -230,7 +230,7 @@ def _wrong_random_state(state: torch.Tensor) -> str:
     try:
         torch.Generator().set_state(state)
     except (RuntimeError, TypeError) as error:
-        return f"rng is no random state: {str(error).splitlines()[0]}"
+        return f"rng is not a random state: {str(error).splitlines()[0]}"
     return ""
 
 

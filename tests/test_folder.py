@@ -449,7 +449,7 @@ def test_a_damaged_record_is_dropped_and_counted(tmp_path: Path, damage: bytes) 
     assert path.read_bytes() == 2 * RECORD + b'{"kind": "round", "round": 1, "site": 1}\n'
 
 
-def test_damaged_records_are_told_of_on_resume(tiny: Path, tmp_path: Path) -> None:
+def test_damaged_records_are_reported_on_resume(tiny: Path, tmp_path: Path) -> None:
     trained(tiny, "rounds=1")
     path = tmp_path / "run" / "metrics.jsonl"
     path.write_bytes(b"\xff\xfe\n" + path.read_bytes())
