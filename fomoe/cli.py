@@ -201,7 +201,7 @@ def _add_options(commands: Any) -> None:
 def _train(args: argparse.Namespace) -> int:
     if args.resume_round is not None:
         if args.mode not in ("new", "resume"):
-            rule = f"continues a run; it cannot stand beside --{args.mode}"
+            rule = f"continues a run; it cannot be combined with --{args.mode}"
             raise ConfigError("--resume-round", args.resume_round, rule)
         if args.resume_round < 1:
             raise ConfigError("--resume-round", args.resume_round, "must be at least 1")

@@ -24,7 +24,7 @@ def read_methods(text: str) -> list[str]:
         if method not in METHODS:
             raise ConfigError("--methods", method, f"is not a method; {hint(method, METHODS)}")
         if methods.count(method) > 1:
-            raise ConfigError("--methods", method, "stands twice")
+            raise ConfigError("--methods", method, "is given twice")
     return methods
 
 
@@ -39,7 +39,7 @@ def read_seeds(text: str) -> list[int]:
         if not (word.isascii() and word.isdecimal()):
             raise ConfigError("--seeds", word or "''", "must be a whole number from 0")
         if int(word) in seeds:
-            raise ConfigError("--seeds", word, "stands twice")
+            raise ConfigError("--seeds", word, "is given twice")
         seeds.append(int(word))
     return seeds
 

@@ -206,7 +206,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         "report no/page.html cannot be written: there is no folder no",
     ),
     "no number": (["compare", "tiny.yaml", "--methods", "ddp", "--seeds", "0,x"], "--seeds x must"),
-    "twice": (["compare", "tiny.yaml", "--methods", "ddp", "--seeds", "1,1"], "1 stands twice"),
+    "twice": (["compare", "tiny.yaml", "--methods", "ddp", "--seeds", "1,1"], "1 is given twice"),
     "nothing": (["compare", "tiny.yaml", "--methods", "ddp", "--seeds", ""], "--seeds '' must"),
     "below 0": (["compare", "tiny.yaml", "--methods", "ddp", "--seeds=-1"], "--seeds -1 must"),
 }
