@@ -21,14 +21,10 @@ from fomoe.yamlfile import read_yaml
 _PACKAGED = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
 
 
-def find_config(path: str | Path, folder: str = "") -> Path:
+def find_config(path: str | Path) -> Path:
     """The file that a path or a bare name means: `quickstart` is an experiment of the package.
 
     A file of that name in the working folder comes first.
-
-    Args:
-        path: what the user wrote.
-        folder: below the package's experiments, where the name is looked up.
 
     Raises:
         ConfigError: if it is neither a file nor a packaged name, and a packaged name is near.
@@ -37,7 +33,7 @@ def find_config(path: str | Path, folder: str = "") -> Path:
     is_name = path.name == str(path) and not path.suffix
     if not is_name or (os.path.lexists(path) and not path.is_dir()):
         return path
-    packaged = packaged_configs(folder)
+    packaged = packaged_configs()
     if path.name in packaged:
         return packaged[path.name]
     if not path.is_dir() and (name := near(path.name, packaged)):
@@ -45,10 +41,10 @@ def find_config(path: str | Path, folder: str = "") -> Path:
     return path
 
 
-def packaged_configs(folder: str = "") -> dict[str, Path]:
-    """The files that come with the package, by name."""
+def packaged_configs() -> dict[str, Path]:
+    """The experiments that come with the package, by name."""
     root = next((place for place in _PACKAGED if place.is_dir()), _PACKAGED[0])
-    return {path.stem: path for path in sorted((root / folder).glob("*.yaml"))}
+    return {path.stem: path for path in sorted(root.glob("*.yaml"))}
 
 
 def load_config(
