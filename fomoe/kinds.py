@@ -21,8 +21,9 @@ Table = tuple[tuple[Sites, ...], ...]  # per MoE layer, per expert: sites in asc
 class PlacementKind(KindOptions):
     """Which site holds which expert: what every kind has."""
 
-    # all: every site stores every expert, and the table says only who trains it (SPES).
     store: Literal["holders", "all"] = "holders"
+    """holders: a site stores the experts that it trains. all: every site stores every expert,
+    and the placement says only who trains it (SPES)."""
 
     @abstractmethod
     def assign(self, num_layers: int, num_experts: int, num_sites: int) -> Table:
@@ -41,8 +42,10 @@ class CyclicPlacement(PlacementKind):
     """Every expert on r consecutive sites, or as many on every site as it can hold."""
 
     kind: Literal["cyclic"] = "cyclic"
-    replication_factor: Positive | None = None  # holders per expert, r
-    capacity: IntTuple | None = None  # most experts per layer that each site can hold
+    replication_factor: Positive | None = None
+    """[sites] Holders per expert, r; null: as `capacity` allows."""
+    capacity: IntTuple | None = None
+    """[experts per layer] Most experts that each site can hold; null: no limit."""
 
     def assign(self, num_layers: int, num_experts: int, num_sites: int) -> Table:
         field, r = "placement.replication_factor", self.replication_factor
@@ -65,7 +68,8 @@ class CommonPlacement(PlacementKind):
     """Some experts on every site, the others on one site each."""
 
     kind: Literal["common"] = "common"
-    num_common: NonNegative | None = None  # experts that every site holds
+    num_common: NonNegative | None = None
+    """[experts] Experts that every site holds."""
 
     def assign(self, num_layers: int, num_experts: int, num_sites: int) -> Table:
         field, num_common = "placement.num_common", self.num_common
@@ -81,7 +85,8 @@ class TablePlacement(PlacementKind):
     """The sites of every expert as the user lists them."""
 
     kind: Literal["table"] = "table"
-    table: AnyTuple | None = None  # sites per expert, for all layers or per MoE layer
+    table: AnyTuple | None = None
+    """Sites per expert, for all layers or per MoE layer."""
 
     def assign(self, num_layers: int, num_experts: int, num_sites: int) -> Table:
         if self.table is None:

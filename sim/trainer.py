@@ -16,6 +16,7 @@ import yaml
 from fomoe.config import METHODS as CONFIG_METHODS
 from fomoe.config import Config
 from fomoe.errors import ConfigError, FomoeError, say_line
+from fomoe.figures import SUFFIXES, Drawing, need_matplotlib
 from fomoe.hints import hint
 from fomoe.jsonlines import Lines, read_lines
 from fomoe.kinds import by_capacity, capacity_slots
@@ -28,8 +29,10 @@ from fomoe.yamlfile import read_yaml
 
 __all__ = [
     "CONFIG_METHODS",
+    "SUFFIXES",
     "Config",
     "ConfigError",
+    "Drawing",
     "FomoeError",
     "Lines",
     "NonNegativeFloat",
@@ -44,6 +47,7 @@ __all__ = [
     "counted",
     "hint",
     "load",
+    "need_matplotlib",
     "read_data",
     "read_lines",
     "read_yaml",

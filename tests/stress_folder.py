@@ -27,7 +27,7 @@ from fomoe.config import Config
 from fomoe.errors import CheckpointError
 from fomoe.files import listing, write_text_atomically
 from fomoe.load import build_config
-from fomoe.merge import merge
+from fomoe.merging import merge
 from fomoe.planning import plan_run
 from fomoe.rundir import claim_run_dir
 from fomoe.runlock import FolderInUseError, lock_folder
@@ -89,7 +89,7 @@ def save_and_prune(
     shapes = {spec.name: spec.shape for spec in parameter_specs(config)}
     held = {
         segment.parameter
-        for bucket in plan_run(config).plan.buckets
+        for bucket in plan_run(config).segment_plan.buckets
         if site in bucket.holders
         for segment in bucket.segments
     }

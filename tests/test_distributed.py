@@ -32,11 +32,11 @@ from safetensors.torch import load_file
 from fomoe.data.dataset import build_data
 from fomoe.errors import DataError, FomoeError, SiteMismatchError
 from fomoe.load import load_config
-from fomoe.merge import merge
+from fomoe.merging import merge
 from fomoe.planning import plan_run, planned_summary
 from fomoe.rundir import agreed, compare_configs, compare_fingerprints
 from fomoe.sync.transport import InMemoryTransport
-from fomoe.train import merged_loss
+from fomoe.training import merged_loss
 
 CONFIG = """
 num_sites: 4
@@ -167,7 +167,7 @@ def test_every_step_and_round_has_the_same_record(runs):
 
 def test_replica_hashes_are_equal_at_all_holders_in_every_round(runs):
     config = load_config(runs["distributed"] / "config.yaml")
-    buckets = [b for b in plan_run(config).plan.buckets if len(b.holders) > 1]
+    buckets = [b for b in plan_run(config).segment_plan.buckets if len(b.holders) > 1]
     rounds = [r for r in records(runs["distributed"]) if r["kind"] == "round"]
     assert {(r["round"], r["site"]) for r in rounds} == {(i, s) for i in range(4) for s in range(4)}
     seen = set()

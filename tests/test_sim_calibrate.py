@@ -183,7 +183,7 @@ def test_planned_payload_is_compared_with_the_counted_one(tmp_path):
             "placement": {"replication_factor": 1},
         }
     )
-    plan = plan_run(config).plan
+    plan = plan_run(config).segment_plan
     payload = sync_traffic(plan, 0).payload
     exact = write_run(tmp_path / "a", local_steps=8, wire_bytes=payload, config=config)
     off = write_run(tmp_path / "b", local_steps=8, wire_bytes=payload + 4, config=config)
@@ -248,7 +248,7 @@ run: {checkpoint_every: 0, eval_every: 0}
 @pytest.fixture(scope="module")
 def real_run(tmp_path_factory):
     """One process per site, on the loopback."""
-    pytest.importorskip("fomoe.train", reason="the trainer is not part of this checkout")
+    pytest.importorskip("fomoe.training", reason="the trainer is not part of this checkout")
     folder = tmp_path_factory.mktemp("real")
     (folder / "run.yaml").write_text(REAL)
     words = (" ".join(f"word{(i * j) % 97}" for j in range(200)) for i in range(60))

@@ -95,7 +95,7 @@ def section(study: Study, page: Path) -> str:
     if used:
         figure = page.with_name(f"{page.stem}-{study.name}.svg")
         panels = {name: _points(rows) for name, rows in tables.items()}
-        if draw(figure, {name: points for name, points in panels.items() if points}):
+        if draw(figure, study.title, {name: points for name, points in panels.items() if points}):
             parts.append(f"![Merged loss over expert FLOPs of the run]({figure.name})")
     parts.append(_origin(study, used))
     if older := len(lines) - len(used):

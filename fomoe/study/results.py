@@ -5,10 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import platform
 import subprocess
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +84,7 @@ def result_line(
         KeyError: if the summary lacks a value.
     """
     local = [loss for loss in summary["val_loss_local"] if loss is not None]
+    environment = summary["environment"]
     return {
         "study": run.study,
         "arm": run.arm,
@@ -96,9 +95,7 @@ def result_line(
         "val_loss_local": sum(local) / len(local) if local else None,
         "wall_s": None if wall_s is None else round(wall_s, 1),
         "text_sha256": summary.get("text_sha256"),
-        "torch": _version("torch"),
-        "python": platform.python_version(),
-        "fomoe": fomoe.__version__,
+        **{name: environment.get(name) for name in ("torch", "python", "fomoe", "accelerator")},
         "commit": commit,
         "config": run.config.model_dump(mode="json", exclude={"run"}),
     }
@@ -164,10 +161,3 @@ def _git(folder: Path, *words: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

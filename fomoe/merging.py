@@ -24,10 +24,10 @@ _ATTEMPTS = 20
 
 
 def merge(
-    run_dir: Path,
+    run_dir: str | Path,
     *,
     round_idx: int | None = None,
-    out: Path | None = None,
+    out: str | Path | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Write every parameter of the merged model, each taken from one of its holders.
@@ -44,10 +44,11 @@ def merge(
     Raises:
         CheckpointError: if no round is complete, naming what is missing.
     """
+    run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise CheckpointError(f"{run_dir} is not a run's folder")
     round_idx, config, tensors = _newest_whole(run_dir, round_idx, say)
-    target = out or run_dir / "merged"
+    target = Path(out) if out else run_dir / "merged"
     try:
         target.mkdir(parents=True, exist_ok=True)
         path = target / "model.safetensors"
@@ -107,7 +108,7 @@ def _read_whole(run_dir: Path, round_idx: int) -> tuple[Config, dict[str, Tensor
     for site in range(config.num_sites):
         if not has_manifest(run_dir, round_idx, site):
             load_part(run_dir, round_idx, site)  # says what is missing
-    plan = plan_run(config).plan
+    plan = plan_run(config).segment_plan
     shared = [bucket for bucket in plan.buckets if bucket.crosses]
     hashes: dict[int, bytes] = {}
     found: dict[str, Tensor] = {}
@@ -147,7 +148,7 @@ def _join_rows(plan: Plan, found: dict[str, Tensor]) -> dict[str, Tensor]:
     rows: dict[str, list[Segment]] = {}
     for bucket in plan.buckets:
         for segment in bucket.segments:
-            if segment.trainers and not segment.expert_class and segment.name != segment.parameter:
+            if segment.trainers and not segment.is_expert and segment.name != segment.parameter:
                 rows.setdefault(segment.parameter, []).append(segment)
     for parameter, segments in rows.items():
         segments.sort(key=lambda segment: segment.start)
