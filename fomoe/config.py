@@ -215,6 +215,7 @@ Method = Literal[
     "dense",
     "diloco-half",
     "single",
+    "copies",
 ]
 METHODS: tuple[str, ...] = get_args(Method)
 

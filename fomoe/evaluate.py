@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from fomoe.config import Config
+from fomoe.copies import num_families, num_sets, set_of_site
 from fomoe.model.experts import Expert, swiglu
 from fomoe.segments import Plan, Segment
 from fomoe.site import Site
 from fomoe.sync.exchange import Item, fetch, gather
 from fomoe.sync.transport import Transport
+from fomoe.textchoice import NUM_COUNTERS, choose_sets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +100,15 @@ def evaluate_merged(
         if transport.members[index % len(transport.members)] == site
     }
     hidden: dict[int, Tensor] = {}
+    scopes: dict[int, Tensor | None] = {}
+    counts_GN = gather_text_counts(config, sites, transport) if num_sets(config) > 1 else None
     loads: dict[int, list[list[int]]] = {index: [] for index in share}
     for index, site in share.items():
         sites[site].model.eval()
         with sites[site].autocast:
             tokens = torch.from_numpy(batches[index]).to(sites[site].device)
             hidden[index] = sites[site].model.embed(tokens[:, :-1])
+        scopes[index] = None if counts_GN is None else _scope(config, counts_GN, tokens[:, :-1])
     segments = _expert_segments(plan)
     for layer in range(config.model.num_layers):
         experts = None
@@ -111,7 +116,9 @@ def evaluate_merged(
             experts = _fetch_layer(config, sites, transport, layer, segments[layer])
         for index, site in share.items():
             with sites[site].autocast:
-                hidden[index], _, stats = sites[site].model.run_layer(layer, hidden[index], experts)
+                hidden[index], _, stats = sites[site].model.run_layer(
+                    layer, hidden[index], experts, scopes[index]
+                )
             if stats is not None:
                 loads[index].append(stats.selected_E.tolist())
     losses = {}
@@ -120,6 +127,28 @@ def evaluate_merged(
         with sites[site].autocast:
             losses[index] = float(sites[site].model.loss(hidden[index], targets))
     return _combine(transport, share, losses, loads, [len(batch) for batch in batches])
+
+
+def gather_text_counts(config: Config, sites: Mapping[int, Site], transport: Transport) -> Tensor:
+    """n-grams counted at the sites of each set of copies, int64 [G, N], at every site."""
+
+    def message(site: int) -> bytes:
+        counts_N = sites[site].text_counts_N
+        assert counts_N is not None
+        return counts_N.numpy().tobytes()
+
+    counts_GN = torch.zeros(num_sets(config), NUM_COUNTERS, dtype=torch.int64)
+    for site, received in enumerate(gather(transport, message)):
+        own_N = torch.frombuffer(bytearray(received), dtype=torch.int64)
+        counts_GN[set_of_site(config, site)] += own_N
+    return counts_GN
+
+
+def _scope(config: Config, counts_GN: Tensor, tokens_BS: Tensor) -> Tensor:
+    """bool [T, E]: the experts of the set that the text before each token chooses."""
+    sets_T = choose_sets(counts_GN, tokens_BS.cpu()).flatten()
+    set_of_E = torch.arange(config.model.num_experts) // num_families(config)
+    return (sets_T[:, None] == set_of_E).to(tokens_BS.device)
 
 
 def _combine(

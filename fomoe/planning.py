@@ -9,15 +9,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fomoe.config import Config
+from fomoe.copies import Families, build_families, coupling
 from fomoe.memory import SiteMemory, site_memory
 from fomoe.placement import Placement, build_placement
 from fomoe.segments import (
     Plan,
     Traffic,
+    buckets_traffic,
     build_plan,
     full_payload,
     rule_of,
-    sync_traffic,
 )
 from fomoe.shapes import parameter_specs
 
@@ -28,22 +29,44 @@ class RunPlan:
 
     Attributes:
         segment_plan: who holds and who trains which rows.
-        traffic: bytes of one sync per site (of one gradient average with `ddp`).
+        families: the buckets of experts' copies, or None if there are none.
+        traffic: bytes of one sync per site (of one gradient average with `ddp`); with copies, while
+            they are wholly tied.
+        traffic_apart: bytes of one sync per site once the copies have parted.
         syncs_per_round: 1, or local_steps where gradients are averaged every step.
     """
 
     config: Config
     placement: Placement
     segment_plan: Plan
+    families: Families | None
     traffic: tuple[Traffic, ...]
+    traffic_apart: tuple[Traffic, ...]
     memory: tuple[SiteMemory, ...]
     syncs_per_round: int
 
-    def payload_per_round(self, site: int) -> int:
-        return self.traffic[site].payload * self.syncs_per_round
+    def traffic_of_sync(self, site: int, steps: int) -> Traffic:
+        """Bytes at one site of the sync that follows `steps` local steps."""
+        tied = coupling(self.config, steps) == 1
+        return self.traffic[site] if tied else self.traffic_apart[site]
 
-    def wire_per_round(self, site: int) -> int:
-        return self.traffic[site].wire * self.syncs_per_round
+    def payload_per_round(self, site: int) -> float:
+        """Mean over the rounds of the run."""
+        return self._mean_over_rounds([t.payload for t in self._of_rounds(site)])
+
+    def wire_per_round(self, site: int) -> float:
+        """Mean over the rounds of the run."""
+        return self._mean_over_rounds([t.wire for t in self._of_rounds(site)])
+
+    def _of_rounds(self, site: int) -> list[Traffic]:
+        if self.families is None:
+            return [self.traffic[site]]
+        steps, rounds = self.config.local_steps, range(1, self.config.rounds + 1)
+        return [self.traffic_of_sync(site, steps * done) for done in rounds]
+
+    def _mean_over_rounds(self, amounts: list[int]) -> float:
+        whole, rest = divmod(sum(amounts) * self.syncs_per_round, len(amounts))
+        return whole + rest / len(amounts) if rest else whole
 
 
 def plan_run(config: Config) -> RunPlan:
@@ -51,11 +74,21 @@ def plan_run(config: Config) -> RunPlan:
     placement = build_placement(config)
     plan = build_plan(parameter_specs(config), config.num_sites, rule_of(config, placement))
     sites = range(config.num_sites)
+    families = build_families(config, plan)
+
+    def traffic(coupling: float) -> tuple[Traffic, ...]:
+        buckets = families.exchanged(plan.buckets, coupling) if families else plan.buckets
+        return tuple(buckets_traffic(buckets, site) for site in sites)
+
+    tied = traffic(1.0)
+    apart = traffic(config.placement.couple) if families else tied
     return RunPlan(
         config=config,
         placement=placement,
         segment_plan=plan,
-        traffic=tuple(sync_traffic(plan, site) for site in sites),
+        families=families,
+        traffic=tied,
+        traffic_apart=apart,
         memory=tuple(site_memory(config, plan, site) for site in sites),
         syncs_per_round=config.local_steps if config.sync.average == "gradients" else 1,
     )
@@ -104,6 +137,6 @@ def spread(name: str, values: list[Any]) -> dict[str, Any]:
     return {name: int(mean) if whole else mean, f"{name}_by_site": values}
 
 
-def _ratio(baseline: int, payload: list[int]) -> float | None:
+def _ratio(baseline: int, payload: list[float]) -> float | None:
     mean = sum(payload) / len(payload)
     return baseline / mean if mean else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fomoe.config import Config, OuterConfig
 from fomoe.errors import ConfigError
 from fomoe.hints import hint
+from fomoe.kinds import CopiesPlacement
 from fomoe.placement import build_placement
 
 # Classes of torch.optim whose step works element by element, as anchors of segments require. The
@@ -35,11 +36,30 @@ def check_config(config: Config) -> None:
         if fewest < config.model.top_k:
             rule = f"needs at least top_k = {config.model.top_k} experts per layer and site; "
             raise ConfigError("router.route_scope", "resident", rule + f"a site holds {fewest}")
+    _check_copies(config)
     if config.sync.average == "gradients" and not placement.full:
         rule = "needs every expert on every site (replication_factor = num_sites)"
         raise ConfigError("sync.average", "gradients", rule)
     if config.sync.average == "gradients" and config.run.park == "always":
         raise ConfigError("run.park", "always", "has no waiting sites where gradients are averaged")
+
+
+def _check_copies(config: Config) -> None:
+    """Copies are routed to within their set, and every set has its own counts of what was chosen."""
+    if not isinstance(config.placement, CopiesPlacement):
+        return
+    needed = {
+        "router.route_scope": (config.router.route_scope, "resident"),
+        "router.balance": (config.router.balance, "loss"),
+        "sync.router_rows": (config.sync.router_rows, "holders"),
+        "sync.average": (config.sync.average, "parameters"),
+        "sync.single_holder": (config.sync.single_holder, "outer"),
+        "placement.store": (config.placement.store, "holders"),
+        "model.ffn": (config.model.ffn, "moe"),
+    }
+    for field, (value, wanted) in needed.items():
+        if value != wanted:
+            raise ConfigError(field, value, f"must be {wanted} with placement.kind copies")
 
 
 def _check_model(config: Config) -> None:

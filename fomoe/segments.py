@@ -298,9 +298,14 @@ class Traffic:
 
 
 def sync_traffic(plan: Plan, site: int, *, element_bytes: int = 4) -> Traffic:
-    """Planned bytes of one sync at one site; a bucket that no peer needs costs nothing."""
+    """Planned bytes of one sync of all buckets at one site."""
+    return buckets_traffic(plan.buckets, site, element_bytes=element_bytes)
+
+
+def buckets_traffic(buckets: Iterable[Bucket], site: int, *, element_bytes: int = 4) -> Traffic:
+    """Planned bytes of reducing some buckets; one that no peer needs costs nothing."""
     counts = {"payload_shared": 0, "payload_expert": 0, "wire_shared": 0, "wire_expert": 0}
-    for bucket in plan.buckets:
+    for bucket in buckets:
         if site not in bucket.holders or not bucket.crosses:
             continue
         name = "expert" if bucket.is_expert else "shared"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fomoe.config import Config, InnerConfig
+from fomoe.copies import num_sets
 from fomoe.data.stream import Stream
 from fomoe.errors import DataError
 from fomoe.model.backends.choice import choose_backend
@@ -22,6 +23,7 @@ from fomoe.model.transformer import Transformer
 from fomoe.planning import RunPlan
 from fomoe.segments import RoundCounts, Segment
 from fomoe.state import Layout, by_key, divergence, entry, optimizer_layout
+from fomoe.textchoice import NUM_COUNTERS, count_ngrams
 
 STEP_FIELDS = ("loss", "lb_loss", "z_loss", "grad_norm", "skipped_fraction", "executed_fraction")
 
@@ -57,6 +59,7 @@ class Site:
 
     Attributes:
         segments: those that this site holds.
+        text_counts_N: n-grams of the text trained on, int64 [N]; None without copies of experts.
         parameters: the model's parameters by name; `trainable` are those with gradients.
     """
 
@@ -75,6 +78,10 @@ class Site:
         self.optimizer = build_inner_optimizer(config.inner, self.trainable)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
         self.step_idx = 0
+        # What the merged model chooses a set of copies by; no sync reads it.
+        self.text_counts_N = (
+            torch.zeros(NUM_COUNTERS, dtype=torch.int64) if num_sets(config) > 1 else None
+        )
         self._reset_round()
 
     def run_local_steps(self, num_steps: int, on_step: Callable[[Tensor], None]) -> list[Tensor]:
@@ -103,6 +110,8 @@ class Site:
         for _ in range(inner.accumulation_steps):
             batch = torch.from_numpy(self.stream.next_batch(inner.batch_size))
             self._check_tokens(batch)
+            if self.text_counts_N is not None:
+                self.text_counts_N += count_ngrams(batch[:, :-1])
             batch = batch.to(self.device, non_blocking=True)
             with self.autocast:
                 output = self.model(batch[:, :-1], batch[:, 1:])
@@ -275,6 +284,8 @@ class Site:
             router = self.model.moe(layer).router
             tensors[entry("router", "balance_bias", layer)] = router.balance_bias_E
             tensors[entry("router", "execute_bias", layer)] = router.execute_bias
+        if self.text_counts_N is not None:
+            tensors[entry("text", "counts")] = self.text_counts_N
         return tensors, {"step_idx": self.step_idx, "data": self.stream.state()}
 
     def _changing(self) -> list[Segment]:
@@ -319,6 +330,8 @@ class Site:
             router = self.model.moe(layer).router
             router.balance_bias_E.copy_(tensors[entry("router", "balance_bias", layer)])
             router.execute_bias.copy_(tensors[entry("router", "execute_bias", layer)])
+        if self.text_counts_N is not None:
+            self.text_counts_N.copy_(tensors[entry("text", "counts")])
         self.step_idx = values["step_idx"]
         self.stream.load_state(values["data"])
 

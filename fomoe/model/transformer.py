@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fomoe.config import Config
+from fomoe.copies import num_families
 from fomoe.model.attention import Attention
 from fomoe.model.elementwise import RMSNorm
 from fomoe.model.experts import Expert, Experts, SwiGLU, run_experts, slots
@@ -53,15 +54,22 @@ class MoE(nn.Module):
         self.experts = Experts(model, residents, trained)
 
     def forward(
-        self, x_TD: Tensor, experts: Mapping[int, Expert] | None = None
+        self,
+        x_TD: Tensor,
+        experts: Mapping[int, Expert] | None = None,
+        scope_TE: Tensor | None = None,
     ) -> tuple[Tensor, Routing, RouterStats]:
-        """Route and run T tokens; `experts`, if given, run instead of the residents."""
+        """Route and run T tokens; `experts`, if given, run instead of the residents.
+
+        Args:
+            scope_TE: bool, the experts that each token may choose; None: all, or the residents.
+        """
         if experts is None:
             routing, stats = self.router(x_TD, self.experts.resident_E, len(self.experts))
             y_TD = self.experts(x_TD, routing)
         else:
             slot_E = slots(tuple(experts), self.num_experts).to(x_TD.device)
-            routing, stats = self.router(x_TD, slot_E < len(experts), len(experts))
+            routing, stats = self.router(x_TD, slot_E < len(experts), len(experts), scope_TE)
             y_TD = run_experts(x_TD, routing, experts, slot_E)
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)
@@ -96,13 +104,14 @@ class Layer(nn.Module):
         cos_SH: Tensor,
         sin_SH: Tensor,
         experts: Mapping[int, Expert] | None = None,
+        scope_TE: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None, RouterStats | None]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_SH, sin_SH)
         y_BSD = self.ffn_norm(x_BSD)
         if self.moe is None:
             assert self.ffn is not None
             return x_BSD + self.ffn(y_BSD), None, None
-        y_TD, routing, stats = self.moe(y_BSD.flatten(0, 1), experts)
+        y_TD, routing, stats = self.moe(y_BSD.flatten(0, 1), experts, scope_TE)
         return x_BSD + y_TD.view_as(x_BSD), routing, stats
 
 
@@ -168,11 +177,16 @@ class Transformer(nn.Module):
         return self.embedding(tokens_BS)
 
     def run_layer(
-        self, index: int, x_BSD: Tensor, experts: Mapping[int, Expert] | None = None
+        self,
+        index: int,
+        x_BSD: Tensor,
+        experts: Mapping[int, Expert] | None = None,
+        scope_TE: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None, RouterStats | None]:
-        """Run one layer, with its residents or with the experts given."""
+        """Run one layer, with its residents or with the experts given (of which a token may choose
+        those in `scope_TE`)."""
         seq = x_BSD.shape[1]
-        inputs = (x_BSD, self.cos_SH[:seq], self.sin_SH[:seq], experts)
+        inputs = (x_BSD, self.cos_SH[:seq], self.sin_SH[:seq], experts, scope_TE)
         if self.recompute == "layers" and torch.is_grad_enabled():
             return checkpoint(self.layers[index], *inputs, use_reentrant=False)
         return self.layers[index](*inputs)
@@ -193,21 +207,21 @@ class Transformer(nn.Module):
         assert isinstance(module, MoE)
         return module
 
-    def places(self, spec: ParameterSpec) -> Iterator[tuple[str, str, int | None]]:
+    def places(self, spec: ParameterSpec) -> Iterator[tuple[int | None, str, int | None]]:
         """Tensors of a parameter that are held here.
 
-        Yields, for each, its name, the name of the module's parameter that holds it, and its row
-        there (None: the whole).
+        Yields, for each, its expert (None: it is of no expert), the name of the module's parameter
+        that holds it, and its row there (None: the whole).
         """
         if spec.kind != "expert":
-            yield spec.name, spec.name, None
+            yield None, spec.name, None
             return
         assert spec.layer is not None
         stack, _, part = spec.name.rpartition(".")
         experts = self.moe(spec.layer).experts
         for expert in experts.ids:
             place, row = experts.place(part, expert)
-            yield spec.row_name(expert), f"{stack}.{place}", row
+            yield expert, f"{stack}.{place}", row
 
 
 def rotary_table(*, seq_len: int, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -224,19 +238,25 @@ def initialize(model: Transformer, config: Config) -> None:
 
     Names carry layer and expert id, so an expert starts the same wherever it is placed, and what
     else a site holds does not matter. Projections into the residual stream are scaled by
-    1 / sqrt(2 L) (GPT-2).
+    1 / sqrt(2 L) (GPT-2). Copies of an expert, and their router rows, start equal.
     """
+    different = num_families(config)
     parameters = dict(model.named_parameters())
     for spec in parameter_specs(config):
         std = config.model.init_std / (
             math.sqrt(2 * config.model.num_layers) if spec.residual else 1
         )
-        for name, place, row in model.places(spec):
+        for expert, place, row in model.places(spec):
             target = parameters[place] if row is None else parameters[place][row]
             if spec.kind == "norm":
                 target.fill_(1)
+                continue
+            name = spec.name if expert is None else spec.row_name(expert % different)
+            generator = torch.Generator().manual_seed(stable_seed(config.seed, name))
+            if spec.kind == "router":
+                rows = torch.randn(different, target.shape[1], generator=generator) * std
+                target.copy_(rows.repeat(len(target) // different, 1))
             else:
-                generator = torch.Generator().manual_seed(stable_seed(config.seed, name))
                 target.copy_(torch.randn(target.shape, generator=generator) * std)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fomoe.copies import Families, coupling
 from fomoe.errors import SyncError
 from fomoe.planning import RunPlan
 from fomoe.segments import (
@@ -40,10 +41,12 @@ class Prepared:
     Attributes:
         routing: its routing, by site.
         counts: what the contribution weights are computed from, by site.
+        steps: local steps that every site has taken since the start.
     """
 
     routing: dict[int, RoundRouting]
     counts: dict[int, RoundCounts]
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ class Sync:
         """End the round at every site of this process."""
         routing = {index: site.end_round() for index, site in self.sites.items()}
         counts = {i: site.round_counts(routing[i]) for i, site in self.sites.items()}
-        return Prepared(routing, counts)
+        steps = next(iter(self.sites.values())).step_idx
+        return Prepared(routing, counts, steps)
 
     def exchange(self, prepared: Prepared) -> Exchanged:
         """Average, and check the state and the byte counts of every site.
@@ -128,18 +132,24 @@ class Sync:
 
     def _average(self, prepared: Prepared) -> dict[int, Tensor]:
         """Mean pseudo-gradients by bucket index."""
-        return self.reduce(
-            self.buckets,
+        families, coupled = self.plan.families, coupling(self.plan.config, prepared.steps)
+        buckets = families.exchanged(tuple(self.buckets), coupled) if families else self.buckets
+        means = self.reduce(
+            buckets,
             lambda bucket, site: self._contribute(bucket, site, prepared.counts[site]),
+            steps=prepared.steps,
         )
+        return tie(families, coupled, means) if families else means
 
-    def reduce(self, buckets: Sequence[Bucket], contribute: Contribute) -> dict[int, Tensor]:
+    def reduce(
+        self, buckets: Sequence[Bucket], contribute: Contribute, *, steps: int
+    ) -> dict[int, Tensor]:
         """Means of all buckets of a sync; `exchange` reports bytes that the run did not plan."""
         counts = self.transport.counts
         before = {site: model_bytes(counts[site]) for site in self.sites}
         means = mean_over_holders(self.transport, buckets, contribute)
         for site, earlier in before.items():
-            planned = self.plan.traffic[site]
+            planned = self.plan.traffic_of_sync(site, steps)
             now = model_bytes(counts[site])
             counted = (now[0] - earlier[0], now[1] - earlier[1])
             if counted != (planned.payload, planned.wire):
@@ -151,9 +161,15 @@ class Sync:
 
     def _contribute(self, bucket: Bucket, site: int, counts: RoundCounts) -> Contribution:
         rule = self.plan.config.sync.weight
-        weights = [contribution_weight(s, site, rule=rule, counts=counts) for s in bucket.segments]
+        families = self.plan.families
+        own = {segment.name: segment for segment in bucket.segments}
+        if families is not None and bucket is families.bucket:
+            copies = families.experts[families.set_of(site)].segments
+            own = {s.name: copy for s, copy in zip(bucket.segments, copies, strict=True)}
+        weights = [contribution_weight(s, site, rule=rule, counts=counts) for s in own.values()]
 
         def pseudo_grad(segment: Segment, start: int, stop: int) -> Tensor:
+            segment = own[segment.name]
             anchor = self.anchors.values[segment.name].detach().view(-1)[start:stop]
             local = self.sites[site].view(segment).reshape(-1)[start:stop]
             return anchor - local.to("cpu")
@@ -217,6 +233,34 @@ class Sync:
                 f"{list(wrong[0].holders)}"
             )
         return {i: digest.hex() for hashes in own.values() for i, digest in hashes.items()}
+
+
+def tie(families: Families, coupling: float, means: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Pull the means of copies towards that of their family: (1 - c) x own + c x family.
+
+    Args:
+        coupling: c.
+        means: by bucket index: those of `families.exchanged`.
+
+    Returns:
+        The means of the plan's own buckets.
+    """
+    tied = {i: mean for i, mean in means.items() if i != families.bucket.index}
+    of_rows = torch.stack([means[b.index] for b in families.router]).sum(0) / len(families.router)
+    for buckets, family in (
+        (families.experts, means.get(families.bucket.index)),
+        (families.router, of_rows),
+    ):
+        for bucket in buckets:
+            # Of experts, only the copies that this process holds have a mean here.
+            own = tied.get(bucket.index)
+            if family is None:
+                continue
+            if coupling == 1:
+                tied[bucket.index] = family
+            elif own is not None:
+                tied[bucket.index] = (1 - coupling) * own + coupling * family
+    return tied
 
 
 def replica_hashes(
