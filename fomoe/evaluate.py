@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from fomoe.config import Config
-from fomoe.copies import num_families, num_sets, set_of_site
+from fomoe.copies import num_sets, set_of_site
 from fomoe.model.experts import Expert, swiglu
 from fomoe.segments import Plan, Segment
 from fomoe.site import Site
 from fomoe.sync.exchange import Item, fetch, gather
 from fomoe.sync.transport import Transport
-from fomoe.textchoice import NUM_COUNTERS, choose_sets
+from fomoe.textchoice import NUM_COUNTERS, choose_experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,16 +108,19 @@ def evaluate_merged(
         with sites[site].autocast:
             tokens = torch.from_numpy(batches[index]).to(sites[site].device)
             hidden[index] = sites[site].model.embed(tokens[:, :-1])
-        scopes[index] = None if counts_GN is None else _scope(config, counts_GN, tokens[:, :-1])
-    segments = _expert_segments(plan)
+        scopes[index] = None
+        if counts_GN is not None:
+            scopes[index] = choose_experts(counts_GN, tokens[:, :-1], config.model.num_experts)
+    segments, rows = _expert_segments(plan), _router_segments(plan)
     for layer in range(config.model.num_layers):
-        experts = None
+        experts, router_ED = None, None
         if layer in config.model.moe_layers:
             experts = _fetch_layer(config, sites, transport, layer, segments[layer])
+            router_ED = _fetch_rows(sites, transport, rows[layer]) if layer in rows else None
         for index, site in share.items():
             with sites[site].autocast:
                 hidden[index], _, stats = sites[site].model.run_layer(
-                    layer, hidden[index], experts, scopes[index]
+                    layer, hidden[index], experts, scope_TE=scopes[index], router_ED=router_ED
                 )
             if stats is not None:
                 loads[index].append(stats.selected_E.tolist())
@@ -142,13 +145,6 @@ def gather_text_counts(config: Config, sites: Mapping[int, Site], transport: Tra
         own_N = torch.frombuffer(bytearray(received), dtype=torch.int64)
         counts_GN[set_of_site(config, site)] += own_N
     return counts_GN
-
-
-def _scope(config: Config, counts_GN: Tensor, tokens_BS: Tensor) -> Tensor:
-    """bool [T, E]: the experts of the set that the text before each token chooses."""
-    sets_T = choose_sets(counts_GN, tokens_BS.cpu()).flatten()
-    set_of_E = torch.arange(config.model.num_experts) // num_families(config)
-    return (sets_T[:, None] == set_of_E).to(tokens_BS.device)
 
 
 def _combine(
@@ -183,6 +179,36 @@ def _expert_segments(plan: Plan) -> dict[int, list[Segment]]:
     return by_layer
 
 
+def _router_segments(plan: Plan) -> dict[int, list[Segment]]:
+    """Router rows by layer, in their order, where no site has all of them."""
+    by_layer: dict[int, list[Segment]] = {}
+    for bucket in plan.buckets:
+        if not bucket.is_expert and len(bucket.holders) < plan.num_sites:
+            for segment in bucket.segments:
+                assert segment.layer is not None
+                by_layer.setdefault(segment.layer, []).append(segment)
+    for segments in by_layer.values():
+        segments.sort(key=lambda s: s.start)
+    return by_layer
+
+
+def _fetch_segments(
+    sites: Mapping[int, Site], transport: Transport, segments: list[Segment]
+) -> dict[str, Tensor]:
+    """Some segments by name, on the sites' device; local ones are not copied."""
+    device = next(iter(sites.values())).device
+    by_name = {segment.name: segment for segment in segments}
+    items = [Item(s.name, s.shape, s.holders) for s in segments]
+    tensors = fetch(transport, items, lambda site, name: sites[site].view(by_name[name]))
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def _fetch_rows(sites: Mapping[int, Site], transport: Transport, segments: list[Segment]) -> Tensor:
+    """All router rows of one layer, [E, D]."""
+    tensors = _fetch_segments(sites, transport, segments)
+    return torch.cat([tensors[segment.name] for segment in segments])
+
+
 def _fetch_layer(
     config: Config,
     sites: Mapping[int, Site],
@@ -191,14 +217,11 @@ def _fetch_layer(
     segments: list[Segment],
 ) -> dict[int, Expert]:
     """All experts of one layer; local ones are not copied."""
-    device = next(iter(sites.values())).device
-    by_name = {segment.name: segment for segment in segments}
-    items = [Item(s.name, s.shape, s.holders) for s in segments]
-    tensors = fetch(transport, items, lambda site, name: sites[site].view(by_name[name]))
+    tensors = _fetch_segments(sites, transport, segments)
     experts: dict[int, Expert] = {}
     for expert in range(config.model.num_experts):
         own = {s.parameter.rpartition(".")[2]: s.name for s in segments if s.expert == expert}
-        gate_up, down = (tensors[own[part]].to(device) for part in ("gate_up", "down"))
+        gate_up, down = (tensors[own[part]] for part in ("gate_up", "down"))
         experts[expert] = partial(swiglu, gate_up=gate_up, down=down)
     return experts
 

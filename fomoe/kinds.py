@@ -44,6 +44,10 @@ class PlacementKind(KindOptions):
         """An upper bound on the sites of one expert, known before any table is made."""
         return num_sites
 
+    def num_sets(self, num_sites: int) -> int:
+        """Sets of experts that are copies of one another, of which a site holds one; 1: none."""
+        return 1
+
 
 class CyclicPlacement(PlacementKind):
     """Every expert on r consecutive sites, or as many on every site as it can hold."""

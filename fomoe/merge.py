@@ -109,8 +109,8 @@ def _read_whole(run_dir: Path, round_idx: int) -> tuple[Config, dict[str, Tensor
     for site in range(config.num_sites):
         if not has_manifest(run_dir, round_idx, site):
             load_part(run_dir, round_idx, site)  # says what is missing
-    plan = plan_run(config).segment_plan
-    shared = [bucket for bucket in plan.buckets if bucket.crosses]
+    run = plan_run(config)
+    plan, shared = run.segment_plan, run.replicas(round_idx * config.local_steps)
     hashes: dict[int, bytes] = {}
     found: dict[str, Tensor] = {}
     for site in range(config.num_sites):

@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fomoe.config import Config
-from fomoe.copies import Families, build_families, coupling
+from fomoe.copies import build_families, coupling, exchanged
+from fomoe.kinds import CopiesPlacement
 from fomoe.memory import SiteMemory, site_memory
 from fomoe.placement import Placement, build_placement
 from fomoe.segments import (
+    Bucket,
     Plan,
     Traffic,
     buckets_traffic,
@@ -24,74 +26,102 @@ from fomoe.shapes import parameter_specs
 
 
 @dataclass(frozen=True, kw_only=True)
+class Phase:
+    """Rounds whose syncs exchange the same: all of a run, or those before and after copies part.
+
+    Attributes:
+        coupling: how far copies of experts are tied to one another; 1 without copies.
+        rounds: how many there are in the run.
+        traffic: bytes of one sync per site (of one gradient average with `ddp`).
+    """
+
+    coupling: float
+    rounds: int
+    traffic: tuple[Traffic, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunPlan:
     """Placement, buckets and costs of one experiment.
 
     Attributes:
         segment_plan: who holds and who trains which rows.
-        families: the buckets of experts' copies, or None if there are none.
-        traffic: bytes of one sync per site (of one gradient average with `ddp`); with copies, while
-            they are wholly tied.
-        traffic_apart: bytes of one sync per site once the copies have parted.
+        families: buckets of experts' copies with the same origin; none without copies.
+        phases: one, or that of tied copies and that of copies that have parted.
         syncs_per_round: 1, or local_steps where gradients are averaged every step.
     """
 
     config: Config
     placement: Placement
     segment_plan: Plan
-    families: Families | None
-    traffic: tuple[Traffic, ...]
-    traffic_apart: tuple[Traffic, ...]
+    families: tuple[Bucket, ...]
+    phases: tuple[Phase, ...]
     memory: tuple[SiteMemory, ...]
     syncs_per_round: int
 
+    @property
+    def traffic(self) -> tuple[Traffic, ...]:
+        """Bytes of one sync per site, in the first phase that has rounds."""
+        return next(phase for phase in self.phases if phase.rounds).traffic
+
     def traffic_of_sync(self, site: int, steps: int) -> Traffic:
         """Bytes at one site of the sync that follows `steps` local steps."""
-        tied = coupling(self.config, steps) == 1
-        return self.traffic[site] if tied else self.traffic_apart[site]
+        share = coupling(self.config, steps)
+        return next(p.traffic[site] for p in self.phases if p.coupling == share)
 
     def payload_per_round(self, site: int) -> float:
-        """Mean over the rounds of the run."""
-        return self._mean_over_rounds([t.payload for t in self._of_rounds(site)])
+        """Mean over the rounds of the run; an integer if it is whole."""
+        return self._mean([(p.rounds, p.traffic[site].payload) for p in self.phases])
 
     def wire_per_round(self, site: int) -> float:
-        """Mean over the rounds of the run."""
-        return self._mean_over_rounds([t.wire for t in self._of_rounds(site)])
+        """Mean over the rounds of the run; an integer if it is whole."""
+        return self._mean([(p.rounds, p.traffic[site].wire) for p in self.phases])
 
-    def _of_rounds(self, site: int) -> list[Traffic]:
-        if self.families is None:
-            return [self.traffic[site]]
-        steps, rounds = self.config.local_steps, range(1, self.config.rounds + 1)
-        return [self.traffic_of_sync(site, steps * done) for done in rounds]
+    def _mean(self, counted: list[tuple[int, int]]) -> float:
+        total = self.syncs_per_round * sum(rounds * number for rounds, number in counted)
+        mean = total / self.config.rounds
+        return int(mean) if mean.is_integer() else mean
 
-    def _mean_over_rounds(self, amounts: list[int]) -> float:
-        whole, rest = divmod(sum(amounts) * self.syncs_per_round, len(amounts))
-        return whole + rest / len(amounts) if rest else whole
+    def replicas(self, steps: int) -> tuple[Bucket, ...]:
+        """Buckets whose holders have equal values after the sync that follows `steps` local steps.
+
+        Copies are equal until they part, also where a sync of theirs crosses no link.
+        """
+        tied = coupling(self.config, steps) == 1
+        buckets = exchanged(self.segment_plan.buckets, self.families if tied else (), 1.0)
+        return tuple(bucket for bucket in buckets if bucket.crosses)
 
 
 def plan_run(config: Config) -> RunPlan:
     """Work out who holds what and what it costs."""
     placement = build_placement(config)
     plan = build_plan(parameter_specs(config), config.num_sites, rule_of(config, placement))
-    sites = range(config.num_sites)
     families = build_families(config, plan)
-
-    def traffic(coupling: float) -> tuple[Traffic, ...]:
-        buckets = families.exchanged(plan.buckets, coupling) if families else plan.buckets
-        return tuple(buckets_traffic(buckets, site) for site in sites)
-
-    tied = traffic(1.0)
-    apart = traffic(config.placement.couple) if families else tied
+    sites = range(config.num_sites)
     return RunPlan(
         config=config,
         placement=placement,
         segment_plan=plan,
         families=families,
-        traffic=tied,
-        traffic_apart=apart,
+        phases=_phases(config, plan, families),
         memory=tuple(site_memory(config, plan, site) for site in sites),
         syncs_per_round=config.local_steps if config.sync.average == "gradients" else 1,
     )
+
+
+def _phases(config: Config, plan: Plan, families: tuple[Bucket, ...]) -> tuple[Phase, ...]:
+    """In their order; a phase without rounds is among them, for a run that is continued."""
+    shares = [coupling(config, (done + 1) * config.local_steps) for done in range(config.rounds)]
+    possible = [1.0]
+    if isinstance(config.placement, CopiesPlacement) and config.placement.couple < 1:
+        possible.append(config.placement.couple)
+    sites = range(config.num_sites)
+    phases = []
+    for share in possible:
+        buckets = exchanged(plan.buckets, families, share)
+        traffic = tuple(buckets_traffic(buckets, site) for site in sites)
+        phases.append(Phase(coupling=share, rounds=shares.count(share), traffic=traffic))
+    return tuple(phases)
 
 
 def planned_summary(run: RunPlan) -> dict[str, Any]:
@@ -122,6 +152,18 @@ def planned_summary(run: RunPlan) -> dict[str, Any]:
         **spread("wire_bytes_per_site_per_round", [run.wire_per_round(site) for site in sites]),
         "ratio_vs_ddp": _ratio(diloco * config.local_steps, payload),
         "ratio_vs_diloco": _ratio(diloco, payload),
+        **({"phases": [_phase_row(run, phase) for phase in run.phases]} if run.families else {}),
+    }
+
+
+def _phase_row(run: RunPlan, phase: Phase) -> dict[str, Any]:
+    """One phase of a run with copies; bytes are means over sites."""
+    sites = len(phase.traffic)
+    return {
+        "coupling": phase.coupling,
+        "rounds": phase.rounds,
+        "payload_bytes_per_site_per_round": sum(t.payload for t in phase.traffic) / sites,
+        "wire_bytes_per_site_per_round": sum(t.wire for t in phase.traffic) / sites,
     }
 
 

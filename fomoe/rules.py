@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fomoe.config import Config, OuterConfig
+from fomoe.copies import set_size
 from fomoe.errors import ConfigError
 from fomoe.hints import hint
 from fomoe.kinds import CopiesPlacement
@@ -45,21 +46,22 @@ def check_config(config: Config) -> None:
 
 
 def _check_copies(config: Config) -> None:
-    """Copies are routed to within their set; a balance bias would count over all sets."""
+    """What has no meaning where every site holds one set of copies and steps all of it."""
     if not isinstance(config.placement, CopiesPlacement):
         return
     needed = {
-        "router.route_scope": (config.router.route_scope, "resident"),
-        "router.balance": (config.router.balance, "loss"),
-        "sync.router_rows": (config.sync.router_rows, "holders"),
-        "sync.average": (config.sync.average, "parameters"),
-        "sync.single_holder": (config.sync.single_holder, "outer"),
         "placement.store": (config.placement.store, "holders"),
         "model.ffn": (config.model.ffn, "moe"),
+        "router.balance": (config.router.balance, "loss"),
+        "sync.average": (config.sync.average, "parameters"),
+        "sync.single_holder": (config.sync.single_holder, "outer"),
     }
     for field, (value, wanted) in needed.items():
         if value != wanted:
             raise ConfigError(field, value, f"must be {wanted} with placement.kind copies")
+    if config.model.top_k > set_size(config):
+        rule = f"exceeds the {set_size(config)} experts of a set of copies, which a site holds"
+        raise ConfigError("model.top_k", config.model.top_k, rule)
 
 
 def _check_model(config: Config) -> None:

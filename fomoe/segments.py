@@ -26,6 +26,7 @@ class Piece:
         holders: sites that store them, ascending.
         trainers: holders whose updates may count; none if the rows are frozen.
         expert: the routed expert that they belong to, or None.
+        first: row at which the holders' own part of the parameter begins.
     """
 
     start: int
@@ -33,6 +34,7 @@ class Piece:
     holders: Sites
     trainers: Sites
     expert: int | None = None
+    first: int = 0
 
 
 Rule = Callable[[ParameterSpec], list[Piece]]
@@ -48,8 +50,10 @@ class Segment:
         parameter: the parameter's name.
         shape: shape of the rows; for a routed expert, of its matrix without the stack's dimension.
         start, stop: rows of the parameter.
+        row: the first of them in the memory of a holder, which may have only a part of them all.
         is_expert: whether the rows are a routed expert (else they are shared).
-        layer, expert: of the routed expert (or of the router row); otherwise None.
+        layer: of the parameter; None outside the layers.
+        expert: the routed expert (or that of the router row); otherwise None.
         holders: sites that store it and receive its mean, ascending.
         trainers: holders whose updates may count, ascending.
     """
@@ -59,6 +63,7 @@ class Segment:
     shape: tuple[int, ...]
     start: int
     stop: int
+    row: int
     is_expert: bool
     layer: int | None
     expert: int | None
@@ -80,6 +85,7 @@ class Bucket:
         trainers: holders whose updates may count, ascending.
         is_expert: whether its segments are routed experts; its bytes are counted accordingly.
         segments: in the model's order.
+        copies: of a family of experts' copies (`fomoe.copies`), the bucket of each set.
     """
 
     index: int
@@ -87,6 +93,7 @@ class Bucket:
     trainers: Sites
     is_expert: bool
     segments: tuple[Segment, ...]
+    copies: tuple[Bucket, ...] = ()
 
     @cached_property
     def numel(self) -> int:
@@ -96,6 +103,10 @@ class Bucket:
     def crosses(self) -> bool:
         """Whether it costs traffic: it has several holders and is not frozen."""
         return len(self.holders) > 1 and bool(self.trainers)
+
+    def at(self, site: int) -> Bucket:
+        """What a holder stores for it, in the same order: of a family, its own copies."""
+        return next((copy for copy in self.copies if site in copy.holders), self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,8 +174,9 @@ def _segment(spec: ParameterSpec, piece: Piece) -> Segment:
         shape=shape,
         start=piece.start,
         stop=piece.stop,
+        row=piece.start - piece.first,
         is_expert=is_expert,
-        layer=None if piece.expert is None else spec.layer,
+        layer=spec.layer,
         expert=piece.expert,
         holders=piece.holders,
         trainers=piece.trainers,
@@ -179,6 +191,8 @@ def rule_of(config: Config, placement: Placement) -> Rule:
 def placement_rule(placement: Placement, *, router_rows: str = "all") -> Rule:
     """Experts are held by the placement, everything else by all sites.
 
+    The router rows of a set of copies are held by the sites of the set.
+
     Args:
         placement: holders and trainers of every expert.
         router_rows: `all`: every site's update of a router row counts; `holders`: only those of
@@ -189,11 +203,16 @@ def placement_rule(placement: Placement, *, router_rows: str = "all") -> Rule:
 
     def rule(spec: ParameterSpec) -> list[Piece]:
         rows = range(spec.shape[0])
+        size = max(spec.shape[0] // placement.num_sets, 1)  # experts of a set
         if spec.kind == "expert":
             assert spec.layer is not None
             holders = placement.holders[index_of[spec.layer]]
             trainers = placement.trainers[index_of[spec.layer]]
-            return [Piece(e, e + 1, holders[e], trainers[e], e) for e in rows]
+            return [Piece(e, e + 1, holders[e], trainers[e], e, e - e % size) for e in rows]
+        if spec.kind == "router" and placement.num_sets > 1:
+            assert spec.layer is not None
+            holders = placement.holders[index_of[spec.layer]]
+            return [Piece(e, e + size, holders[e], holders[e], None, e) for e in rows[::size]]
         if spec.kind == "router" and router_rows == "holders":
             assert spec.layer is not None
             trainers = placement.trainers[index_of[spec.layer]]

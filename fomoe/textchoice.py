@@ -51,3 +51,10 @@ def choose_sets(counts_GN: Tensor, tokens_BS: Tensor) -> Tensor:
     found = ngrams(tokens_BS)
     evidence_GBS = log_GN[:, found.clamp_min(0)] * (found >= 0)
     return evidence_GBS.cumsum(-1).argmax(0)
+
+
+def choose_experts(counts_GN: Tensor, tokens_BS: Tensor, num_experts: int) -> Tensor:
+    """The experts that each token may choose: those of its set, bool [B x S, E], E / G per set."""
+    set_of_E = torch.arange(num_experts) // (num_experts // len(counts_GN))
+    sets_T = choose_sets(counts_GN.cpu(), tokens_BS.cpu()).flatten()
+    return (sets_T[:, None] == set_of_E).to(tokens_BS.device)

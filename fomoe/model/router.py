@@ -92,6 +92,7 @@ class Router(nn.Module):
         resident_E: Tensor,
         num_resident: int,
         scope_TE: Tensor | None = None,
+        weight_ED: Tensor | None = None,
     ) -> tuple[Routing, RouterStats]:
         """Route T tokens of width D.
 
@@ -99,11 +100,13 @@ class Router(nn.Module):
             resident_E: bool mask with `num_resident` ones.
             scope_TE: bool, the experts that each token may choose; None: those that the config's
                 `route_scope` says.
+            weight_ED: used instead of the router's own rows.
         """
         options = self.options
         num_experts = resident_E.numel()
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
-            logits_TE = linear(x_TD.float(), self.weight.float(), self.matmul)
+            weight_ED = self.weight if weight_ED is None else weight_ED
+            logits_TE = linear(x_TD.float(), weight_ED.float(), self.matmul)
             if scope_TE is None and options.route_scope == "resident":
                 scope_TE = resident_E if num_resident < num_experts else None
             if scope_TE is not None:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fomoe.config import Config
-from fomoe.copies import num_families
 from fomoe.model.attention import Attention
 from fomoe.model.elementwise import RMSNorm
 from fomoe.model.experts import Expert, Experts, SwiGLU, run_experts, slots
@@ -58,18 +57,24 @@ class MoE(nn.Module):
         x_TD: Tensor,
         experts: Mapping[int, Expert] | None = None,
         scope_TE: Tensor | None = None,
+        router_ED: Tensor | None = None,
     ) -> tuple[Tensor, Routing, RouterStats]:
-        """Route and run T tokens; `experts`, if given, run instead of the residents.
+        """Route and run T tokens.
 
         Args:
-            scope_TE: bool, the experts that each token may choose; None: all, or the residents.
+            experts: run instead of the residents.
+            scope_TE: bool, the experts that each token may choose.
+            router_ED: their router's rows, if this model's router has only a part of them.
         """
         if experts is None:
-            routing, stats = self.router(x_TD, self.experts.resident_E, len(self.experts))
+            residents_E, number = self.experts.resident_E, len(self.experts)
+            routing, stats = self.router(x_TD, residents_E, number, scope_TE)
             y_TD = self.experts(x_TD, routing)
         else:
-            slot_E = slots(tuple(experts), self.num_experts).to(x_TD.device)
-            routing, stats = self.router(x_TD, slot_E < len(experts), len(experts), scope_TE)
+            num_experts = self.num_experts if router_ED is None else len(router_ED)
+            slot_E = slots(tuple(experts), num_experts).to(x_TD.device)
+            residents_E, number = slot_E < len(experts), len(experts)
+            routing, stats = self.router(x_TD, residents_E, number, scope_TE, router_ED)
             y_TD = run_experts(x_TD, routing, experts, slot_E)
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)
@@ -105,13 +110,14 @@ class Layer(nn.Module):
         sin_SH: Tensor,
         experts: Mapping[int, Expert] | None = None,
         scope_TE: Tensor | None = None,
+        router_ED: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None, RouterStats | None]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_SH, sin_SH)
         y_BSD = self.ffn_norm(x_BSD)
         if self.moe is None:
             assert self.ffn is not None
             return x_BSD + self.ffn(y_BSD), None, None
-        y_TD, routing, stats = self.moe(y_BSD.flatten(0, 1), experts, scope_TE)
+        y_TD, routing, stats = self.moe(y_BSD.flatten(0, 1), experts, scope_TE, router_ED)
         return x_BSD + y_TD.view_as(x_BSD), routing, stats
 
 
@@ -164,11 +170,14 @@ class Transformer(nn.Module):
         self.register_buffer("sin_SH", sin_SH, persistent=False)
         initialize(self, config)
 
-    def forward(self, tokens_BS: Tensor, targets_BS: Tensor) -> Output:
+    def forward(
+        self, tokens_BS: Tensor, targets_BS: Tensor, scope_TE: Tensor | None = None
+    ) -> Output:
+        """Run B sequences; `scope_TE` is a bool mask of the experts that each token may choose."""
         x_BSD = self.embed(tokens_BS)
         routings, stats = {}, {}
         for index in range(len(self.layers)):
-            x_BSD, routing, stat = self.run_layer(index, x_BSD)
+            x_BSD, routing, stat = self.run_layer(index, x_BSD, scope_TE=scope_TE)
             if routing is not None and stat is not None:
                 routings[index], stats[index] = routing, stat
         return Output(loss=self.loss(x_BSD, targets_BS), routings=routings, stats=stats)
@@ -181,12 +190,13 @@ class Transformer(nn.Module):
         index: int,
         x_BSD: Tensor,
         experts: Mapping[int, Expert] | None = None,
+        *,
         scope_TE: Tensor | None = None,
+        router_ED: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None, RouterStats | None]:
-        """Run one layer, with its residents or with the experts given (of which a token may choose
-        those in `scope_TE`)."""
+        """Run one layer, with its residents or with the experts (and router rows) given."""
         seq = x_BSD.shape[1]
-        inputs = (x_BSD, self.cos_SH[:seq], self.sin_SH[:seq], experts, scope_TE)
+        inputs = (x_BSD, self.cos_SH[:seq], self.sin_SH[:seq], experts, scope_TE, router_ED)
         if self.recompute == "layers" and torch.is_grad_enabled():
             return checkpoint(self.layers[index], *inputs, use_reentrant=False)
         return self.layers[index](*inputs)
@@ -207,21 +217,21 @@ class Transformer(nn.Module):
         assert isinstance(module, MoE)
         return module
 
-    def places(self, spec: ParameterSpec) -> Iterator[tuple[int | None, str, int | None]]:
+    def places(self, spec: ParameterSpec) -> Iterator[tuple[str, str, int | None]]:
         """Tensors of a parameter that are held here.
 
-        Yields, for each, its expert (None: it is of no expert), the name of the module's parameter
-        that holds it, and its row there (None: the whole).
+        Yields, for each, its name, the name of the module's parameter that holds it, and its row
+        there (None: the whole).
         """
         if spec.kind != "expert":
-            yield None, spec.name, None
+            yield spec.name, spec.name, None
             return
         assert spec.layer is not None
         stack, _, part = spec.name.rpartition(".")
         experts = self.moe(spec.layer).experts
         for expert in experts.ids:
             place, row = experts.place(part, expert)
-            yield expert, f"{stack}.{place}", row
+            yield spec.row_name(expert), f"{stack}.{place}", row
 
 
 def rotary_table(*, seq_len: int, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -238,25 +248,19 @@ def initialize(model: Transformer, config: Config) -> None:
 
     Names carry layer and expert id, so an expert starts the same wherever it is placed, and what
     else a site holds does not matter. Projections into the residual stream are scaled by
-    1 / sqrt(2 L) (GPT-2). Copies of an expert, and their router rows, start equal.
+    1 / sqrt(2 L) (GPT-2).
     """
-    different = num_families(config)
     parameters = dict(model.named_parameters())
     for spec in parameter_specs(config):
         std = config.model.init_std / (
             math.sqrt(2 * config.model.num_layers) if spec.residual else 1
         )
-        for expert, place, row in model.places(spec):
+        for name, place, row in model.places(spec):
             target = parameters[place] if row is None else parameters[place][row]
             if spec.kind == "norm":
                 target.fill_(1)
-                continue
-            name = spec.name if expert is None else spec.row_name(expert % different)
-            generator = torch.Generator().manual_seed(stable_seed(config.seed, name))
-            if spec.kind == "router":
-                rows = torch.randn(different, target.shape[1], generator=generator) * std
-                target.copy_(rows.repeat(len(target) // different, 1))
             else:
+                generator = torch.Generator().manual_seed(stable_seed(config.seed, name))
                 target.copy_(torch.randn(target.shape, generator=generator) * std)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fomoe.copies import Families, coupling
+from fomoe.copies import coupling, exchanged
 from fomoe.errors import SyncError
 from fomoe.planning import RunPlan
 from fomoe.segments import (
@@ -54,7 +54,8 @@ class Exchanged:
     """The results that all sites agreed on; nothing is committed yet.
 
     Attributes:
-        means: mean pseudo-gradients by bucket index, of the buckets held here.
+        means: mean pseudo-gradients by bucket index, of the buckets held here; those of copies are
+            pulled towards their families'.
         selected_LE: assignments per layer and expert over all sites; None without a balance bias.
     """
 
@@ -78,6 +79,7 @@ class Sync:
         self.plan, self.sites, self.transport = plan, sites, transport
         self.buckets = [b for b in plan.segment_plan.buckets if takes_outer_step(plan.config, b)]
         self.anchors = Anchors(plan.config, self.buckets, sites, pin=pin)
+        self._family_of = {copy.index: f.index for f in plan.families for copy in f.copies}
         self._unplanned = dict.fromkeys(sites, "")
 
     def prepare(self) -> Prepared:
@@ -132,14 +134,22 @@ class Sync:
 
     def _average(self, prepared: Prepared) -> dict[int, Tensor]:
         """Mean pseudo-gradients by bucket index."""
-        families, coupled = self.plan.families, coupling(self.plan.config, prepared.steps)
-        buckets = families.exchanged(tuple(self.buckets), coupled) if families else self.buckets
+        share = coupling(self.plan.config, prepared.steps)
         means = self.reduce(
-            buckets,
+            exchanged(tuple(self.buckets), self.plan.families, share),
             lambda bucket, site: self._contribute(bucket, site, prepared.counts[site]),
             steps=prepared.steps,
         )
-        return tie(families, coupled, means) if families else means
+        return {b.index: self._coupled(b, means, share) for b in self.anchors.buckets}
+
+    def _coupled(self, bucket: Bucket, means: Mapping[int, Tensor], share: float) -> Tensor:
+        """A bucket's mean; of copies, pulled towards the mean of their family by this share."""
+        family = self._family_of.get(bucket.index)
+        if family is None or share == 0:
+            return means[bucket.index]
+        if share == 1:
+            return means[family].clone()  # each set of copies has its own, which a step may change
+        return means[bucket.index] * (1 - share) + means[family] * share
 
     def reduce(
         self, buckets: Sequence[Bucket], contribute: Contribute, *, steps: int
@@ -161,20 +171,15 @@ class Sync:
 
     def _contribute(self, bucket: Bucket, site: int, counts: RoundCounts) -> Contribution:
         rule = self.plan.config.sync.weight
-        families = self.plan.families
-        own = {segment.name: segment for segment in bucket.segments}
-        if families is not None and bucket is families.bucket:
-            copies = families.experts[families.set_of(site)].segments
-            own = {s.name: copy for s, copy in zip(bucket.segments, copies, strict=True)}
-        weights = [contribution_weight(s, site, rule=rule, counts=counts) for s in own.values()]
+        own = bucket.at(site)
+        weights = [contribution_weight(s, site, rule=rule, counts=counts) for s in own.segments]
 
         def pseudo_grad(segment: Segment, start: int, stop: int) -> Tensor:
-            segment = own[segment.name]
             anchor = self.anchors.values[segment.name].detach().view(-1)[start:stop]
             local = self.sites[site].view(segment).reshape(-1)[start:stop]
             return anchor - local.to("cpu")
 
-        return Contribution(bucket, weights, pseudo_grad)
+        return Contribution(own, weights, pseudo_grad)
 
     def _balance_counts(self, prepared: Prepared) -> Tensor | None:
         config = self.plan.config
@@ -214,7 +219,8 @@ class Sync:
         Raises:
             SyncError: naming the first bucket whose replicas differ, and its holders.
         """
-        shared = [bucket for bucket in self.plan.segment_plan.buckets if bucket.crosses]
+        steps = next(iter(self.sites.values())).step_idx
+        shared = self.plan.replicas(steps)
         own = {
             index: replica_hashes(shared, index, site.view) for index, site in self.sites.items()
         }
@@ -235,34 +241,6 @@ class Sync:
         return {i: digest.hex() for hashes in own.values() for i, digest in hashes.items()}
 
 
-def tie(families: Families, coupling: float, means: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """Pull the means of copies towards that of their family: (1 - c) x own + c x family.
-
-    Args:
-        coupling: c.
-        means: by bucket index: those of `families.exchanged`.
-
-    Returns:
-        The means of the plan's own buckets.
-    """
-    tied = {i: mean for i, mean in means.items() if i != families.bucket.index}
-    of_rows = torch.stack([means[b.index] for b in families.router]).sum(0) / len(families.router)
-    for buckets, family in (
-        (families.experts, means.get(families.bucket.index)),
-        (families.router, of_rows),
-    ):
-        for bucket in buckets:
-            # Of experts, only the copies that this process holds have a mean here.
-            own = tied.get(bucket.index)
-            if family is None:
-                continue
-            if coupling == 1:
-                tied[bucket.index] = family
-            elif own is not None:
-                tied[bucket.index] = (1 - coupling) * own + coupling * family
-    return tied
-
-
 def replica_hashes(
     buckets: Iterable[Bucket], site: int, view: Callable[[Segment], Tensor]
 ) -> dict[int, bytes]:
@@ -271,7 +249,7 @@ def replica_hashes(
     for bucket in buckets:
         if site in bucket.holders:
             digest = hashlib.sha256()
-            for segment in bucket.segments:
+            for segment in bucket.at(site).segments:
                 value = view(segment).to("cpu", torch.float32).contiguous()
                 digest.update(memoryview(value.reshape(-1).numpy()))
             hashes[bucket.index] = digest.digest()
