@@ -1,9 +1,9 @@
-"""Copies of experts: which experts are copies of one another, and how far a sync ties them (no torch).
+"""Copies of experts: which are copies of one another, and how far a sync ties them (no torch).
 
-With `placement.kind: copies` the experts form sets; a site holds one set and routes within it. Experts
-at equal positions of the sets are a family: they start equal and take equal outer steps until they
-part. Then a copy's pseudo-gradient is (1 - c) x the mean over its own holders + c x the mean over the
-holders of the whole family, with c = `placement.couple`.
+With `placement.kind: copies` the experts form sets; a site holds one set and routes within it.
+Experts at equal positions of the sets are a family: they start equal and take equal outer steps
+until they part. Then a copy's pseudo-gradient is (1 - c) x the mean over its own holders + c x the
+mean over the holders of the whole family, with c = `placement.couple`.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def check_config(config: Config) -> None:
 
 
 def _check_copies(config: Config) -> None:
-    """Copies are routed to within their set, and every set has its own counts of what was chosen."""
+    """Copies are routed to within their set; a balance bias would count over all sets."""
     if not isinstance(config.placement, CopiesPlacement):
         return
     needed = {

@@ -1,8 +1,8 @@
 """Which set of expert copies a token uses in the merged model, chosen by the text so far.
 
-Every site counts the n-grams of the text that it trains on. The merged model takes the set whose sites'
-text is likeliest, by naive Bayes over the n-grams from the start of the sequence up to the token: no
-token looks ahead, and all layers use the same set.
+Every site counts the n-grams of the text that it trains on. The merged model takes the set whose
+sites' text is likeliest, by naive Bayes over the n-grams from the start of the sequence up to the
+token: no token looks ahead, and all layers use the same set.
 
 Shapes: B batch, S sequence, G sets, N counters.
 """
@@ -15,13 +15,13 @@ from torch.nn.functional import pad
 
 NUM_COUNTERS = 2**16
 NGRAM = 4
-# Every set's counts are smoothed by this share of the sets' mean text, and by this much per counter.
+# Counts are smoothed by this share of the sets' mean text, and by this much per counter.
 _PRIOR_SHARE, _PRIOR_COUNT = 1e-3, 0.01
-_PRIME = 4_294_967_291  # below 2^32, so that its product with the multiplier fits in int64
+_PRIME = 4_294_967_291  # below 2^32, so that a product with the multiplier fits in int64
 
 
 def ngrams(tokens_BS: Tensor) -> Tensor:
-    """Counter of the n-gram that ends at each token, int64 [B, S]; -1 before the first whole one."""
+    """Counter of the n-gram that ends at each token, int64 [B, S]; -1 where none is whole."""
     hashed = torch.zeros_like(tokens_BS, dtype=torch.int64)
     for back in reversed(range(NGRAM)):
         shifted = pad(tokens_BS.long(), (back, 0))[:, : tokens_BS.shape[1]]

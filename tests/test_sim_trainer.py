@@ -7,8 +7,10 @@ import json
 import pytest
 
 from fomoe.cli import main as simulate
+from fomoe.errors import ConfigError
 from fomoe.load import load_config
 from fomoe.planning import plan_run, planned_summary
+from fomoe_sim.trainer import load
 
 pytest.importorskip("fomoe.train", reason="the trainer is not part of this checkout")
 
@@ -94,3 +96,10 @@ def test_answers_equal_the_trainers_plan(capsys, tmp_path, name):
     parts = row["memory_parts"]
     held = sum(parts[state]["bytes"] for state in states if state in parts)
     assert held in {memory.total for memory in run.memory}
+
+
+def test_copies_of_experts_are_refused_by_name(tmp_path):
+    path = tmp_path / "copies.yaml"
+    path.write_text("method: copies\n")
+    with pytest.raises(ConfigError, match="placement.kind copies is not in the cost model"):
+        load(str(path))

@@ -65,8 +65,9 @@ class MoE(nn.Module):
             scope_TE: bool, the experts that each token may choose; None: all, or the residents.
         """
         if experts is None:
-            routing, stats = self.router(x_TD, self.experts.resident_E, len(self.experts))
-            y_TD = self.experts(x_TD, routing)
+            own = self.experts
+            routing, stats = self.router(x_TD, own.resident_E, len(own), scope_TE)
+            y_TD = own(x_TD, routing)
         else:
             slot_E = slots(tuple(experts), self.num_experts).to(x_TD.device)
             routing, stats = self.router(x_TD, slot_E < len(experts), len(experts), scope_TE)
