@@ -50,12 +50,12 @@ class Segment:
         parameter: the parameter's name.
         shape: shape of the rows; for a routed expert, of its matrix without the stack's dimension.
         start, stop: rows of the parameter.
-        row: the first of them in the memory of a holder, which may have only a part of them all.
         is_expert: whether the rows are a routed expert (else they are shared).
         layer: of the parameter; None outside the layers.
         expert: the routed expert (or that of the router row); otherwise None.
         holders: sites that store it and receive its mean, ascending.
         trainers: holders whose updates may count, ascending.
+        row: the first of the rows in the memory of a holder, which may have only a part of them.
     """
 
     name: str
@@ -63,12 +63,12 @@ class Segment:
     shape: tuple[int, ...]
     start: int
     stop: int
-    row: int
     is_expert: bool
     layer: int | None
     expert: int | None
     holders: Sites
     trainers: Sites
+    row: int
 
     @property
     def numel(self) -> int:
@@ -174,12 +174,12 @@ def _segment(spec: ParameterSpec, piece: Piece) -> Segment:
         shape=shape,
         start=piece.start,
         stop=piece.stop,
-        row=piece.start - piece.first,
         is_expert=is_expert,
         layer=spec.layer,
         expert=piece.expert,
         holders=piece.holders,
         trainers=piece.trainers,
+        row=piece.start - piece.first,
     )
 
 

@@ -22,7 +22,7 @@ class GradientSync(Sync):
             SyncError: if the exchange failed.
         """
         buckets = [bucket for bucket in self.plan.segment_plan.buckets if bucket.trainers]
-        means = self.reduce(buckets, self._gradients, steps=0)
+        means = self.reduce(buckets, self._gradients)
         for bucket in buckets:
             parts = split_bucket(bucket, means[bucket.index])
             for site in self.sites.values():

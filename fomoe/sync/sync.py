@@ -41,12 +41,10 @@ class Prepared:
     Attributes:
         routing: its routing, by site.
         counts: what the contribution weights are computed from, by site.
-        steps: local steps that every site has taken since the start.
     """
 
     routing: dict[int, RoundRouting]
     counts: dict[int, RoundCounts]
-    steps: int
 
 
 @dataclass(frozen=True)
@@ -82,12 +80,16 @@ class Sync:
         self._family_of = {copy.index: f.index for f in plan.families for copy in f.copies}
         self._unplanned = dict.fromkeys(sites, "")
 
+    @property
+    def _steps(self) -> int:
+        """Local steps that every site has taken since the start."""
+        return next(iter(self.sites.values())).step_idx
+
     def prepare(self) -> Prepared:
         """End the round at every site of this process."""
         routing = {index: site.end_round() for index, site in self.sites.items()}
         counts = {i: site.round_counts(routing[i]) for i, site in self.sites.items()}
-        steps = next(iter(self.sites.values())).step_idx
-        return Prepared(routing, counts, steps)
+        return Prepared(routing, counts)
 
     def exchange(self, prepared: Prepared) -> Exchanged:
         """Average, and check the state and the byte counts of every site.
@@ -134,11 +136,10 @@ class Sync:
 
     def _average(self, prepared: Prepared) -> dict[int, Tensor]:
         """Mean pseudo-gradients by bucket index."""
-        share = coupling(self.plan.config, prepared.steps)
+        share = coupling(self.plan.config, self._steps)
         means = self.reduce(
             exchanged(tuple(self.buckets), self.plan.families, share),
             lambda bucket, site: self._contribute(bucket, site, prepared.counts[site]),
-            steps=prepared.steps,
         )
         return {b.index: self._coupled(b, means, share) for b in self.anchors.buckets}
 
@@ -151,15 +152,13 @@ class Sync:
             return means[family].clone()  # each set of copies has its own, which a step may change
         return means[bucket.index] * (1 - share) + means[family] * share
 
-    def reduce(
-        self, buckets: Sequence[Bucket], contribute: Contribute, *, steps: int
-    ) -> dict[int, Tensor]:
+    def reduce(self, buckets: Sequence[Bucket], contribute: Contribute) -> dict[int, Tensor]:
         """Means of all buckets of a sync; `exchange` reports bytes that the run did not plan."""
         counts = self.transport.counts
         before = {site: model_bytes(counts[site]) for site in self.sites}
         means = mean_over_holders(self.transport, buckets, contribute)
         for site, earlier in before.items():
-            planned = self.plan.traffic_of_sync(site, steps)
+            planned = self.plan.traffic_of_sync(site, self._steps)
             now = model_bytes(counts[site])
             counted = (now[0] - earlier[0], now[1] - earlier[1])
             if counted != (planned.payload, planned.wire):
@@ -219,8 +218,7 @@ class Sync:
         Raises:
             SyncError: naming the first bucket whose replicas differ, and its holders.
         """
-        steps = next(iter(self.sites.values())).step_idx
-        shared = self.plan.replicas(steps)
+        shared = self.plan.replicas(self._steps)
         own = {
             index: replica_hashes(shared, index, site.view) for index, site in self.sites.items()
         }
