@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -314,6 +315,16 @@ def test_the_lock_is_gone_with_the_last_process_of_its_run(tmp_path: Path) -> No
         lock.release()
     assert listing(tmp_path) == [], "the folder was made for it"
     lock_folder(tmp_path / "run", "two").release()
+
+
+def test_a_folder_that_another_run_makes_and_removes_meanwhile(tmp_path: Path, monkeypatch) -> None:
+    def meanwhile(path: Path, mode: int) -> None:
+        monkeypatch.undo()
+        raise FileExistsError(errno.EEXIST, "File exists", str(path))
+
+    monkeypatch.setattr(os, "mkdir", meanwhile)
+    lock_folder(tmp_path / "run", "one", patience_s=1.0).release()
+    assert listing(tmp_path) == []
 
 
 def test_a_file_system_without_locks(
