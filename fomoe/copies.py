@@ -51,6 +51,16 @@ def coupling(config: Config, steps: int) -> float:
     return kind.couple
 
 
+def rounds_by_coupling(config: Config) -> dict[float, int]:
+    """How many rounds of the run have which coupling, in their order; a number may be 0."""
+    kind = config.placement
+    if not isinstance(kind, CopiesPlacement) or kind.couple == 1:
+        return {1.0: config.rounds}
+    steps = kind.grow_at * config.schedule_horizon
+    tied = min(config.rounds, int(steps // config.local_steps))
+    return {1.0: tied, kind.couple: config.rounds - tied}
+
+
 def build_families(config: Config, plan: Plan) -> tuple[Bucket, ...]:
     """The buckets of families, after those of the plan: every site contributes its own copies.
 

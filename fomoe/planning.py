@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fomoe.config import Config
-from fomoe.copies import build_families, coupling, exchanged
-from fomoe.kinds import CopiesPlacement
+from fomoe.copies import build_families, coupling, exchanged, rounds_by_coupling
 from fomoe.memory import SiteMemory, site_memory
 from fomoe.placement import Placement, build_placement
 from fomoe.segments import (
@@ -79,8 +78,8 @@ class RunPlan:
 
     def _mean(self, counted: list[tuple[int, int]]) -> float:
         total = self.syncs_per_round * sum(rounds * number for rounds, number in counted)
-        mean = total / self.config.rounds
-        return int(mean) if mean.is_integer() else mean
+        whole, rest = divmod(total, self.config.rounds)
+        return total / self.config.rounds if rest else whole
 
     def replicas(self, steps: int) -> tuple[Bucket, ...]:
         """Buckets whose holders have equal values after the sync that follows `steps` local steps.
@@ -111,16 +110,11 @@ def plan_run(config: Config) -> RunPlan:
 
 def _phases(config: Config, plan: Plan, families: tuple[Bucket, ...]) -> tuple[Phase, ...]:
     """In their order; a phase without rounds is among them, for a run that is continued."""
-    shares = [coupling(config, (done + 1) * config.local_steps) for done in range(config.rounds)]
-    possible = [1.0]
-    if isinstance(config.placement, CopiesPlacement) and config.placement.couple < 1:
-        possible.append(config.placement.couple)
-    sites = range(config.num_sites)
     phases = []
-    for share in possible:
+    for share, rounds in rounds_by_coupling(config).items():
         buckets = exchanged(plan.buckets, families, share)
-        traffic = tuple(buckets_traffic(buckets, site) for site in sites)
-        phases.append(Phase(coupling=share, rounds=shares.count(share), traffic=traffic))
+        traffic = tuple(buckets_traffic(buckets, site) for site in range(config.num_sites))
+        phases.append(Phase(coupling=share, rounds=rounds, traffic=traffic))
     return tuple(phases)
 
 

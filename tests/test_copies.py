@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
@@ -22,9 +23,11 @@ from helpers_cli import fomoe, records, snapshot, trained, write_config
 from safetensors.torch import load_file
 
 from fomoe.config import Config
-from fomoe.copies import coupling, set_of_site
+from fomoe.copies import coupling, rounds_by_coupling, set_of_site
+from fomoe.data.dataset import build_data
 from fomoe.errors import ConfigError, SyncError
 from fomoe.evaluate import gather_text_counts
+from fomoe.load import load_config
 from fomoe.planning import plan_run, planned_summary
 from fomoe.sync.transport import model_bytes
 from fomoe.textchoice import NGRAM, choose_experts, choose_sets, count_ngrams, ngrams
@@ -218,6 +221,25 @@ def test_replicas_are_compared_over_all_sites_until_the_copies_part(r):
 def test_coupling_follows_the_schedule_and_not_the_rounds():
     config = copies(1, rounds=10, inner__schedule_steps=8, placement__grow_at=0.5)
     assert [coupling(config, steps) for steps in (2, 4, 6, 20)] == [1.0, 1.0, 0.5, 0.5]
+    assert rounds_by_coupling(config) == {1.0: 2, 0.5: 8}
+
+
+def test_rounds_are_counted_as_their_syncs_are_coupled():
+    draw = random.Random(0)
+    for _ in range(300):
+        config = copies(
+            1,
+            rounds=draw.randint(1, 40),
+            local_steps=draw.randint(1, 7),
+            inner__schedule_steps=draw.choice([None, draw.randint(1, 300)]),
+            placement__grow_at=draw.choice([0.0, 0.1, 0.3, 0.5, 0.7, 1.0, draw.random()]),
+            placement__couple=draw.choice([0.0, 0.5, 1.0]),
+        )
+        found = rounds_by_coupling(config)
+        syncs = [(done + 1) * config.local_steps for done in range(config.rounds)]
+        shares = [coupling(config, steps) for steps in syncs]
+        assert {share: shares.count(share) for share in found} == found
+        assert sum(found.values()) == config.rounds
 
 
 @pytest.mark.parametrize("r", [1, 2])
@@ -363,6 +385,12 @@ def test_a_run_resumes_before_and_after_the_copies_part(tmp_path):
     assert int(merged["text_counts"].sum()) > 0
     assert {f"layers.0.moe.experts.{e}.down" for e in range(8)} <= set(merged)
     assert merged["layers.1.moe.router.weight"].shape == (8, 16)
+    own = load_config(config, options)
+    held_out = torch.from_numpy(build_data(own, range(4)).held_out)
+    inputs, targets = held_out[:, :-1], held_out[:, 1:]
+    scope = choose_experts(merged["text_counts"], inputs, 8)
+    loss = float(whole_model(own, merged)(inputs, targets, scope).loss.detach())
+    assert loss == pytest.approx(whole["val_loss_merged"], abs=1e-6)
 
 
 def test_a_resume_may_not_move_the_parting_over_rounds_that_are_done(tmp_path):
