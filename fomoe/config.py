@@ -295,6 +295,7 @@ Method = Literal[
     "dense",
     "diloco-half",
     "single",
+    "copies",
 ]
 METHODS: tuple[str, ...] = get_args(Method)
 

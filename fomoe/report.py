@@ -166,6 +166,7 @@ def _traffic_table(run: RunPlan) -> Table:
     )
     rows = {
         f"this run ({config.method})": own,
+        **_phase_rows(run),
         "DiLoCo": whole,
         "DDP": tuple(config.local_steps * count for count in whole),
     }
@@ -175,6 +176,17 @@ def _traffic_table(run: RunPlan) -> Table:
         ratios = (times_text(n / o if o else None) for n, o in zip(counts, own, strict=True))
         table.add_row(name, *(bytes_text(count) for count in counts), *ratios)
     return table
+
+
+def _phase_rows(run: RunPlan) -> dict[str, tuple[float, float]]:
+    """Payload and wire of each phase of a run with copies, means over sites."""
+    return {
+        f"  {phase.rounds} rounds, copies coupled by {phase.coupling:g}": (
+            sum(traffic.payload for traffic in phase.traffic) / len(phase.traffic),
+            sum(traffic.wire for traffic in phase.traffic) / len(phase.traffic),
+        )
+        for phase in (run.phases if run.families else ())
+    }
 
 
 def _holders_table(run: RunPlan) -> Table:

@@ -15,6 +15,7 @@ import yaml
 
 from fomoe.config import METHODS as CONFIG_METHODS
 from fomoe.config import Config
+from fomoe.copies import site_config
 from fomoe.errors import ConfigError, FomoeError, say_line
 from fomoe.figures import SUFFIXES, Drawing, need_matplotlib
 from fomoe.hints import hint
@@ -76,13 +77,17 @@ def stamp(path: str) -> int:
 
 
 def load(path: str, overrides: tuple[str, ...] = ()) -> Config:
-    """A config as `fomoe train` would run it, or refuse it."""
+    """A config as `fomoe train` would run it, or refuse it.
+
+    With copies of experts it is that of a site's model, which is what the sites store, compute and
+    exchange until the copies part.
+    """
     return _load_at(path, overrides, stamp(path))
 
 
 @lru_cache(maxsize=512)
 def _load_at(path: str, overrides: tuple[str, ...], _: int) -> Config:
-    return load_config(path, overrides)
+    return site_config(load_config(path, overrides))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,6 +98,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dense": {"method": "dense"},
     "diloco-half": {"method": "diloco-half", "model.head_dim": 6},
     "single": {"method": "single"},
+    "copies, tied": {"method": "copies", "placement.grow_at": 1.0},
+    "copies, apart": {"method": "copies", "placement.grow_at": 0.0},
+    "copies, one holder": {
+        "method": "copies",
+        "placement.replication_factor": 1,
+        "placement.grow_at": 0.4,
+    },
 }
 
 
