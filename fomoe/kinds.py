@@ -29,8 +29,9 @@ Table = tuple[tuple[Sites, ...], ...]  # per MoE layer, per expert: sites in asc
 class PlacementKind(KindOptions):
     """Which site holds which expert: what every kind has."""
 
-    # all: every site stores every expert, and the table says only who trains it (SPES).
     store: Literal["holders", "all"] = "holders"
+    """holders: a site stores the experts that it trains. all: every site stores every expert,
+    and the placement says only who trains it (SPES)."""
 
     @abstractmethod
     def assign(self, num_layers: int, num_experts: int, num_sites: int) -> Table:
@@ -53,8 +54,10 @@ class CyclicPlacement(PlacementKind):
     """Every expert on r consecutive sites, or as many on every site as it can hold."""
 
     kind: Literal["cyclic"] = "cyclic"
-    replication_factor: Positive | None = None  # holders per expert, r
-    capacity: IntTuple | None = None  # most experts per layer that each site can hold
+    replication_factor: Positive | None = None
+    """[sites] Holders per expert, r; null: as `capacity` allows."""
+    capacity: IntTuple | None = None
+    """[experts per layer] Most experts that each site can hold; null: no limit."""
 
     def assign(self, num_layers: int, num_experts: int, num_sites: int) -> Table:
         field, r = "placement.replication_factor", self.replication_factor
@@ -77,7 +80,8 @@ class CommonPlacement(PlacementKind):
     """Some experts on every site, the others on one site each."""
 
     kind: Literal["common"] = "common"
-    num_common: NonNegative | None = None  # experts that every site holds
+    num_common: NonNegative | None = None
+    """[experts] Experts that every site holds."""
 
     def assign(self, num_layers: int, num_experts: int, num_sites: int) -> Table:
         field, num_common = "placement.num_common", self.num_common
@@ -93,7 +97,8 @@ class TablePlacement(PlacementKind):
     """The sites of every expert as the user lists them."""
 
     kind: Literal["table"] = "table"
-    table: AnyTuple | None = None  # sites per expert, for all layers or per MoE layer
+    table: AnyTuple | None = None
+    """Sites per expert, for all layers or per MoE layer."""
 
     def assign(self, num_layers: int, num_experts: int, num_sites: int) -> Table:
         if self.table is None:
@@ -107,9 +112,12 @@ class CopiesPlacement(PlacementKind):
     """Every site holds one set of experts; the sets are copies that start equal and part later."""
 
     kind: Literal["copies"] = "copies"
-    replication_factor: Positive = 1  # sites that hold the same set, r
-    grow_at: Fraction = 0.5  # share of the schedule's steps after which the copies part
-    couple: Fraction = 0.5  # weight of the mean over all copies in a copy's update, once they part
+    replication_factor: Positive = 1
+    """[sites] That hold the same set, r."""
+    grow_at: Fraction = 0.5
+    """Share of the schedule's steps after which the copies part."""
+    couple: Fraction = 0.5
+    """Weight of the mean over all copies in a copy's update, once they part."""
 
     def num_sets(self, num_sites: int) -> int:
         return max(1, num_sites // self.replication_factor)

@@ -132,6 +132,7 @@ def planned_summary(run: RunPlan) -> dict[str, Any]:
     tokens_by_site = config.rounds * config.local_steps * config.tokens_per_step
     return {
         "method": config.method,
+        "seed": config.seed,
         "num_sites": config.num_sites,
         "replication_factor": int(replication) if replication.is_integer() else replication,
         "local_steps": config.local_steps,

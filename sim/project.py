@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import numpy as np
 from fomoe_sim.evaluate import Columns, Grid, answer_one, evaluate, grid, vary
 from fomoe_sim.methods import METHODS, PUBLIC, method_of, unused
 from fomoe_sim.options import AXES, GRID, Ask, add_flags, check_ask, check_methods, read_flags
-from fomoe_sim.plot import draw, tornado_svg
+from fomoe_sim.plot import check_path, draw, draw_tornado
 from fomoe_sim.question import Question, baseline, build, check_fragments, has_experts, own_method
 from fomoe_sim.show import Row, days, explain, to_csv, to_json, to_table, words
 from fomoe_sim.solve import days_within, least, utilisation_of
@@ -54,7 +53,7 @@ def add_command(subparsers: Any) -> None:
     shown.add_argument("--wide", action="store_true", help="more columns than 100 characters hold")
     shown.add_argument("--json", action="store_true", help="one object, or a list of them")
     shown.add_argument("--csv", action="store_true", help="all columns, one row per configuration")
-    shown.add_argument("--plot", metavar="OUT.svg", help="also draw it")
+    shown.add_argument("--plot", metavar="FILE", help="also draw it: .svg, .png or .pdf")
     shown.add_argument("--explain", action="store_true", help="columns, units, defaults, sources")
     parser.set_defaults(run=run)
 
@@ -93,6 +92,26 @@ def run(args: argparse.Namespace) -> int:
         say_line(f"fomoe: --cluster {args.cluster}: {verdict}")
         return 1
     return 0
+
+
+def project(ask: Ask, *, method: str | None = None) -> Row:
+    """Answer one question: what a run costs in bytes, memory, time and money.
+
+    Args:
+        ask: the model or config, and whatever differs from the defaults.
+        method: by default the config's own, else FoMoE.
+
+    Returns:
+        Values by column; `fomoe project --explain` says what each means, and its unit.
+
+    Raises:
+        ConfigError: naming the option as the command line has it.
+    """
+    ask = read_flags(argparse.Namespace(**vars(ask)))
+    check_ask(ask)
+    name = method_of(method, config=ask.config is not None).name if method else own_method(ask)
+    check_methods(ask, [name], experts=has_experts(ask))
+    return answer_one(build(ask, name))
 
 
 def methods_asked(args: argparse.Namespace, ask: Ask) -> list[str]:
@@ -145,8 +164,8 @@ def _check_output(args: argparse.Namespace, ask: Ask) -> None:
         raise ConfigError("--sweep", args.sweep, "contradicts --solve")
     if args.tornado and (args.sweep or args.solve or args.compare or args.csv or args.json):
         raise ConfigError("--tornado", "", "asks about one question and prints a table of its own")
-    if args.plot and Path(args.plot).suffix != ".svg":
-        raise ConfigError("--plot", args.plot, "must end in .svg")
+    if args.plot:
+        check_path(args.plot)
 
 
 def _print(
@@ -288,7 +307,7 @@ def _tornado(args: argparse.Namespace, ask: Ask, method: str) -> int:
     for name, low, high in found:
         print(f"  {name:<{wide}}  {days(low):>10} to {days(high):<10}")
     if args.plot:
-        tornado_svg(args.plot, found)
+        draw_tornado(args.plot, found)
     return 0
 
 

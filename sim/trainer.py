@@ -17,6 +17,7 @@ from fomoe.config import METHODS as CONFIG_METHODS
 from fomoe.config import Config
 from fomoe.copies import site_config
 from fomoe.errors import ConfigError, FomoeError, say_line
+from fomoe.figures import SUFFIXES, Drawing, need_matplotlib
 from fomoe.hints import hint
 from fomoe.jsonlines import Lines, read_lines
 from fomoe.kinds import by_capacity, capacity_slots
@@ -29,8 +30,10 @@ from fomoe.yamlfile import read_yaml
 
 __all__ = [
     "CONFIG_METHODS",
+    "SUFFIXES",
     "Config",
     "ConfigError",
+    "Drawing",
     "FomoeError",
     "Lines",
     "NonNegativeFloat",
@@ -45,6 +48,7 @@ __all__ = [
     "counted",
     "hint",
     "load",
+    "need_matplotlib",
     "read_data",
     "read_lines",
     "read_yaml",

@@ -30,7 +30,7 @@ from fomoe.sync.ddp import GradientSync
 from fomoe.sync.gloo import GlooTransport
 from fomoe.sync.sync import Sync
 from fomoe.sync.transport import InMemoryTransport, Transport, failure_text
-from fomoe.train import run_local_steps, synchronize
+from fomoe.training import run_local_steps, synchronize
 
 torch.set_num_threads(1)
 # Optimizers import it at their first step, which two threads must not do at once.

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -287,6 +285,7 @@ def test_a_run_ends_with_a_table_and_where_to_look(tiny: Path, tmp_path: Path) -
     lines = outcome.err.splitlines()
     assert [line.split("  ")[0] for line in lines] == ["round 1/2", "round 2/2"]
     assert all(re.search(r"train loss \d.*skipped 0.*tokens/s.* left", line) for line in lines)
+    assert f"  {summary['tokens_per_s']:,.0f} tokens/s per site, " in lines[-1]
 
 
 def test_a_terminal_gets_a_live_display(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,27 +335,3 @@ def test_a_run_without_run_dir_is_named_after_its_file(
     monkeypatch.chdir(tmp_path)
     assert trained(tiny, "run.dir=null", "rounds=1")["run_dir"] == str(Path("runs") / "tiny")
     assert (tmp_path / "runs" / "tiny" / "summary.json").exists()
-
-
-def test_wandb_gets_what_metrics_get(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    started: list[dict[str, Any]] = []
-    logged: list[dict[str, Any]] = []
-    finished: list[bool] = []
-
-    def init(**options: Any) -> Any:
-        started.append(options)
-        return SimpleNamespace(log=logged.append, finish=lambda: finished.append(True))
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))  # type: ignore[arg-type]
-    trained(tiny, "run.wandb=offline", "run.wandb_project=mine")
-    (options,) = started
-    assert (options["project"], options["mode"], options["group"]) == ("mine", "offline", "run")
-    assert options["config"]["rounds"] == 2
-    assert finished == [True]
-    assert len(logged) == len(records(tmp_path / "run"))
-    losses = [row["site1/step/loss"] for row in logged if "site1/step/loss" in row]
-    assert losses == [r["loss"] for r in records(tmp_path / "run", "step") if r["site"] == 1]
-    trained(tiny, "--overwrite")
-    assert len(started) == 1  # off by default

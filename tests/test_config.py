@@ -67,7 +67,7 @@ MISSPELLED = {
 }
 # Nothing is meant that is near: the names that the section has are said instead.
 FAR = [
-    *("run.tensorboard", "run.name", "run.resume", "run.log_dir", "model.depth", "model.dropout"),
+    *("run.carrierpigeon", "run.name", "run.resume", "run.log_dir", "model.depth", "model.dropout"),
     *("model.hidden_size", "model.norm", "inner.epochs", "inner.steps", "inner.fused", "ls"),
     *("placement.strategy", "sync.compression", "data.path", "data.shuffle", "router.jitter"),
     *("outer.damping", "foo", "epochs", "gpus"),

@@ -31,7 +31,7 @@ from fomoe.load import load_config
 from fomoe.planning import plan_run, planned_summary
 from fomoe.sync.transport import model_bytes
 from fomoe.textchoice import choosable_experts, choose_sets, count_ngrams, ngram_length, ngrams
-from fomoe.train import merged_loss, run_local_steps, synchronize
+from fomoe.training import merged_loss, run_local_steps, synchronize
 
 PLAIN_MEAN = {"outer.lr": 1.0, "outer.momentum": 0.0}
 SETS = {1: 4, 2: 2}  # of four sites

@@ -11,7 +11,7 @@ from fomoe.cli import main as simulate
 from fomoe.load import load_config
 from fomoe.planning import plan_run, planned_summary
 
-pytest.importorskip("fomoe.train", reason="the trainer is not part of this checkout")
+pytest.importorskip("fomoe.training", reason="the trainer is not part of this checkout")
 
 CONFIG = """
 local_steps: 2

@@ -55,7 +55,7 @@ from fomoe.sync.exchange import (
 from fomoe.sync.gloo import GlooTransport
 from fomoe.sync.sync import Prepared
 from fomoe.sync.transport import InMemoryTransport, Transport
-from fomoe.train import merged_loss, run_local_steps, synchronize
+from fomoe.training import merged_loss, run_local_steps, synchronize
 
 # What a failure says that came with the timeout; one that is noticed at once does not.
 TIMED_OUT = "no word from"

@@ -26,10 +26,10 @@ _ATTEMPTS = 20
 
 
 def merge(
-    run_dir: Path,
+    run_dir: str | Path,
     *,
     round_idx: int | None = None,
-    out: Path | None = None,
+    out: str | Path | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Write every parameter of the merged model, each taken from one of its holders.
@@ -46,10 +46,11 @@ def merge(
     Raises:
         CheckpointError: if no round is complete, naming what is missing.
     """
+    run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise CheckpointError(f"{run_dir} is not a run's folder")
     round_idx, config, tensors = _newest_whole(run_dir, round_idx, say)
-    target = out or run_dir / "merged"
+    target = Path(out) if out else run_dir / "merged"
     try:
         target.mkdir(parents=True, exist_ok=True)
         path = target / "model.safetensors"
