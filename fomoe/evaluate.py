@@ -25,7 +25,7 @@ from fomoe.segments import Plan, Segment
 from fomoe.site import Site
 from fomoe.sync.exchange import Item, fetch, gather
 from fomoe.sync.transport import Transport
-from fomoe.textchoice import NUM_COUNTERS, choose_experts
+from fomoe.textchoice import NUM_COUNTERS, choosable_experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ def evaluate_merged(
             hidden[index] = sites[site].model.embed(tokens[:, :-1])
         scopes[index] = None
         if counts_GN is not None:
-            scopes[index] = choose_experts(counts_GN, tokens[:, :-1], config.model.num_experts)
+            scopes[index] = choosable_experts(config, counts_GN, tokens[:, :-1])
     segments, rows = _expert_segments(plan), _router_segments(plan)
     for layer in range(config.model.num_layers):
         experts, router_ED = None, None

@@ -23,7 +23,7 @@ from fomoe.model.transformer import Transformer
 from fomoe.planning import RunPlan
 from fomoe.segments import RoundCounts, Segment
 from fomoe.state import Layout, by_key, divergence, entry, optimizer_layout
-from fomoe.textchoice import NUM_COUNTERS, count_ngrams
+from fomoe.textchoice import NUM_COUNTERS, count_ngrams, ngram_length
 
 STEP_FIELDS = ("loss", "lb_loss", "z_loss", "grad_norm", "skipped_fraction", "executed_fraction")
 
@@ -114,7 +114,7 @@ class Site:
             batch = torch.from_numpy(self.stream.next_batch(inner.batch_size))
             self._check_tokens(batch)
             if self.text_counts_N is not None:
-                self.text_counts_N += count_ngrams(batch[:, :-1])
+                self.text_counts_N += count_ngrams(batch[:, :-1], ngram_length(self.config))
             batch = batch.to(self.device, non_blocking=True)
             with self.autocast:
                 output = self.model(batch[:, :-1], batch[:, 1:])

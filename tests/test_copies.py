@@ -30,7 +30,7 @@ from fomoe.evaluate import gather_text_counts
 from fomoe.load import load_config
 from fomoe.planning import plan_run, planned_summary
 from fomoe.sync.transport import model_bytes
-from fomoe.textchoice import NGRAM, choose_experts, choose_sets, count_ngrams, ngrams
+from fomoe.textchoice import choosable_experts, choose_sets, count_ngrams, ngram_length, ngrams
 from fomoe.training import merged_loss, run_local_steps, synchronize
 
 PLAIN_MEAN = {"outer.lr": 1.0, "outer.momentum": 0.0}
@@ -260,49 +260,49 @@ def test_distributed_sites_and_the_proxy_run_are_equal_to_the_last_bit(r):
 # ------------------------------------------------------------------------------ chosen by the text
 
 
-def test_the_choice_is_that_of_a_plain_loop_and_looks_at_no_later_token():
-    tokens = torch.randint(0, 9, (3, 40), generator=torch.Generator().manual_seed(0))
-    texts = [
-        torch.randint(0, 9, (8, 60), generator=torch.Generator().manual_seed(g)) for g in (1, 2)
-    ]
-    texts[1] = texts[1] // 2
-    counts = torch.stack([count_ngrams(text) for text in texts])
-    chosen = choose_sets(counts, tokens)
+@pytest.mark.parametrize("length", [1, 4])
+def test_the_choice_is_that_of_a_plain_loop_and_looks_at_no_later_token(length):
+    def draw(seed: int, *shape: int) -> torch.Tensor:
+        return torch.randint(0, 9, shape, generator=torch.Generator().manual_seed(seed))
+
+    tokens, texts = draw(0, 3, 40), [draw(1, 8, 60), draw(2, 8, 60) // 2]
+    counts = torch.stack([count_ngrams(text, length) for text in texts])
+    total = 8 * (60 - length + 1)
+    assert [int(own.sum()) for own in counts] == [total, total]
+    smooth = [own.double() + 1e-3 * counts.double().mean(0) + 0.01 for own in counts]
+    sums = [float(own.sum()) for own in smooth]
+    chosen = choose_sets(counts, tokens, length)
     assert set(chosen.flatten().tolist()) == {0, 1}
-    total = [sum(map(int, c)) for c in counts]
-    assert total == [8 * (60 - NGRAM + 1)] * 2
-    for row, found in zip(tokens, ngrams(tokens), strict=True):
+    for row, (text, found) in enumerate(zip(tokens, ngrams(tokens, length), strict=True)):
         evidence = [0.0, 0.0]
-        for position in range(len(row)):
-            at = int(found[position])
-            assert (at >= 0) == (position >= NGRAM - 1)
-            if at >= 0:
-                mean = [
-                    sum(int(c[at]) / t for c, t in zip(counts, total, strict=True)) / 2 * total[0]
-                ]
-                for g in (0, 1):
-                    smooth = counts[g].double() + 0.01
-                    smooth = (
-                        smooth
-                        + 1e-3
-                        * sum(c.double() / t for c, t in zip(counts, total, strict=True))
-                        / 2
-                        * total[0]
-                    )
-                    evidence[g] += math.log(float(counts[g][at]) + 1e-3 * mean[0] + 0.01)
-                    evidence[g] -= math.log(float(smooth.sum()))
+        for position, at in enumerate(found.tolist()):
+            assert (at >= 0) == (position >= length - 1)
+            for own in (0, 1) if at >= 0 else ():
+                evidence[own] += math.log(float(smooth[own][at]) / sums[own])
             best = int(evidence[1] > evidence[0])
-            prefix = row[None, : position + 1]
-            assert int(choose_sets(counts, prefix)[0, -1]) == best
-    assert torch.equal(choose_sets(counts, tokens[:, :20]), chosen[:, :20])
+            assert int(chosen[row, position]) == best
+            assert int(choose_sets(counts, text[None, : position + 1], length)[0, -1]) == best
 
 
 def test_a_counter_depends_on_the_last_tokens_only():
     tokens = torch.arange(12)[None] % 5
     same = tokens.clone()
     same[0, 0] = 4
-    assert torch.equal(ngrams(tokens)[0, NGRAM:], ngrams(same)[0, NGRAM:])
-    assert ngrams(tokens)[0, NGRAM - 1] != ngrams(same)[0, NGRAM - 1]
+    assert torch.equal(ngrams(tokens, 4)[0, 4:], ngrams(same, 4)[0, 4:])
+    assert ngrams(tokens, 4)[0, 3] != ngrams(same, 4)[0, 3]
+
+
+def test_longer_tokens_are_counted_in_shorter_ngrams(tmp_path):
+    path = write_config(tmp_path)
+    lengths = {
+        "data.tokenizer=byte": 4,
+        "model.vocab_size=512": 4,  # rows that no byte uses
+        "data.tokenizer=bpe data.bpe_vocab_size=512": 2,
+        "data.tokenizer=bpe": 1,
+        "data.tokenizer=gpt2 model.vocab_size=50257": 1,
+    }
+    for words, length in lengths.items():
+        assert ngram_length(load_config(path, words.split())) == length
 
 
 def test_the_merged_model_runs_each_token_through_its_own_set():
@@ -324,7 +324,7 @@ def test_the_merged_model_runs_each_token_through_its_own_set():
     model = whole_model(config, tensors)
     held_out = torch.from_numpy(run.data.held_out)
     inputs, targets = held_out[:, :-1], held_out[:, 1:]
-    sets = choose_sets(counts, inputs).flatten()
+    sets = choose_sets(counts, inputs, 4).flatten()
     scope = torch.zeros(len(sets), 16, dtype=torch.bool)
     for token, own in enumerate(sets.tolist()):
         scope[token, 4 * own : 4 * own + 4] = True
@@ -336,7 +336,7 @@ def test_the_merged_model_runs_each_token_through_its_own_set():
         float(model.loss(hidden, targets).detach()), abs=1e-6
     )
     assert len(set(sets.tolist())) > 1
-    assert torch.equal(choose_experts(counts, inputs, 16), scope)
+    assert torch.equal(choosable_experts(config, counts, inputs), scope)
     assert torch.equal(model(inputs, targets, scope).loss, model.loss(hidden, targets))
 
 
@@ -388,7 +388,7 @@ def test_a_run_resumes_before_and_after_the_copies_part(tmp_path):
     own = load_config(config, options)
     held_out = torch.from_numpy(build_data(own, range(4)).held_out)
     inputs, targets = held_out[:, :-1], held_out[:, 1:]
-    scope = choose_experts(merged["text_counts"], inputs, 8)
+    scope = choosable_experts(own, merged["text_counts"], inputs)
     loss = float(whole_model(own, merged)(inputs, targets, scope).loss.detach())
     assert loss == pytest.approx(whole["val_loss_merged"], abs=1e-6)
 
