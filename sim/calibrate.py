@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, dataclass, fields
-from math import isfinite
+from dataclasses import asdict, dataclass, fields, replace
+from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,6 +24,8 @@ from fomoe_sim.trainer import ConfigError, say_line
 from fomoe_sim.units import read_rate
 
 LARGE_ERROR = 0.2  # of the held-out rounds' time: the user is told
+# What a file must state; the last two may be null.
+MEASURED = ("step_time_s", "sync_fixed_s", "step_fixed_s", "step_flops", "effective_bps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,18 +79,6 @@ class Calibration:
         """Predicted time of the syncs of one round, for the bytes of all of them together."""
         moving = 8 * wire_bytes / self.effective_bps if self.effective_bps else 0.0
         return num_syncs * self.sync_fixed_s + moving
-
-    def round_time_s(
-        self,
-        *,
-        local_steps: int,
-        wire_bytes: float,
-        num_syncs: int = 1,
-        step_flops: float | None = None,
-    ) -> float:
-        """Predicted time of one round that overlaps nothing."""
-        sync_s = self.sync_s(wire_bytes, num_syncs=num_syncs)
-        return local_steps * self.step_s(step_flops) + sync_s
 
 
 # --------------------------------------------------------------------------------------------- fit
@@ -164,26 +154,22 @@ def fit(
 
 def check(calibration: Calibration, held_out: list[Round]) -> Calibration:
     """The same calibration with its errors on rounds that were not fitted."""
-    whole, syncs = [], []
+    whole, syncs, planned = [], [], []
     for r in held_out:
         sync = calibration.sync_s(r.wire_bytes, num_syncs=r.num_syncs)
         predicted = r.local_steps * calibration.step_s(r.step_flops) + sync
         whole.append(abs(predicted / r.round_s - 1))
         syncs.append(abs(sync / r.sync_s - 1))
-    planned = [
-        abs(r.planned_payload_bytes - r.payload_bytes)
-        for r in held_out
-        if r.planned_payload_bytes is not None
-    ]
-    values = asdict(calibration) | {
-        "runs": calibration.runs,
-        "held_out": ", ".join(dict.fromkeys(r.run for r in held_out)),
-        "held_out_rounds": len(held_out),
-        "round_error": median(whole),
-        "sync_error": median(syncs),
-        "payload_error_bytes": max(planned, default=None),
-    }
-    return Calibration(**values)
+        if r.planned_payload_bytes is not None:
+            planned.append(abs(r.planned_payload_bytes - r.payload_bytes))
+    return replace(
+        calibration,
+        held_out=", ".join(dict.fromkeys(r.run for r in held_out)),
+        held_out_rounds=len(held_out),
+        round_error=median(whole),
+        sync_error=median(syncs),
+        payload_error_bytes=max(planned, default=None),
+    )
 
 
 # ------------------------------------------------------------------------------------------- lines
@@ -269,15 +255,13 @@ def load_calibration(path: str | Path) -> Calibration:
         raise ConfigError("--calibration", str(path), "does not exist") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError):
         raise ConfigError("--calibration", str(path), "is not a readable JSON file") from None
-    names = [field.name for field in fields(Calibration)]
-    if not isinstance(tree, dict) or sorted(tree) != sorted(names):
+    if not isinstance(tree, dict) or tree.keys() != {item.name for item in fields(Calibration)}:
         rule = "is not a calibration file: write one with fomoe calibrate"
         raise ConfigError("--calibration", str(path), rule)
-    for name in ("step_time_s", "step_flops", "step_fixed_s", "effective_bps", "sync_fixed_s"):
-        value, least = tree[name], 0.0
-        optional = name in ("effective_bps", "step_flops") and value is None
+    for name in MEASURED:
+        value = tree[name]
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not optional and not (number and isfinite(value) and value >= least):
+        if not (number and 0 <= value < inf) and (value is not None or name in MEASURED[:3]):
             raise ConfigError(f"--calibration {name}", value, "must be a number of at least 0")
     if tree["step_time_s"] <= 0 or tree["effective_bps"] == 0:
         raise ConfigError("--calibration", str(path), "has a step time or bandwidth of 0")
@@ -333,9 +317,11 @@ def text(calibration: Calibration, out: Path) -> str:
     c = calibration
     link = f"{c.effective_bps / 1e6:.4g} Mbit/s" if c.effective_bps else "too fast to be seen"
     share = "" if c.link_efficiency is None else f" ({c.link_efficiency:.3f} of the stated)"
+    work = f", {(c.step_flops or 0) / 1e9:.4g} GFLOP, of which {c.step_fixed_s:.3g} s are fixed"
+    work = work if c.step_flops else ""
     lines = [
         f"fitted {c.num_rounds} rounds of {', '.join(c.runs)}",
-        f"step time        {c.step_time_s:.5g} s (slowest site{_work(c)})",
+        f"step time        {c.step_time_s:.5g} s (slowest site{work})",
         f"link             {link}{share}",
         f"fixed per sync   {c.sync_fixed_s:.4g} s",
     ]
@@ -354,9 +340,3 @@ def text(calibration: Calibration, out: Path) -> str:
     if c.payload_error_bytes is not None:
         lines.append(f"held out: planned payload is off by {c.payload_error_bytes} bytes")
     return "\n".join([*lines, f"wrote {out}"])
-
-
-def _work(c: Calibration) -> str:
-    if c.step_flops is None:
-        return ""
-    return f", {c.step_flops / 1e9:.4g} GFLOP, of which {c.step_fixed_s:.3g} s are fixed"

@@ -26,21 +26,8 @@ from math import ceil
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fomoe_sim.trainer import ConfigError, FomoeError
-
 Array = NDArray[np.float64]
 Sends = list[tuple[Array, tuple[int, ...]]]  # (step of the round [P], layers synced after it)
-
-# Bandwidths of the published tables, bit/s; neighbours differ by a factor of 1.207.
-GRID_BPS: Array = np.logspace(-1, 3, 50) * 1e9
-
-
-class ImpossibleResult(FomoeError, ValueError):
-    """A result would need more bits than the link can carry in the time it claims."""
-
-
-class UnreachableUtilisation(FomoeError, ValueError):
-    """No bandwidth that was asked about reaches the utilisation."""
 
 
 # --------------------------------------------------------------------------------------- schedules
@@ -234,61 +221,4 @@ def rounds(asked: list[Overlapped]) -> list[Array]:
         for index, points in members:
             found[index][points] = time[start : start + len(points)]
             start += len(points)
-    return found
-
-
-# ------------------------------------------------------------------------------------------ checks
-
-
-def check_conservation(
-    *,
-    bits: float,
-    bandwidth_bps: ArrayLike,
-    utilisation: ArrayLike,
-    local_steps: float,
-    step_time_s: float,
-) -> None:
-    """Refuse a result that claims more bits than its link can carry in its round.
-
-    A utilisation u means a round of H T / u seconds, so `bandwidth >= u x bits / (H T)`.
-
-    Args:
-        bits: bits that the site really sends per round, ring and fitted factors included.
-        bandwidth_bps, utilisation: of one result or of several (equal shapes).
-
-    Raises:
-        ImpossibleResult: naming the bandwidth, the utilisation and the least possible bandwidth.
-    """
-    bandwidth = np.atleast_1d(np.asarray(bandwidth_bps, float))
-    claimed = np.broadcast_to(np.asarray(utilisation, float), bandwidth.shape)
-    floor = claimed * bits / (local_steps * step_time_s)
-    for got, least, share in zip(bandwidth, floor, claimed, strict=True):
-        if got < least * (1 - 1e-9) or share > 1 + 1e-9:
-            raise ImpossibleResult(
-                f"utilisation {100 * share:.4g} % at {got / 1e9:.4g} Gbit/s is impossible: "
-                f"{bits / 1e9:.4g} Gbit per round of {local_steps} steps of {step_time_s:.4g} s "
-                f"need at least {least / 1e9:.4g} Gbit/s"
-            )
-
-
-def first_reaching(
-    reached: Array, utilisation: ArrayLike, *, grid_bps: Array = GRID_BPS
-) -> list[float]:
-    """The first bandwidth of an ascending grid that reaches each utilisation, bit/s.
-
-    Raises:
-        ConfigError: if a utilisation is outside (0, 1].
-        UnreachableUtilisation: if the whole grid stays below one.
-    """
-    found = []
-    for target in np.atleast_1d(np.asarray(utilisation, float)):
-        if not 0 < target <= 1:
-            raise ConfigError("utilisation", float(target), "must lie in (0, 1]")
-        bins = np.nonzero(reached >= target - 1e-12)[0]
-        if not bins.size:
-            raise UnreachableUtilisation(
-                f"utilisation {100 * target:.4g} % is not reached: {grid_bps[-1] / 1e9:.4g} Gbit/s "
-                f"gives {100 * reached[-1]:.4g} %"
-            )
-        found.append(float(grid_bps[bins[0]]))
     return found

@@ -12,13 +12,23 @@ from typing import Any
 
 import numpy as np
 
-from fomoe_sim.evaluate import Columns, Grid, answer_one, evaluate, grid, vary
+from fomoe_sim.evaluate import Columns, Row, answer_one, evaluate
 from fomoe_sim.methods import METHODS, PUBLIC, method_of, unused
-from fomoe_sim.options import AXES, GRID, Ask, add_flags, check_ask, check_methods, read_flags
+from fomoe_sim.options import (
+    AXES,
+    GRID,
+    OPTIONS,
+    Ask,
+    add_flags,
+    check_ask,
+    check_methods,
+    read_flags,
+)
 from fomoe_sim.plot import draw, tornado_svg
 from fomoe_sim.question import Question, baseline, build, check_fragments, has_experts, own_method
-from fomoe_sim.show import Row, days, explain, to_csv, to_json, to_table, words
-from fomoe_sim.solve import days_within, least, utilisation_of
+from fomoe_sim.show import days, explain, to_csv, to_json, to_table, words
+from fomoe_sim.sites import Grid, grid
+from fomoe_sim.solve import days_within, least, tornado, utilisation_of
 from fomoe_sim.trainer import ConfigError, hint, say_line
 from fomoe_sim.units import check_number, flag_of, read_rate
 
@@ -92,6 +102,18 @@ def run(args: argparse.Namespace) -> int:
         verdict = asked[0]["memory_verdict"]
         say_line(f"fomoe: --cluster {args.cluster}: {verdict}")
         return 1
+    return 0
+
+
+def _tornado(args: argparse.Namespace, ask: Ask, method: str) -> int:
+    """What moves the days of one question most, each assumption alone."""
+    found = tornado(build(ask, method))
+    print(f"days of {method}, one assumption changed at a time, widest first:")
+    wide = max(len(name) for name, *_ in found)
+    for name, low, high in found:
+        print(f"  {name:<{wide}}  {days(low):>10} to {days(high):<10}")
+    if args.plot:
+        tornado_svg(args.plot, found)
     return 0
 
 
@@ -206,12 +228,12 @@ def _range(name: str, text: str, ends: list[float]) -> list[float]:
 def _number(name: str, text: str) -> float:
     if name == "bandwidth":
         return read_rate(text, "--sweep bandwidth")
-    limits = Ask.__dataclass_fields__[name].metadata
+    least_, most = OPTIONS[name][3]
     pattern = r"[0-9]{1,18}(\.[0-9]+)?|\.[0-9]+" if name == "bits" else r"[0-9]{1,18}"
     if not re.fullmatch(pattern, text.strip()):
         kind = "number" if name == "bits" else "whole number"
         raise ConfigError(f"--sweep {name}", text, f"must be a {kind}")
-    check_number(f"--sweep {name}", float(text), limits["low"], limits["high"])
+    check_number(f"--sweep {name}", float(text), least_, most)
     return float(text)
 
 
@@ -275,67 +297,3 @@ def _check_axes(ask: Ask, axes: dict[str, list[float]]) -> None:
             raise ConfigError(flag_of(name), getattr(ask, name), f"contradicts --sweep {name}")
     if size > LIMIT:
         raise ConfigError("--sweep", size, f"has more than {LIMIT} configurations")
-
-
-# ----------------------------------------------------------------------------------------- tornado
-
-
-def _tornado(args: argparse.Namespace, ask: Ask, method: str) -> int:
-    """What moves the days of one question most, each assumption alone."""
-    found = tornado(build(ask, method))
-    print(f"days of {method}, one assumption changed at a time, widest first:")
-    wide = max(len(name) for name, *_ in found)
-    for name, low, high in found:
-        print(f"  {name:<{wide}}  {days(low):>10} to {days(high):<10}")
-    if args.plot:
-        tornado_svg(args.plot, found)
-    return 0
-
-
-def tornado(question: Question) -> list[tuple[str, float, float]]:
-    """(assumption, fewest days, most days), the widest first."""
-    cluster = question.cluster
-    base = evaluate([grid(question)]).rows()[0]
-    # As many failures a site as all of them have on average.
-    mtbf_hours = 24 * base["days"] * cluster.num_sites / base["failures_per_run"]
-    pairs = {
-        "every link, half and twice": [
-            vary(question, cluster=_scaled_links(question, factor)) for factor in (0.5, 2.0)
-        ],
-        "link efficiency 0.6 and 1": [
-            vary(question, cluster=replace(cluster, efficiency=share)) for share in (0.6, 1.0)
-        ],
-        "round trip, a quarter and 4 times": [
-            vary(question, cluster=replace(cluster, rtt_s=cluster.rtt_s * f)) for f in (0.25, 4.0)
-        ],
-        "local steps, half and twice": [
-            vary(question, local_steps=max(1, round(question.local_steps * f))) for f in (0.5, 2.0)
-        ],
-        "bits, half and twice": [
-            vary(question, bits=min(32.0, question.bits * factor)) for factor in (0.5, 2.0)
-        ],
-        "failures, 4 times as many and a quarter": [
-            vary(question, mtbf_hours=factor * mtbf_hours) for factor in (0.25, 4.0)
-        ],
-        "batch, half and twice": [
-            vary(question, batch_tokens=question.batch_tokens * factor) for factor in (0.5, 2.0)
-        ],
-    }
-    found = [("shares of peak, high and low", base["days_low"], base["days_high"])]
-    for name, pair in pairs.items():
-        try:
-            values = evaluate([grid(one) for one in pair]).values["days"]
-        except ConfigError:
-            continue  # half of the batch may be too small for the accelerators
-        found.append((name, min(values), max(values)))
-    return sorted(found, key=lambda item: item[1] / item[2])
-
-
-def _scaled_links(question: Question, factor: float) -> Any:
-    cluster = question.cluster
-    sites = tuple(
-        replace(site, up_bps=site.up_bps * factor, down_bps=site.down_bps * factor)
-        for site in cluster.sites
-    )
-    uplinks = tuple((name, rate * factor) for name, rate in cluster.uplinks)
-    return replace(cluster, sites=sites, uplinks=uplinks)

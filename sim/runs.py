@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fomoe_sim.shape import shape_from_config
+from fomoe_sim.shape import shape_from_config, token_work
 from fomoe_sim.traffic import executed_share, table_holdings
 from fomoe_sim.trainer import (
     Config,
@@ -28,7 +28,6 @@ from fomoe_sim.trainer import (
     load,
     read_lines,
 )
-from fomoe_sim.work import token_work
 
 Say = Callable[[str], None]
 NUMBERS = ("round", "site", "train_s", "sync_s", "wire_bytes", "payload_bytes", "local_steps")
@@ -115,7 +114,14 @@ def read_run(folder: str | Path, say: Say = lambda line: None) -> list[Round]:
     if not any(record["wire_bytes"] for sites in table.values() for record in sites.values()):
         rule = "sent no bytes between sites: it shows no link to calibrate"
         raise ConfigError("run", str(folder), rule)
-    known = _known(config) if config else None
+    known = None
+    if config:
+        placement = build_placement(config)
+        known = Known(
+            payload=dict(enumerate(counted(config).payload)),
+            step_flops=most_step_flops(config, placement),
+            every_step=config.sync.average == "gradients",
+        )
     return [_merge(str(folder), index, table[index], known) for index in sorted(table)]
 
 
@@ -132,14 +138,6 @@ class Known:
     payload: dict[int, int]
     step_flops: float
     every_step: bool
-
-
-def _known(config: Config) -> Known:
-    return Known(
-        payload=dict(enumerate(counted(config).payload)),
-        step_flops=most_step_flops(config, build_placement(config)),
-        every_step=config.sync.average == "gradients",
-    )
 
 
 def most_step_flops(config: Config, placement: Placement) -> float:
@@ -192,6 +190,8 @@ def _merge(run: str, index: int, sites: dict[int, dict[str, Any]], known: Known 
     end_s = max(record["train_s"] + record["sync_s"] for record in records)
     wire_bytes = int(max(record["wire_bytes"] for record in records))
     num_syncs = local_steps if known and known.every_step else 1
+    missing = tuple(s for s in known.payload if s not in sites) if known else ()
+    planned = num_syncs * max(known.payload.get(s, 0) for s in sites) if known else None
     return Round(
         run=run,
         index=index,
@@ -202,8 +202,6 @@ def _merge(run: str, index: int, sites: dict[int, dict[str, Any]], known: Known 
         wire_bytes=wire_bytes,
         payload_bytes=int(max(record["payload_bytes"] for record in records)),
         step_flops=known.step_flops if known else None,
-        missing_sites=tuple(s for s in known.payload if s not in sites) if known else (),
-        planned_payload_bytes=(
-            num_syncs * max(known.payload.get(site, 0) for site in sites) if known else None
-        ),
+        missing_sites=missing,
+        planned_payload_bytes=planned,
     )

@@ -112,6 +112,7 @@ _ABILITIES = {
     "accelerators": ("several accelerators per site", ""),
     "adam": ("Adam states of 16 or 8 bits", ""),
     "mixed": ("bf16 weights with fp32 masters", ""),
+    "fp8": ("products in fp8", ""),
 }
 
 
