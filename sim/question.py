@@ -91,6 +91,9 @@ def build(ask: Ask, method: str, *, other_link: bool = False) -> Question:
     cluster = _cluster(ask, shape, config)
     holdings, replication = _holdings(ask, shape, cluster, row, config)
     inside = _inside(ask, config, shape, max(site.count for site in cluster.sites))
+    for device in {site.accelerator.name: site.accelerator for site in cluster.sites}.values():
+        if not inside.peak(device):
+            raise ConfigError("--precision", inside.precision, f"has no rate on {device.name}")
     if config is None:
         steps = ask.local_steps or DEFAULT_LOCAL_STEPS
         least = max(s.count for s in cluster.sites) * max(1, inside.micro_batch) * inside.seq_len
@@ -129,28 +132,25 @@ def build(ask: Ask, method: str, *, other_link: bool = False) -> Question:
 
 def baseline(question: Question) -> Question:
     """The same accelerators on one site, with the same batch and tokens: gradients every step."""
-    sites = question.cluster.sites
-    alone = {"capacity": None, "uplink": None}
+    sites, count = question.cluster.sites, sum(site.count for site in question.cluster.sites)
+    alone = [replace(site, capacity=None, uplink=None) for site in sites]
     if len({site.accelerator for site in sites}) == 1:
-        count = sum(site.count for site in sites)
         low, high = (sum(s.count * s.price_per_hour[end] for s in sites) / count for end in (0, 1))
         hosts = sum(site.host_bytes for site in sites)
-        more = {
-            "name": BASELINE,
-            "count": count,
-            "host_bytes": hosts,
-            "price_per_hour": (low, high),
-        }
-        cluster = replace(question.cluster, sites=(replace(sites[0], **alone, **more),))
+        one = replace(
+            alone[0], name=BASELINE, count=count, host_bytes=hosts, price_per_hour=(low, high)
+        )
+        cluster = replace(question.cluster, sites=(one,))
     else:
         # Unequal accelerators stay as they are, joined by their own network cards.
-        joined = []
-        for site in sites:
-            rate = 8 * site.count * site.accelerator.nic
-            links = {"up_bps": rate, "down_bps": rate, "egress_per_gb": (0.0, 0.0)}
-            joined.append(replace(site, **alone, **links))
-        common = {"rtt_ms": 0.0, "sync_fixed_s": 0.0, "efficiency": 0.8}
-        cluster = replace(question.cluster, sites=tuple(joined), **common)
+        rates = [8 * site.count * site.accelerator.nic for site in sites]
+        joined = tuple(
+            replace(site, up_bps=rate, down_bps=rate, egress_per_gb=(0.0, 0.0))
+            for site, rate in zip(alone, rates, strict=True)
+        )
+        cluster = replace(
+            question.cluster, sites=joined, rtt_ms=0.0, sync_fixed_s=0.0, efficiency=0.8
+        )
     count = cluster.num_sites
     mtbf = question.ask.mtbf_hours and question.ask.mtbf_hours * count / len(sites)
     return replace(

@@ -27,6 +27,7 @@ LOGIT_BYTES = 12.0
 WEIGHT_BYTES = 12.0  # read forward and backward, gradient read and written in fp32
 OPTIMIZER_BYTES = 28.0  # parameter, gradient and two moments read, all but the gradient written
 REACHED = 0.8  # of the nominal rates of memory, NVLink and NICs
+FP8_SHARE = 0.75  # of the share of peak that bf16 reaches: casts and scales take the rest
 OVERLAP_SHARE = 20 / 132  # of an accelerator's units move tokens then (arXiv 2412.19437, 3.2.2)
 GATHER_BYTES = 2.0  # bf16 shards, and gradients that are scattered
 # What is computed twice: name -> share of the forward products, of the experts', whole layers.
@@ -68,12 +69,16 @@ class Inside:
         return 4 if self.precision == "fp32" else 2
 
     def peak(self, device: Accelerator) -> float:
-        """FLOP/s of matrix products at their best."""
+        """FLOP/s of matrix products on the datasheet; 0 where there is no such precision."""
         return {
             "bf16": device.peak_flops,
             "fp32": device.peak_fp32_flops,
             "fp8": device.peak_fp8_flops,
         }[self.precision]
+
+    def rate(self, device: Accelerator) -> float:
+        """FLOP/s of which products reach an accelerator's shares."""
+        return self.peak(device) * (FP8_SHARE if self.precision == "fp8" else 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,15 +143,15 @@ def parts(work: SiteWork, degrees: Degrees, scale: float = 1.0) -> dict[str, Arr
         scale: of the shares of peak, one of `SCALE`.
     """
     device, inside = work.device, work.inside
-    rate = scale * inside.peak(device)
+    rate = scale * inside.rate(device)
     token = token_work(work.shape, inside.seq_len)
     ranks = degrees.tp * degrees.pp * degrees.cp  # of one replica
     tokens = work.tokens / degrees.dp / ranks  # of one accelerator, as shares of a replica's
     memory = device.memory_bandwidth * REACHED
     forward = tokens * token.products / TRAIN / (rate * device.products)
     # Scores stay in bf16 where products run in fp8.
-    scores_rate = min(rate, scale * device.peak_flops)
-    scores = tokens * token.scores / (scores_rate * device.scores)
+    bf16 = min(inside.peak(device), device.peak_flops)
+    scores = tokens * token.scores / (scale * bf16 * device.scores)
     share = EXPERT_FIXED + (1 - EXPERT_FIXED) * work.executed if work.executed < 1 else 1.0
     experts = tokens * token.experts * share / (rate * device.experts) * _rows(work, degrees)
     again, again_experts, whole = np.array(list(AGAIN.values()))[degrees.recompute].T
@@ -193,7 +198,7 @@ def _rows(work: SiteWork, degrees: Degrees) -> Any:
     rows = chosen * degrees.ep / max(work.residents, 1e-9)
     device = work.device
     # Three products of 2 FLOPs per weight and row against the bytes of that weight.
-    rate = work.inside.peak(device) * device.experts
+    rate = work.inside.rate(device) * device.experts
     least = WEIGHT_BYTES * rate / (6 * device.memory_bandwidth * REACHED)
     return np.maximum(1 + device.tile_rows / rows, least / rows)
 

@@ -136,7 +136,6 @@ def _question(
 ) -> Question:
     """A question about a shape that is no preset."""
     options: dict[str, Any] = {
-        "ask": Ask(),
         "local_steps": 1,
         "bits": 32.0,
         "fragments": 1,
