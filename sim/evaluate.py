@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fomoe_sim.columns import Load, columns_of, details
-from fomoe_sim.overlap import Overlapped, rounds
+from fomoe_sim.overlap import rounds
 from fomoe_sim.question import Question
 from fomoe_sim.sites import Answered, Grid, answer, grid
 from fomoe_sim.traffic import Floats
@@ -112,43 +111,33 @@ def _load(one: Grid, found: Answered) -> Load:
 
 def _rounds(grids: list[Grid], answered: list[Answered], loads: list[Load]) -> list[Floats]:
     """Time of a round of every grid at the low, central and high share of peak, [3, P] each."""
-    found = [np.zeros((3, len(one.bits))) for one in grids]
-    asked: list[Overlapped] = []
-    places: list[tuple[int, int, NDArray[np.int64], Floats]] = []
-    for index, (one, known, load) in enumerate(zip(grids, answered, loads, strict=True)):
+    found: list[Floats] = []
+    weights, asked, targets = [], [], []
+    for one, known, load in zip(grids, answered, loads, strict=True):
         method, steps = one.question.method, one.local_steps
         every, ones = method.every_step, np.ones(len(steps))
         # A pseudo-gradient is there after the last step, so that nothing hides without overlap;
         # fragments of one step are sent together.
         parts = ones if every else np.minimum(one.fragments, steps)
         exchange = load.transfer_s + parts * load.latency_s
+        step_s = known.step_s.max(axis=1)[:, None]  # [3, 1]
+        hides = step_s if method.hidden == "step" else 0.0
+        waits = np.maximum(0.0, exchange - hides)
+        found.append(steps * (step_s + waits) if every else steps * step_s + exchange)
         beside = (method.hidden == "layers") | ((one.overlap_steps > 0) & (not every))
-        beside = beside & bool(load.latency_s or load.transfer_s.any())
-        points = np.nonzero(beside)[0]
+        points = np.nonzero(beside & bool(load.latency_s or load.transfer_s.any()))[0]
+        schedule = (ones, ones, -ones) if every else (steps, one.fragments, one.overlap_steps)
         for end in range(3):
-            step_s = float(known.step_s[end].max())
-            if every:
-                hides = step_s if method.hidden == "step" else 0.0
-                found[index][end] = steps * (step_s + np.maximum(0.0, exchange - hides))
-            else:
-                found[index][end] = steps * step_s + exchange
-            if not points.size:
-                continue
-            some = ones[points]
-            asked.append(
-                Overlapped(
-                    weights=_weights(known),
-                    transfer_s=load.transfer_s[points],
-                    step_s=step_s * some,
-                    fixed_s=load.latency_s * some,
-                    local_steps=some if every else steps[points],
-                    fragments=some if every else one.fragments[points],
-                    overlap_steps=-some if every else one.overlap_steps[points],
-                )
-            )
-            places.append((index, end, points, steps[points] if every else some))
-    for (index, end, points, repeats), time in zip(places, rounds(asked), strict=True):
-        found[index][end][points] = repeats * time
+            rows = (load.transfer_s, step_s[end, 0] * ones, load.latency_s * ones, *schedule)
+            asked.append(np.stack(rows)[:, points])
+            weights.append(_weights(known))
+            targets.append((found[-1][end], points, (steps if every else ones)[points]))
+    names = ("transfer_s", "step_s", "fixed_s", "local_steps", "fragments", "overlap_steps")
+    which = np.repeat(np.arange(len(asked)), [one.shape[1] for one in asked])
+    columns = dict(zip(names, np.concatenate(asked, axis=1), strict=True))
+    times = np.split(rounds(weights, which, **columns), np.cumsum([a.shape[1] for a in asked]))
+    for (target, points, repeats), time in zip(targets, times[:-1], strict=True):
+        target[points] = repeats * time
     return found
 
 

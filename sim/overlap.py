@@ -20,7 +20,6 @@ DiLoCo (arXiv 2503.09799, table 6); `fomoe validate` compares with them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
@@ -168,57 +167,42 @@ class _Run:
 # ------------------------------------------------------------------------------- rounds of a model
 
 
-@dataclass(frozen=True, kw_only=True)
-class Overlapped:
-    """Points of one grid whose syncs run beside compute; arrays over points, [P].
+def rounds(
+    weights: list[tuple[float, ...]],
+    which: NDArray[np.int64],
+    *,
+    transfer_s: Array,
+    step_s: Array,
+    fixed_s: Array,
+    local_steps: Array,
+    fragments: Array,
+    overlap_steps: Array,
+) -> Array:
+    """Round times of points of several models, [P]: those of one schedule are simulated together.
 
-    Attributes:
-        weights: share of the exchange's bytes in each layer, [L].
-        transfer_s: link time of one exchange's bytes.
-        step_s, fixed_s: compute time of a step, link time of a sync beside its bytes.
+    Args:
+        weights: share of the exchange's bytes in each layer, of each model.
+        which: model of every point.
+        transfer_s: link time of one exchange's bytes; fixed_s: beside them.
+        step_s: compute time of a step.
         local_steps, fragments: H and F; H = F = 1 where every step exchanges.
         overlap_steps: tau; -1 for layers that wait one by one.
     """
-
-    weights: tuple[float, ...]
-    transfer_s: Array
-    step_s: Array
-    fixed_s: Array
-    local_steps: Array
-    fragments: Array
-    overlap_steps: Array
-
-
-def rounds(asked: list[Overlapped]) -> list[Array]:
-    """Round times of several grids at once: points with one schedule are simulated together."""
-    found = [np.zeros(one.transfer_s.shape) for one in asked]
-    groups: dict[tuple[int, ...], list[tuple[int, NDArray[np.int64]]]] = {}
-    for index, one in enumerate(asked):
-        # From F steps on a round's fragments fall on different steps, whatever H is.
-        merged = np.where(one.fragments > one.local_steps, one.local_steps, 0)
-        keys = np.stack([one.fragments, one.overlap_steps, merged], axis=1).astype(int)
-        for key in np.unique(keys, axis=0):
-            points = np.nonzero((keys == key).all(axis=1))[0]
-            groups.setdefault((len(one.weights), *map(int, key)), []).append((index, points))
-    for (layers, fragments, overlap, _), members in groups.items():
-
-        def take(name: str, members: list[tuple[int, NDArray[np.int64]]] = members) -> Array:
-            return np.concatenate([getattr(asked[i], name)[points] for i, points in members])
-
-        weights = np.concatenate(
-            [np.tile(np.array(asked[i].weights)[:, None], len(p)) for i, p in members], axis=1
-        )
-        steps = take("local_steps")
-        time = round_time(
-            layer_s=weights * take("transfer_s"),
-            step_s=take("step_s"),
-            local_steps=steps,
-            sends=strided(layers, steps, fragments),
+    time = np.zeros(len(which))
+    layers = np.array([len(one) for one in weights])[which]
+    # From F steps on a round's fragments fall on different steps, whatever H is.
+    merged = np.where(fragments > local_steps, local_steps, 0)
+    schedules = np.stack([layers, fragments, overlap_steps, merged]).astype(int)
+    for schedule in np.unique(schedules, axis=1).T:
+        here = (schedules == schedule[:, None]).all(axis=0)
+        num_layers, num_fragments, overlap, _ = map(int, schedule)
+        share = np.array([weights[index] for index in which[here]]).T
+        time[here] = round_time(
+            layer_s=share * transfer_s[here],
+            step_s=step_s[here],
+            local_steps=local_steps[here],
+            sends=strided(num_layers, local_steps[here], num_fragments),
             overlap_steps=None if overlap < 0 else overlap,
-            fixed_s=take("fixed_s"),
+            fixed_s=fixed_s[here],
         )
-        start = 0
-        for index, points in members:
-            found[index][points] = time[start : start + len(points)]
-            start += len(points)
-    return found
+    return time
