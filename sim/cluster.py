@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fomoe_sim.options import MOST_SITES
 from fomoe_sim.trainer import ConfigError, hint, read_data, read_yaml, stamp
-from fomoe_sim.units import check_keys, read_prices, read_rate, read_record, read_up_down, within
+from fomoe_sim.units import check_keys, read_rate, read_record, read_up_down, within
 
 # Defaults, each with its source; `fomoe project --explain` prints them.
 EFFICIENCY = 1 / 1.15  # shaped TCP links measured at 1.15 x ring bytes (diloco-measured, 4 sites)
@@ -62,6 +62,9 @@ class Accelerator:
     source: str
 
 
+ACCELERATOR = tuple(item.name for item in fields(Accelerator))
+
+
 def accelerator_names() -> list[str]:
     """Names of our own table."""
     return list(read_data("accelerators")["accelerators"])
@@ -105,21 +108,27 @@ class Site:
         up_bps, down_bps: link to the other sites, bit/s.
         price_per_hour: low and high USD per accelerator-hour, of the contract asked about.
         egress_per_gb: low and high USD per 1e9 bytes sent.
-        host_bytes: host memory of the whole site.
+        host_memory_gb: of the whole site; None: the usual server's.
         capacity: experts per layer that it may hold; None: no limit.
         uplink: name of a link that it shares with other sites, or None.
     """
 
     name: str
     accelerator: Accelerator
-    count: int
+    count: int = within(1, 10**6)
     up_bps: float
     down_bps: float
     price_per_hour: tuple[float, float]
     egress_per_gb: tuple[float, float]
-    host_bytes: float
-    capacity: int | None = None
+    host_memory_gb: float | None = within(1e-3, 1e9, None)
+    capacity: int | None = within(1, NO_LIMIT, None)
     uplink: str | None = None
+
+    @property
+    def host_bytes(self) -> float:
+        """Host memory of the whole site."""
+        own = self.host_memory_gb
+        return self.count * self.accelerator.host_bytes if own is None else 1e9 * own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +223,6 @@ def uniform_cluster(
         down_bps=down_bps,
         price_per_hour=device.price_per_hour if price is None else (price, price),
         egress_per_gb=EGRESS_PER_GB,
-        host_bytes=count * device.host_bytes,
     )
     sites = tuple(replace(site, name=f"site-{i}") for i in range(num_sites))
     return Cluster(name=f"{num_sites} x {count} {device.name}", sites=sites)
@@ -222,24 +230,10 @@ def uniform_cluster(
 
 # ------------------------------------------------------------------------------------------- YAML
 
-_FILE = ("name", "rtt_ms", "efficiency", "sync_fixed_s", "shared_uplinks", "accelerators", "sites")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Entry:
-    """One entry of `sites`, as a file states it: `link`, or `up` and `down`."""
-
-    name: str
-    accelerator: str
-    count: int = within(1, 10**6)
-    link: Any = None
-    up: Any = None
-    down: Any = None
-    price_per_hour: Any = None  # null: list prices
-    egress_per_gb: Any = None  # null: none to AWS's first tier
-    host_memory_gb: float | None = within(1e-3, 1e9, None)  # of the site; null: the usual server's
-    capacity: int | None = within(1, NO_LIMIT, None)
-    uplink: str | None = None
+# Keys of a file, and of one entry of its `sites`: a link is stated both ways, or up and down.
+FILE = ("name", "rtt_ms", "efficiency", "sync_fixed_s", "shared_uplinks", "accelerators", "sites")
+STATED = ("name", "accelerator", "count", "price_per_hour", "egress_per_gb", "host_memory_gb")
+ENTRY = (*STATED, "link", "up", "down", "capacity", "uplink")
 
 
 def load_cluster(path: str) -> Cluster:
@@ -262,12 +256,7 @@ def read_cluster(path: str | Path) -> Cluster:
         tree = read_yaml(path)
     except ConfigError as error:
         raise ConfigError("--cluster", error.value, error.rule) from None
-    every = [item.name for kind in (_Entry, Accelerator) for item in fields(kind)]
-    for key in tree:
-        if key not in _FILE:
-            raise ConfigError(
-                key, "", f"is not an option of a cluster; {hint(key, [*_FILE, *every])}"
-            )
+    check_keys(tree, FILE, ("sites",), "", more=ENTRY)
     entries = tree.get("sites")
     if not isinstance(entries, list) or not 1 <= len(entries) <= MOST_SITES:
         raise ConfigError("sites", entries, f"must be a list of 1 to {MOST_SITES} sites")
@@ -275,7 +264,7 @@ def read_cluster(path: str | Path) -> Cluster:
     uplinks = {name: read_rate(rate, f"shared_uplinks.{name}") for name, rate in uplinks.items()}
     for name, entry in own.items():
         where = f"accelerators.{name}"
-        check_keys(entry, [item.name for item in fields(Accelerator)], (), where)
+        check_keys(entry, ACCELERATOR, (), where)
         own[name] = read_record(Accelerator, {"name": name, **entry}, where)
     sites = tuple(_site(entry, i, uplinks, own) for i, entry in enumerate(entries))
     names = [site.name for site in sites]
@@ -297,36 +286,26 @@ def _mapping(tree: dict[str, Any], key: str) -> dict[str, Any]:
 
 def _site(tree: Any, index: int, uplinks: dict[str, float], own: dict[str, Accelerator]) -> Site:
     where = f"sites.{tree.get('name', index) if isinstance(tree, dict) else index}"
-    entry: _Entry = read_record(_Entry, tree, where)
-    device = accelerator_preset(entry.accelerator, f"{where} accelerator", own=own)
-    both = "link for both directions, or up and down"
+    check_keys(tree, ENTRY, ("name", "accelerator", "count"), where, more=FILE)
+    device = accelerator_preset(str(tree["accelerator"]), f"{where} accelerator", own=own)
+    given = {key: value for key, value in tree.items() if value is not None}
+    link, both = given.get("link"), "link for both directions, or up and down"
     for name in ("up", "down"):
-        value = getattr(entry, name)
-        if entry.link is not None and value is not None:
-            rule = f"contradicts link {entry.link}: give {both}"
-            raise ConfigError(f"{where} {name}", value, rule)
-        if entry.link is None and value is None:
+        if link is not None and name in given:
+            rule = f"contradicts link {link}: give {both}"
+            raise ConfigError(f"{where} {name}", given[name], rule)
+        if link is None and name not in given:
             raise ConfigError(f"{where} {name}", "", f"is missing: give {both}")
-    if entry.link is not None:
-        up, down = read_up_down(entry.link, f"{where} link")
+    if link is not None:
+        up, down = read_up_down(link, f"{where} link")
     else:
-        up, down = read_rate(entry.up, f"{where} up"), read_rate(entry.down, f"{where} down")
-    if entry.uplink is not None and entry.uplink not in uplinks:
-        known = hint(entry.uplink, uplinks) if uplinks else "none are given"
-        raise ConfigError(f"{where} uplink", entry.uplink, f"is not in shared_uplinks: {known}")
-    prices = {"price_per_hour": device.price_per_hour, "egress_per_gb": EGRESS_PER_GB}
-    for name in prices:
-        if getattr(entry, name) is not None:
-            prices[name] = read_prices(getattr(entry, name), f"{where} {name}")
-    host = 1e9 * entry.host_memory_gb if entry.host_memory_gb else entry.count * device.host_bytes
-    return Site(
-        name=entry.name,
-        accelerator=device,
-        count=entry.count,
-        up_bps=up,
-        down_bps=down,
-        host_bytes=host,
-        capacity=entry.capacity,
-        uplink=entry.uplink,
-        **prices,
-    )
+        up, down = (read_rate(given[name], f"{where} {name}") for name in ("up", "down"))
+    uplink = given.get("uplink")
+    if uplink is not None and uplink not in uplinks:
+        known = hint(str(uplink), uplinks) if uplinks else "none are given"
+        raise ConfigError(f"{where} uplink", uplink, f"is not in shared_uplinks: {known}")
+    usual = {"price_per_hour": device.price_per_hour, "egress_per_gb": EGRESS_PER_GB}
+    stated = {key: value for key, value in given.items() if key not in ("link", "up", "down")}
+    found = {"accelerator": device, "up_bps": up, "down_bps": down}
+    site: Site = read_record(Site, usual | stated | found, where)
+    return site

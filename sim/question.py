@@ -23,8 +23,8 @@ from fomoe_sim.trainer import (
     SiteMemory,
     build_placement,
     capacity_slots,
-    counted,
     load,
+    plan_run,
     slots_placement,
 )
 from fomoe_sim.units import check_number, read_up_down
@@ -121,7 +121,7 @@ def build(ask: Ask, method: str, *, other_link: bool = False) -> Question:
         tokens=ask.tokens or tokens,
         split=ask.split or ("equal" if config else "speed"),
         inside=inside,
-        counted=counted(config).states
+        counted=plan_run(config).memory
         if config and own and not METHODS[method].config_as
         else None,
         router=tuple((name, getattr(config.router, name)) for name in names) if config else (),
@@ -136,9 +136,9 @@ def baseline(question: Question) -> Question:
     alone = [replace(site, capacity=None, uplink=None) for site in sites]
     if len({site.accelerator for site in sites}) == 1:
         low, high = (sum(s.count * s.price_per_hour[end] for s in sites) / count for end in (0, 1))
-        hosts = sum(site.host_bytes for site in sites)
+        hosts = sum(site.host_bytes for site in sites) / 1e9
         one = replace(
-            alone[0], name=BASELINE, count=count, host_bytes=hosts, price_per_hour=(low, high)
+            alone[0], name=BASELINE, count=count, host_memory_gb=hosts, price_per_hour=(low, high)
         )
         cluster = replace(question.cluster, sites=(one,))
     else:

@@ -6,7 +6,6 @@ Nothing of it needs torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,13 @@ import yaml
 
 from fomoe.config import METHODS as CONFIG_METHODS
 from fomoe.config import Config
-from fomoe.errors import ConfigError, FomoeError, say_line
+from fomoe.errors import ConfigError, say_line
 from fomoe.hints import hint
-from fomoe.jsonlines import Lines, read_lines
+from fomoe.jsonlines import read_lines
 from fomoe.kinds import by_capacity, capacity_slots
 from fomoe.load import build_config, load_config
 from fomoe.memory import SiteMemory
-from fomoe.options import NonNegativeFloat, Options, option_names
+from fomoe.options import option_names
 from fomoe.placement import Placement, build_placement
 from fomoe.planning import plan_run
 from fomoe.yamlfile import read_yaml
@@ -30,20 +29,15 @@ __all__ = [
     "CONFIG_METHODS",
     "Config",
     "ConfigError",
-    "FomoeError",
-    "Lines",
-    "NonNegativeFloat",
-    "Options",
     "Placement",
     "SiteMemory",
     "build_config",
     "build_placement",
-    "by_capacity",
     "can_train",
     "capacity_slots",
-    "counted",
     "hint",
     "load",
+    "plan_run",
     "read_data",
     "read_lines",
     "read_yaml",
@@ -79,20 +73,6 @@ def load(path: str, overrides: tuple[str, ...] = ()) -> Config:
 @lru_cache(maxsize=512)
 def _load_at(path: str, overrides: tuple[str, ...], _: int) -> Config:
     return load_config(path, overrides)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Counted:
-    """What the trainer's own arithmetic says of a config, per site."""
-
-    payload: tuple[int, ...]
-    states: tuple[SiteMemory, ...]
-
-
-def counted(config: Config) -> Counted:
-    """Payload of one sync and bytes of state at every site, by the trainer's plan."""
-    run = plan_run(config)
-    return Counted(payload=tuple(t.payload for t in run.traffic), states=run.memory)
 
 
 def slots_placement(

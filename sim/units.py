@@ -104,13 +104,21 @@ def within(low: float, high: float, default: Any = MISSING) -> Any:
     return field(default=default, metadata={"limits": (low, high)})
 
 
-def check_keys(tree: Any, known: Iterable[str], needed: Iterable[str], where: str) -> None:
-    """Refuse what is no mapping, an unknown key (the nearest is named) and a missing one."""
+def check_keys(
+    tree: Any, known: Iterable[str], needed: Iterable[str], where: str, *, more: Iterable[str] = ()
+) -> None:
+    """Refuse what is no mapping, an unknown key (the nearest is named) and a missing one.
+
+    Args:
+        more: keys that stand elsewhere in the file, to name the one that is meant.
+    """
     if not isinstance(tree, dict):
         raise ConfigError(where, tree, "must be a mapping of options")
     for key in tree:
         if key not in known:
-            raise ConfigError(f"{where} {key}".strip(), "", f"is not an option; {hint(key, known)}")
+            raise ConfigError(
+                f"{where} {key}".strip(), "", f"is not an option; {hint(key, [*known, *more])}"
+            )
     for key in needed:
         if key not in tree:
             raise ConfigError(f"{where} {key}".strip(), "", "is needed")
@@ -141,7 +149,7 @@ def _value(item: Any, value: Any, where: str) -> Any:
         raise ConfigError(where, value, "must be a number")
     if name == "bool" and not isinstance(value, bool):
         raise ConfigError(where, value, "must be true or false")
-    if name == "str" and not (isinstance(value, str) and value):
+    if name == "str" and not isinstance(value, str):
         raise ConfigError(where, value, "must be text")
     if name == "tuple[float, float]":
         return read_prices(value, where)
