@@ -14,7 +14,6 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 
@@ -255,11 +254,8 @@ def load_calibration(path: str | Path) -> Calibration:
 # ------------------------------------------------------------------------------------- the command
 
 
-def add_command(subparsers: Any) -> None:
-    """Register `calibrate` with the subparsers of an argparse parser."""
-    parser = subparsers.add_parser(
-        "calibrate", help="fit step time, link and fixed cost per sync from real runs"
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `fomoe calibrate`."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders to fit")
     parser.add_argument(
         "--hold-out",
@@ -271,7 +267,6 @@ def add_command(subparsers: Any) -> None:
     parser.add_argument("--bandwidth", help="stated bandwidth of the link, as 1Gbit")
     parser.add_argument("--out", metavar="FILE", help="else calibration.json in the first run")
     parser.add_argument("--json", action="store_true", help="print the calibration as JSON")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

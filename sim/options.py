@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -66,19 +67,21 @@ class Ask:
     carbon: float = 0.414
 
 
-def add_flags(parser: argparse.ArgumentParser, owner: type = Ask) -> None:
-    """One flag for every field of an options class."""
+def add_flags(parser: argparse.ArgumentParser, names: Iterable[str] = (), owner: Any = Ask) -> None:
+    """A flag for every field of an options class, with its default, and for the names beside."""
     groups: dict[str, Any] = {}
-    for item in fields(owner):
-        title, kind, words, limits = OPTIONS[item.name]
+    defaults = {item.name: item.default for item in fields(owner)}
+    for name in [*defaults, *names]:
+        title, kind, words, limits = OPTIONS[name]
         group = groups.setdefault(title, parser.add_argument_group(title))
-        group.add_argument(
-            flag_of(item.name),
-            help=words,
-            default=item.default,
-            type={"int": int, "float": float, "str": str}[kind],
-            choices=limits[0] if len(limits) == 1 else None,
-        )
+        more: dict[str, Any] = {"type": {"int": int, "float": float}.get(kind, str)}
+        if kind == "flag":
+            more = {"action": "store_true"}
+        elif kind == "list":
+            more = {"nargs": "+"}
+        elif len(limits) == 1:
+            more = {"choices": limits[0]}
+        group.add_argument(flag_of(name), help=words, default=defaults.get(name), **more)
 
 
 def read_flags(args: argparse.Namespace, owner: Any = Ask) -> Any:

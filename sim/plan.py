@@ -66,23 +66,10 @@ class Candidate:
     found: Answered = field(repr=False)
 
 
-def add_command(subparsers: Any) -> None:
-    """Register `plan` with the subparsers of an argparse parser."""
-    parser = subparsers.add_parser(
-        "plan", help="search settings for given sites and constraints, and say what binds"
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the question and of the constraints, and how the plan is shown."""
     add_flags(parser)
-    add_flags(parser, Constraints)
-    parser.add_argument(
-        "--trainable", action="store_true", help="only what fomoe train runs as it stands"
-    )
-    shown = parser.add_argument_group("how it is shown")
-    shown.add_argument("--wide", action="store_true", help="more columns than 100 characters hold")
-    shown.add_argument("--json", action="store_true")
-    shown.add_argument(
-        "--out", metavar="FILE.yaml", help="write the best plan as a config (implies --trainable)"
-    )
-    parser.set_defaults(run=run)
+    add_flags(parser, ["trainable", "wide", "json", "out"], Constraints)
 
 
 def run(args: argparse.Namespace) -> int:

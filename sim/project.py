@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fomoe_sim.evaluate import Columns, Row, answer_one, evaluate
-from fomoe_sim.methods import METHODS, PUBLIC, method_of, unused
+from fomoe_sim.methods import METHODS, method_of, unused
 from fomoe_sim.options import (
     AXES,
     GRID,
@@ -35,38 +35,13 @@ from fomoe_sim.units import check_number, flag_of, read_rate
 LIMIT = 1_000_000  # of a sweep
 
 
-def add_command(subparsers: Any) -> None:
-    """Register `project` with the subparsers of an argparse parser."""
-    parser = subparsers.add_parser(
-        "project", help="project traffic, memory, time and money of a run, before it is bought"
-    )
-    add_flags(parser)
-    group = parser.add_argument_group("what is asked")
-    group.add_argument("--method", help=f"{', '.join(PUBLIC)}; a config's own")
-    group.add_argument(
-        "--compare", metavar="M,M", help="several methods, and the same accelerators on one site"
-    )
-    group.add_argument(
-        "--sweep",
-        nargs="+",
-        metavar="AXIS=VALUES",
-        help="grid of options: 1,2,4, or 32..512 (doubling), or 1..100..1 (with a step)",
-    )
-    group.add_argument(
-        "--solve",
-        choices=("bandwidth", "local_steps", "break_even"),
-        help="least value that reaches a target; break_even: the bandwidth at which a run takes no "
-        "more days than the same accelerators on one site",
-    )
-    group.add_argument("--utilisation", type=float, help="that target, between 0 and 1")
-    group.add_argument("--tornado", action="store_true", help="what moves the answer most")
-    shown = parser.add_argument_group("how it is shown")
-    shown.add_argument("--wide", action="store_true", help="more columns than 100 characters hold")
-    shown.add_argument("--json", action="store_true", help="one object, or a list of them")
-    shown.add_argument("--csv", action="store_true", help="all columns, one row per configuration")
-    shown.add_argument("--plot", metavar="OUT.svg", help="also draw it")
-    shown.add_argument("--explain", action="store_true", help="columns, units, defaults, sources")
-    parser.set_defaults(run=run)
+SAID = ("method", "compare", "sweep", "solve", "utilisation", "tornado")
+SHOWN = ("wide", "json", "csv", "plot", "explain")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the question, of what is asked about it, and of how it is shown."""
+    add_flags(parser, [*SAID, *SHOWN])
 
 
 def run(args: argparse.Namespace) -> int:

@@ -201,13 +201,9 @@ def measured_tables() -> list[Table]:
 # ------------------------------------------------------------------------------------ the command
 
 
-def add_command(subparsers: Any) -> None:
-    """Register `validate` with the subparsers of an argparse parser."""
-    parser = subparsers.add_parser(
-        "validate", help="published and measured figures beside ours, with bounds that can fail"
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The one flag of `fomoe validate`."""
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
