@@ -8,10 +8,9 @@ from fomoe.errors import ConfigError
 from fomoe.load import build_config
 from fomoe.shapes import parameter_specs
 from fomoe_sim.cluster import accelerator_names, accelerator_preset, read_cluster
-from fomoe_sim.shape import model_preset, shape_from_config
+from fomoe_sim.shape import model_preset, shape_from_config, token_work
 from fomoe_sim.trainer import read_data
 from fomoe_sim.units import central, duration, percent, read_rate, read_up_down, scaled
-from fomoe_sim.work import token_work
 
 EXACT = {
     "olmoe-1b-7b": 6_919_161_856,
@@ -144,7 +143,7 @@ BAD_CLUSTERS = {
     "sites: [{name: a, accelerator: H100, cout: 1, link: 1Gbit}]": "did you mean",
     "sites: [{name: a, accelerator: H100, count: 1}]": "up is missing: give link",
     "sites: [{name: a, accelerator: H100, count: 1, link: 1Gbit, up: 1Gbit}]": "contradicts link",
-    "sites: [{name: a, accelerator: H100, count: 1, up: 1Gbit}]": "a.down is missing",
+    "sites: [{name: a, accelerator: H100, count: 1, up: 1Gbit}]": "sites.a down is missing",
     "sites: [{name: a, accelerator: H100, count: 1, link: 1GB/s}]": "capital B",
     "sites: [{name: a, accelerator: H100, count: 1, link: 1Gbit, egress_per_gb: [0, .inf]}]": "low",
     "sites: [{name: a, accelerator: H100, count: 1, link: 1Gbit, price_per_hour: .inf}]": "price",
