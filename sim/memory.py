@@ -1,8 +1,7 @@
-"""Memory of an accelerator and of a site's hosts, part by part.
+"""Memory of an accelerator, part by part, over candidate layouts.
 
-Parts of an accelerator are arrays over candidate layouts; parts on the hosts are arrays over
-points, because they depend on bits and fragments. A config's states are those that the trainer
-counts.
+A config's states are those that the trainer counts. What lies on the hosts depends on bits and
+fragments, see `fomoe_sim.sites.host_parts`.
 """
 
 from __future__ import annotations
@@ -118,30 +117,3 @@ def _routing(work: SiteWork, degrees: Degrees, tokens: Array) -> Array:
     each = 2 * FLOAT32 * shape.num_experts + shape.top_k * (8 + FLOAT32)
     again = degrees.recompute == RECOMPUTE.index("full")
     return tokens * each * np.where(again, 1, shape.num_moe_layers) / degrees.tp
-
-
-def outer_parts(
-    *,
-    held: float,
-    synced: float,
-    bits: Array,
-    fragments: Array,
-    outer_vectors: int,
-    counted: tuple[float, float] | None,
-) -> dict[str, Array]:
-    """Bytes of a site's anchor, outer state and the buffers of one fragment's sync, [P] each.
-
-    Args:
-        held, synced: elements that the site stores, and of them reduces with other sites.
-        counted: anchor and outer state as the trainer counts them, or None.
-    """
-    anchor, momentum = counted or (FLOAT32 * held, FLOAT32 * held * outer_vectors)
-    fragment = synced / fragments
-    return {
-        "anchor": anchor + 0 * bits,
-        "outer momentum": momentum + 0 * bits,
-        "error feedback": np.where(bits < 16, FLOAT32 * synced, 0.0),
-        # The reduction works on a copy, so that a failed sync leaves the model as it was.
-        "fragment buffer": FLOAT32 * fragment,
-        "codec buffers": np.where(bits < 32, 2 * bits / 8 * fragment, 0.0),
-    }

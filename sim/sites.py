@@ -178,23 +178,28 @@ def host_parts(found: Answered, index: int, bits: Floats, fragments: Floats) -> 
     """Bytes on a site's hosts (or disks) by part, [P]."""
     question, traffic, inside = found.question, found.traffic, found.question.inside
     states = question.counted[index] if question.counted else None
+    held, trained = float(traffic.held[index]), float(traffic.trained[index])
     several = question.cluster.num_sites > 1 and not question.method.every_step
     parts: dict[str, Floats] = {}
     if several and question.ask.outer_on != "accelerator":
-        parts = memory.outer_parts(
-            held=float(traffic.held[index]),
-            synced=float(traffic.shared[index] + traffic.experts[index]),
-            bits=bits,
-            fragments=fragments,
-            outer_vectors=question.method.outer_vectors,
-            counted=(states.anchor, states.outer_optimizer) if states else None,
-        )
+        synced = memory.FLOAT32 * float(traffic.shared[index] + traffic.experts[index])
+        anchor = memory.FLOAT32 * held
+        momentum = anchor * question.method.outer_vectors
+        if states:
+            anchor, momentum = states.anchor, states.outer_optimizer
+        parts = {
+            "anchor": anchor + 0 * bits,
+            "outer momentum": momentum + 0 * bits,
+            "error feedback": np.where(bits < 16, synced, 0.0),
+            # The reduction works on a copy, so that a failed sync leaves the model as it was.
+            "fragment buffer": synced / fragments,
+            "codec buffers": np.where(bits < 32, 2 * bits / 32 * synced / fragments, 0.0),
+        }
         if question.ask.outer_on == "disk":
             # Buffers are worked on, so they stay in host memory even if the states are on disk.
             parts = {name: size for name, size in parts.items() if "buffer" in name}
     weight, _, master = memory.STATES[inside.states]
-    copy = weight * float(traffic.held[index])
-    copy += (memory.ADAM[inside.adam] + master) * float(traffic.trained[index])
+    copy = weight * held + (memory.ADAM[inside.adam] + master) * trained
     return parts | {"checkpoint copy": np.full(len(bits), copy)}
 
 

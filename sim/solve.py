@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -83,42 +84,33 @@ def tornado(question: Question) -> list[tuple[str, float, float]]:
     base = evaluate([grid(question)]).rows()[0]
     # As many failures a site as all of them have on average.
     mtbf = 24 * base["days"] * cluster.num_sites / base["failures_per_run"]
-    changes: dict[str, list[Question]] = {
-        "every link, half and twice": [
-            replace(question, cluster=_scaled_links(cluster, f)) for f in (0.5, 2.0)
-        ],
+    steps = [max(1, round(question.local_steps * factor)) for factor in (0.5, 2.0)]
+    changes: dict[str, list[dict[str, Any]]] = {
+        "every link, half and twice": [{"cluster": _scaled(cluster, f)} for f in (0.5, 2.0)],
         "link efficiency 0.6 and 1": [
-            replace(question, cluster=replace(cluster, efficiency=share)) for share in (0.6, 1.0)
+            {"cluster": replace(cluster, efficiency=share)} for share in (0.6, 1.0)
         ],
         "round trip, a quarter and 4 times": [
-            replace(question, cluster=replace(cluster, rtt_ms=cluster.rtt_ms * f))
-            for f in (0.25, 4.0)
+            {"cluster": replace(cluster, rtt_ms=cluster.rtt_ms * f)} for f in (0.25, 4.0)
         ],
-        "local steps, half and twice": [
-            replace(question, local_steps=max(1, round(question.local_steps * f)))
-            for f in (0.5, 2.0)
-        ],
-        "bits, half and twice": [
-            replace(question, bits=min(32.0, question.bits * f)) for f in (0.5, 2.0)
-        ],
+        "local steps, half and twice": [{"local_steps": count} for count in steps],
+        "bits, half and twice": [{"bits": min(32.0, question.bits * f)} for f in (0.5, 2.0)],
         "failures, 4 times as many and a quarter": [
-            replace(question, ask=replace(ask, mtbf_hours=f * mtbf)) for f in (0.25, 4.0)
+            {"ask": replace(ask, mtbf_hours=f * mtbf)} for f in (0.25, 4.0)
         ],
-        "batch, half and twice": [
-            replace(question, batch_tokens=question.batch_tokens * f) for f in (0.5, 2.0)
-        ],
+        "batch, half and twice": [{"batch_tokens": question.batch_tokens * f} for f in (0.5, 2.0)],
     }
     found = [("shares of peak, high and low", base["days_low"], base["days_high"])]
     for name, pair in changes.items():
         try:
-            values = evaluate([grid(one) for one in pair]).values["days"]
+            values = evaluate([grid(replace(question, **one)) for one in pair]).values["days"]
         except ConfigError:
             continue  # half of the batch may be too small for the accelerators
         found.append((name, min(values), max(values)))
     return sorted(found, key=lambda item: item[1] / item[2])
 
 
-def _scaled_links(cluster: Cluster, factor: float) -> Cluster:
+def _scaled(cluster: Cluster, factor: float) -> Cluster:
     sites = tuple(
         replace(site, up_bps=site.up_bps * factor, down_bps=site.down_bps * factor)
         for site in cluster.sites

@@ -101,7 +101,9 @@ def test_points_that_differ_in_h_are_answered_as_if_alone(overlap):
     """Models are simulated together; each point is the answer to its own question."""
     names = ("transfer_s", "step_s", "fixed_s", "local_steps", "fragments", "overlap_steps")
     steps, fragments = [1.0, 2.0, 3.0, 5.0, 8.0, 40.0], [4.0, 4.0, 4.0, 1.0, 6.0, 6.0]
-    points = np.array([[3.0, 0.5, 0.1, h, f, overlap] for h, f in zip(steps, fragments, strict=True)]).T
+    points = np.array(
+        [[3.0, 0.5, 0.1, h, f, overlap] for h, f in zip(steps, fragments, strict=True)]
+    ).T
     weights = [(0.4, 0.3, 0.1, 0.1, 0.05, 0.05), (0.2, 0.8)]
 
     def asked(table, which):
