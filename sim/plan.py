@@ -33,7 +33,7 @@ from fomoe_sim.question import (
     slot_holdings,
 )
 from fomoe_sim.show import WIDTH, days, to_table
-from fomoe_sim.sites import Answered, Grid, grid
+from fomoe_sim.sites import Answered, Grid, grid, over_capacity
 from fomoe_sim.step import Inside
 from fomoe_sim.traffic import cyclic_holdings
 from fomoe_sim.trainconfig import config_tree, cyclic_factor, write_config
@@ -253,7 +253,7 @@ def _settings(ask: Ask, question: Question, *, trainable: bool) -> Grid:
 
 def broken(limits: Constraints, row: Row, known: Answered) -> tuple[str, ...]:
     """Constraints that a candidate breaks."""
-    over = "experts per layer, capacity" in row["memory_verdict"]
+    over = bool(over_capacity(known))
     checks = {
         "capacity": not over,
         "memory": over or row["fits"],

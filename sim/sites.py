@@ -223,7 +223,7 @@ def memory_columns(one: Grid, found: Answered) -> dict[str, Any]:
     room = np.array([site.host_bytes for site in sites])
     used, limit = found.layouts[tightest].bytes, sites[tightest].accelerator.memory_bytes
     inside = np.array([one.bytes for one in found.layouts]) * one.question.cluster.counts
-    verdicts: Any = _over_capacity(found)
+    verdicts: Any = over_capacity(found)
     if not verdicts and used > limit:
         name, most = max(found.layouts[tightest].parts.items(), key=lambda item: item[1])
         verdicts = (
@@ -253,7 +253,7 @@ def memory_columns(one: Grid, found: Answered) -> dict[str, Any]:
     }
 
 
-def _over_capacity(found: Answered) -> str:
+def over_capacity(found: Answered) -> str:
     """The first site that would store more experts of a layer than it states, in words."""
     capacities, residents = found.question.cluster.capacities, found.traffic.residents
     if capacities is None or found.question.method.crosses == "shards" or not residents.size:

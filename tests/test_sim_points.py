@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
 from helpers_cli import fomoe
 
-from fomoe.cli import main
 from fomoe_sim import layout, step
 
 THREE = "configs/clusters/three-sites.yaml"
@@ -254,8 +252,3 @@ def test_the_one_site_of_unequal_sites_pays_no_egress_and_fails_no_more_often():
     rows += project(*SITE, "--compare", "fomoe", "--mtbf-hours", "500")
     rates = [row["failures_per_run"] / (24 * row["days"]) for row in rows]
     assert rates == pytest.approx([3 / 500] * 2 + [8 / 500] * 2), "as many sites fail as often"
-
-
-def test_json_is_json(capsys):
-    assert main(["project", *SITE, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["model"] == "100b-moe"
