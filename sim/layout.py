@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import product
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from fomoe_sim.trainer import ConfigError
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 MICRO = (1, 2, 4)
 MOST_STAGES = 8  # of a rank's layers, interleaved
+NODE, REPLICAS = -1, 0  # one copy of the states in each node, or over all replicas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,37 +110,28 @@ def candidates(
     """
     (count, node), (heads, layers, residents) = devices, model
     given = dict(inside.parallel)
-    rows = []
-    for tp, pp, cp in product(
+    axes = (
         _sizes(given.get("tp"), min(node, heads)),
         _sizes(given.get("pp"), layers),
-        (given.get("cp", 1),),
-    ):
+        (inside.micro_batch,) if inside.micro_batch else MICRO,
+        _sizes(given.get("ep"), residents),
+        (given["shard"],) if "shard" in given else (NODE, REPLICAS),
+        (given["zero"],) if "zero" in given else (3, 1),
+        [RECOMPUTE.index(name) for name in inside.recompute],
+    )
+    every = [axis.ravel().astype(float) for axis in np.meshgrid(*axes, indexing="ij")]
+    tp, pp, micro, ep, chosen, zero, kind = every
+    cp = np.full(len(tp), float(given.get("cp", 1)))
+    dp, in_node = count / (tp * pp * cp), np.maximum(1, node // tp)
+    shard = np.where(chosen == NODE, in_node, np.where(chosen == REPLICAS, dp, chosen))
+    keep = (dp % 1 == 0) & (dp % ep == 0) & (dp % shard == 0)
+    keep &= (dp * micro <= sequences * (1 + 1e-9)) & ((chosen != NODE) | (in_node < dp))
+    if "tp" not in given:
         # Tensor ranks lie inside a node and share the heads.
-        if count % (tp * pp * cp) or ("tp" not in given and (node % tp or heads % tp)):
-            continue
-        dp = count // (tp * pp * cp)
-        for micro in (inside.micro_batch,) if inside.micro_batch else MICRO:
-            if dp * micro > sequences * (1 + 1e-9):
-                continue
-            for ep in _sizes(given.get("ep"), min(dp, residents)):
-                if dp % ep:
-                    continue
-                in_node = max(1, node // tp)
-                shards = {dp, in_node} if in_node < dp and dp % in_node == 0 else {dp}
-                for shard in (given["shard"],) if "shard" in given else sorted(shards):
-                    if dp % shard:
-                        continue
-                    for zero in (given["zero"],) if "zero" in given else (3, 1):
-                        if zero == 1 and (shard != dp or dp == 1) and "zero" not in given:
-                            continue
-                        steps = -(-sequences // (dp * micro))
-                        stages = min(MOST_STAGES, max(1, layers // pp)) if pp > 1 else 1
-                        row, hides = (tp, pp, cp, ep, dp, shard), given.get("overlap", 0)
-                        for name in inside.recompute:
-                            kind = RECOMPUTE.index(name)
-                            rows.append((*row, zero, hides, micro, steps, stages, kind))
-    if not rows:
+        keep &= (node % tp == 0) & (heads % tp == 0)
+    if "zero" not in given:
+        keep &= (zero == 3) | ((shard == dp) & (dp > 1))
+    if not keep.any():
         degrees = ", ".join(f"{name} {value}" for name, value in inside.parallel)
         rule = (
             f"leaves accelerators idle: {count} of them take {sequences:g} sequences"
@@ -148,10 +139,13 @@ def candidates(
             + " (--batch-tokens, --micro-batch, --seq-len, --parallel)"
         )
         raise ConfigError("--batch-tokens", f"{sequences:g} sequences per site", rule)
-    columns = np.array(rows, float).T
+    stages = np.where(pp > 1, np.clip(layers // pp, 1, MOST_STAGES), 1.0)
+    columns = {"tp": tp, "pp": pp, "cp": cp, "ep": ep, "dp": dp, "shard": shard, "zero": zero}
+    columns |= {"micro": micro, "steps": -(-sequences // (dp * micro)), "stages": stages}
+    columns["overlap"] = np.full(len(tp), float(given.get("overlap", 0)))
     return Degrees(
-        **dict(zip(Degrees.__dataclass_fields__, columns[:-1], strict=False)),
-        recompute=columns[-1].astype(np.int64),
+        **{name: column[keep] for name, column in columns.items()},
+        recompute=kind[keep].astype(np.int64),
     )
 
 

@@ -163,38 +163,42 @@ def _print(
 # ------------------------------------------------------------------------------------------ sweeps
 
 
-def read_axis(text: str) -> tuple[str, list[float]]:
-    """One `name=values`: a list `1,2,4`, a doubling range `32..512`, or `1..100..1` with a step.
+def read_axes(texts: Iterable[str]) -> dict[str, list[float]]:
+    """Axes of a sweep by name, from `name=values`: a list `1,2,4`, a doubling range `32..512`, or
+    `1..100..1` with a step.
 
     Raises:
-        ConfigError: if the name is no axis or a value is no number.
+        ConfigError: if a name is no axis, or a value is no number of it.
     """
-    name, equals, values = text.partition("=")
-    name = name.strip().replace("-", "_")
-    if not equals or not values:
-        raise ConfigError("--sweep", text, "must have the form name=1,2,4 or name=32..512")
-    if name not in AXES:
-        raise ConfigError("--sweep", name, f"is not an axis; {hint(name, AXES)}")
-    found: list[float] = []
-    for part in values.split(","):
-        ends = part.split("..")
-        if len(ends) > 3:
-            raise ConfigError("--sweep", part, "must be a number, A..B or A..B..STEP")
-        found += _range(name, part, [_number(name, end) for end in ends])
-    return name, found
+    axes: dict[str, list[float]] = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not values:
+            raise ConfigError("--sweep", text, "must have the form name=1,2,4 or name=32..512")
+        if name not in AXES:
+            raise ConfigError("--sweep", name, f"is not an axis; {hint(name, AXES)}")
+        if name in axes:
+            raise ConfigError("--sweep", name, "stands twice")
+        axes[name] = [value for part in values.split(",") for value in _values(name, part)]
+    return axes
 
 
-def _range(name: str, text: str, ends: list[float]) -> list[float]:
-    if len(ends) == 1:
-        return ends
-    start, stop = ends[0], ends[1]
-    step = ends[2] if len(ends) == 3 else None
-    if stop < start or start <= 0 or (step is not None and step <= 0):
+def _values(name: str, text: str) -> list[float]:
+    """One number, or those of a range."""
+    ends = text.split("..")
+    if len(ends) > 3:
+        raise ConfigError("--sweep", text, "must be a number, A..B or A..B..STEP")
+    numbers = [_number(name, end) for end in ends]
+    if len(numbers) == 1:
+        return numbers
+    first, last = numbers[:2]
+    step = numbers[2] if len(numbers) == 3 else None
+    if last < first or first <= 0 or (step is not None and step <= 0):
         raise ConfigError(f"--sweep {name}", text, "must run upwards from above 0")
-    values, value = [], start
-    while value <= stop * (1 + 1e-12):
+    values = [first]
+    while (value := values[-1] * 2 if step is None else values[-1] + step) <= last * (1 + 1e-12):
         values.append(value)
-        value = value * 2 if step is None else value + step
         if len(values) > LIMIT:
             raise ConfigError(f"--sweep {name}", text, f"has more than {LIMIT} values")
     return values
@@ -210,17 +214,6 @@ def _number(name: str, text: str) -> float:
         raise ConfigError(f"--sweep {name}", text, f"must be a {kind}")
     check_number(f"--sweep {name}", float(text), least_, most)
     return float(text)
-
-
-def read_axes(texts: Iterable[str]) -> dict[str, list[float]]:
-    """All axes of a sweep by name."""
-    axes: dict[str, list[float]] = {}
-    for text in texts:
-        name, values = read_axis(text)
-        if name in axes:
-            raise ConfigError("--sweep", name, "stands twice")
-        axes[name] = values
-    return axes
 
 
 def sweep(

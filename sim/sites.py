@@ -206,20 +206,10 @@ def host_parts(found: Answered, index: int, bits: Floats, fragments: Floats) -> 
 def memory_columns(one: Grid, found: Answered) -> dict[str, Any]:
     """Whether every site fits, by how much, because of what."""
     size, sites, tightest = len(one.bits), one.question.cluster.sites, found.tightest
-    held, shared = found.traffic.held, found.traffic.shared
     hosts = np.zeros((size, len(sites)))
-    seen: dict[tuple[float, ...], Floats] = {}
     for index in range(len(sites)):
-        key = (
-            held[index],
-            shared[index],
-            found.traffic.experts[index],
-            found.traffic.trained[index],
-        )
-        if key not in seen or one.question.counted:
-            parts = host_parts(found, index, one.bits, one.fragments)
-            seen[key] = sum(parts.values(), np.zeros(size))
-        hosts[:, index] = seen[key]
+        parts = host_parts(found, index, one.bits, one.fragments)
+        hosts[:, index] = sum(parts.values(), np.zeros(size))
     room = np.array([site.host_bytes for site in sites])
     used, limit = found.layouts[tightest].bytes, sites[tightest].accelerator.memory_bytes
     inside = np.array([one.bytes for one in found.layouts]) * one.question.cluster.counts
