@@ -19,9 +19,9 @@ import numpy as np
 
 from fomoe_sim.runs import Round, read_runs
 from fomoe_sim.trainer import ConfigError
-from fomoe_sim.units import read_rate, read_record, within
+from fomoe_sim.units import FASTEST_BPS, read_rate, read_record, within
 
-MOST = 1e30  # of any figure of a file
+MOST = 1e24  # of any figure of a file
 LARGE_ERROR = 0.2  # of the held-out rounds' time: the user is told
 
 
@@ -49,7 +49,7 @@ class Calibration:
     step_time_s: float = within(0, MOST)
     step_flops: float = within(0, MOST)
     step_fixed_s: float = within(0, MOST, 0.0)
-    effective_bps: float | None = within(0, MOST)
+    effective_bps: float | None = within(0, FASTEST_BPS)
     sync_fixed_s: float = within(0, MOST)
     link_efficiency: float | None = within(0, MOST, None)
     separated: bool

@@ -301,7 +301,7 @@ def _site(tree: Any, index: int, uplinks: dict[str, float], own: dict[str, Accel
     else:
         up, down = (read_rate(given[name], f"{where} {name}") for name in ("up", "down"))
     uplink = given.get("uplink")
-    if uplink is not None and uplink not in uplinks:
+    if uplink is not None and str(uplink) not in uplinks:
         known = hint(str(uplink), uplinks) if uplinks else "none are given"
         raise ConfigError(f"{where} uplink", uplink, f"is not in shared_uplinks: {known}")
     usual = {"price_per_hour": device.price_per_hour, "egress_per_gb": EGRESS_PER_GB}

@@ -207,7 +207,7 @@ def read_shape(name: str, tree: dict[str, Any], where: str) -> ModelShape:
     shape: ModelShape = read_record(
         ModelShape, {"name": name, **tree, "attention": attention}, where
     )
-    for key in ("num_layers", "d_model", "vocab_size"):
+    for key in ("num_layers", "d_model", "vocab_size", "seq_len"):
         if not getattr(shape, key):
             raise ConfigError(f"{where} {key}", 0, "must be at least 1")
     if not attention.heads:

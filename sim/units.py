@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import MISSING, field, fields
 from math import sqrt
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fomoe_sim.trainer import ConfigError, hint
 
@@ -133,29 +134,38 @@ def read_record(kind: type, tree: Any, where: str) -> Any:
     items = {item.name: item for item in fields(kind)}
     needed = [n for n, item in items.items() if item.default is MISSING]
     check_keys(tree, items, needed, where)
-    values = {key: _value(items[key], value, f"{where} {key}") for key, value in tree.items()}
+    declared, values = get_type_hints(kind), {}
+    for key, value in tree.items():
+        values[key] = _value(declared[key], value, f"{where} {key}")
+        if "limits" in items[key].metadata and value is not None:
+            check_number(f"{where} {key}", value, *items[key].metadata["limits"])
     return kind(**values)
 
 
-def _value(item: Any, value: Any, where: str) -> Any:
+def _value(declared: Any, value: Any, where: str) -> Any:
     """A field's value, of its declared type."""
-    name = str(item.type).removesuffix(" | None")
+    origin, args = get_origin(declared), get_args(declared)
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value is None and str(item.type).endswith("None"):
-        return None
-    if name == "int" and not (isinstance(value, int) and number and 0 <= value < 10**10):
-        raise ConfigError(where, value, "must be a whole number of at least 0")
-    if name == "float" and not number:
-        raise ConfigError(where, value, "must be a number")
-    if name == "bool" and not isinstance(value, bool):
-        raise ConfigError(where, value, "must be true or false")
-    if name == "str" and not isinstance(value, str):
-        raise ConfigError(where, value, "must be text")
-    if name == "tuple[float, float]":
+    if origin is UnionType:
+        return None if value is None else _value(args[0], value, where)
+    if declared == tuple[float, float]:
         return read_prices(value, where)
-    if "limits" in item.metadata:
-        check_number(where, value, *item.metadata["limits"])
-    return tuple(value) if isinstance(value, list) else value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(where, value, "must be a list")
+        return tuple(_value(args[0], item, where) for item in value)
+    wanted = {
+        int: (number and isinstance(value, int) and 0 <= value < 10**10, "a whole number from 0"),
+        float: (number, "a number"),
+        bool: (isinstance(value, bool), "true or false"),
+        str: (isinstance(value, str), "text"),
+    }
+    right, words = wanted.get(declared, (True, ""))
+    if origin is Literal:
+        right, words = value in args, f"one of {', '.join(args)}"
+    if not right:
+        raise ConfigError(where, value, f"must be {words}")
+    return value
 
 
 # ----------------------------------------------------------------------------------------- figures

@@ -151,6 +151,10 @@ BAD_CLUSTERS = {
     "topology: ring\nsites: [{name: a, accelerator: H100, count: 1, link: 1Gbit}]": "topology",
     "accelerators: {X: {nic: 1.0}}\nsites: [{name: a, accelerator: X, count: 1, link: 1Gbit}]": "X",
     "sites: [{name: a, accelerator: H100, count: 1, link: 1Gbit, uplink: x}]": "shared_uplinks",
+    "sites: [{name: a, accelerator: H100, count: 1, link: 1Gbit, uplink: [x]}]": "shared_uplinks",
+    "sites: [{name: a, accelerator: H100, count: 1, link: 1Gbit, host_memory_gb: x}]": "a number",
+    "accelerators: [H100]\nsites: [{name: a, accelerator: H100, count: 1, link: 1Gbit}]": "mapping",
+    "sites: [H100]": "must be a mapping",
 }
 
 
@@ -199,6 +203,10 @@ def test_a_model_may_be_a_file(tmp_path):
         (("d_model: 64\n", ""), "d_model is needed"),
         (("heads: 4", "heads: 0"), "heads 0 must be at least 1"),
         (("top_k: 2", "top_k: 9"), "top_k at most num_experts"),
+        (("head_dim: 16", "head_dim: 16, qk_norm: x"), "qk_norm x must be one of none, head, full"),
+        (("top_k: 2", "top_k: 2\nunsupported: 3"), "unsupported 3 must be a list"),
+        (("top_k: 2", "top_k: 2\nunsupported: [3]"), "unsupported 3 must be text"),
+        (("top_k: 2", "top_k: 2\nseq_len: 0"), "seq_len 0 must be at least 1"),
         (("attention: {", "attention: [{"), "is not valid YAML"),
     ],
 )

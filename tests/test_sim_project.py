@@ -6,14 +6,20 @@ import csv
 import io
 import json
 import xml.etree.ElementTree as ElementTree
+from dataclasses import fields
 
 import pytest
 
 from fomoe.cli import main
 from fomoe.load import load_config
 from fomoe_sim.calibrate import Calibration, save_calibration
+from fomoe_sim.cluster import price_kinds
+from fomoe_sim.memory import ADAM, STATES
+from fomoe_sim.options import OPTIONS, Ask
+from fomoe_sim.plan import Constraints
 from fomoe_sim.runs import most_step_flops
 from fomoe_sim.shape import model_preset, token_work
+from fomoe_sim.step import RECOMPUTE, VALUE_PASSES
 
 PROMISED = {
     "model",
@@ -182,6 +188,17 @@ def test_every_field_of_real_output_is_explained_and_nothing_else(capsys, config
         seen |= {f"memory_parts.{name}.bytes" for name in row["memory_parts"]}
         assert all(set(part) == {"where", "bytes"} for part in row["memory_parts"].values())
     assert seen == explained
+
+
+def test_options_have_the_choices_of_their_tables():
+    """The command line is made from one file, the choices stand in others too."""
+    said = {item.name for kind in (Ask, Constraints) for item in fields(kind)}
+    assert said <= set(OPTIONS)
+    assert OPTIONS["price_kind"][3] == [list(price_kinds())]
+    assert OPTIONS["recompute"][3] == [list(RECOMPUTE)]
+    assert OPTIONS["states"][3] == [list(STATES)]
+    assert OPTIONS["adam"][3] == [list(ADAM)]
+    assert OPTIONS["kernels"][3] == [list(VALUE_PASSES)]
 
 
 def test_series_are_named_by_all_that_varies(capsys, tmp_path):
