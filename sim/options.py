@@ -73,7 +73,8 @@ def add_flags(parser: argparse.ArgumentParser, names: Iterable[str] = (), owner:
     defaults = {item.name: item.default for item in fields(owner)}
     for name in [*defaults, *names]:
         title, kind, words, limits = OPTIONS[name]
-        group = groups.setdefault(title, parser.add_argument_group(title))
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
         more: dict[str, Any] = {"type": {"int": int, "float": float}.get(kind, str)}
         if kind == "flag":
             more = {"action": "store_true"}
@@ -81,7 +82,7 @@ def add_flags(parser: argparse.ArgumentParser, names: Iterable[str] = (), owner:
             more = {"nargs": "+"}
         elif len(limits) == 1:
             more = {"choices": limits[0]}
-        group.add_argument(flag_of(name), help=words, default=defaults.get(name), **more)
+        groups[title].add_argument(flag_of(name), help=words, default=defaults.get(name), **more)
 
 
 def read_flags(args: argparse.Namespace, owner: Any = Ask) -> Any:
