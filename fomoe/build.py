@@ -12,6 +12,7 @@ from fomoe.config import Config
 from fomoe.data.dataset import Data, build_data
 from fomoe.errors import ConfigError
 from fomoe.hostmemory import keep_freed_memory
+from fomoe.logs import open_logs
 from fomoe.parking import Parking, parks
 from fomoe.planning import RunPlan, plan_run
 from fomoe.remains import check_resumable
@@ -26,7 +27,7 @@ from fomoe.rundir import (
     write_run_files,
 )
 from fomoe.runlock import RunLock
-from fomoe.services import check_services, open_log
+from fomoe.services import check_services
 from fomoe.site import Site
 from fomoe.summary import Totals
 from fomoe.sync.ddp import GradientSync
@@ -129,7 +130,14 @@ def build_run(
         resume(run, resume_round, show=show)
         for parking in parkings.values():
             parking.park()
-    run.log = open_log(config, run_dir, transport)
+    run.log = open_logs(
+        config,
+        run_dir,
+        transport,
+        run_id=lock.run_id,
+        first_round=run.first_round,
+        resumed=mode == "resume",
+    )
     lock.began = True
     if mode == "overwrite":  # before any site writes
         agreed(transport, lambda: remove_run(run_dir))

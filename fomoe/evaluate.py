@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from fomoe.config import Config
+from fomoe.copies import num_sets, set_of_site
 from fomoe.model.experts import Expert, swiglu
 from fomoe.segments import Plan, Segment
 from fomoe.site import Site
 from fomoe.sync.exchange import Item, fetch, gather
 from fomoe.sync.transport import Transport
+from fomoe.textchoice import NUM_COUNTERS, choose_experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,20 +100,28 @@ def evaluate_merged(
         if transport.members[index % len(transport.members)] == site
     }
     hidden: dict[int, Tensor] = {}
+    scopes: dict[int, Tensor | None] = {}
+    counts_GN = gather_text_counts(config, sites, transport) if num_sets(config) > 1 else None
     loads: dict[int, list[list[int]]] = {index: [] for index in share}
     for index, site in share.items():
         sites[site].model.eval()
         with sites[site].autocast:
             tokens = torch.from_numpy(batches[index]).to(sites[site].device)
             hidden[index] = sites[site].model.embed(tokens[:, :-1])
-    segments = _expert_segments(plan)
+        scopes[index] = None
+        if counts_GN is not None:
+            scopes[index] = choose_experts(counts_GN, tokens[:, :-1], config.model.num_experts)
+    segments, rows = _expert_segments(plan), _router_segments(plan)
     for layer in range(config.model.num_layers):
-        experts = None
+        experts, router_ED = None, None
         if layer in config.model.moe_layers:
             experts = _fetch_layer(config, sites, transport, layer, segments[layer])
+            router_ED = _fetch_rows(sites, transport, rows[layer]) if layer in rows else None
         for index, site in share.items():
             with sites[site].autocast:
-                hidden[index], _, stats = sites[site].model.run_layer(layer, hidden[index], experts)
+                hidden[index], _, stats = sites[site].model.run_layer(
+                    layer, hidden[index], experts, scope_TE=scopes[index], router_ED=router_ED
+                )
             if stats is not None:
                 loads[index].append(stats.selected_E.tolist())
     losses = {}
@@ -120,6 +130,21 @@ def evaluate_merged(
         with sites[site].autocast:
             losses[index] = float(sites[site].model.loss(hidden[index], targets))
     return _combine(transport, share, losses, loads, [len(batch) for batch in batches])
+
+
+def gather_text_counts(config: Config, sites: Mapping[int, Site], transport: Transport) -> Tensor:
+    """n-grams counted at the sites of each set of copies, int64 [G, N], at every site."""
+
+    def message(site: int) -> bytes:
+        counts_N = sites[site].text_counts_N
+        assert counts_N is not None
+        return counts_N.numpy().tobytes()
+
+    counts_GN = torch.zeros(num_sets(config), NUM_COUNTERS, dtype=torch.int64)
+    for site, received in enumerate(gather(transport, message)):
+        own_N = torch.frombuffer(bytearray(received), dtype=torch.int64)
+        counts_GN[set_of_site(config, site)] += own_N
+    return counts_GN
 
 
 def _combine(
@@ -154,6 +179,36 @@ def _expert_segments(plan: Plan) -> dict[int, list[Segment]]:
     return by_layer
 
 
+def _router_segments(plan: Plan) -> dict[int, list[Segment]]:
+    """Router rows by layer, in their order, where no site has all of them."""
+    by_layer: dict[int, list[Segment]] = {}
+    for bucket in plan.buckets:
+        if not bucket.is_expert and len(bucket.holders) < plan.num_sites:
+            for segment in bucket.segments:
+                assert segment.layer is not None
+                by_layer.setdefault(segment.layer, []).append(segment)
+    for segments in by_layer.values():
+        segments.sort(key=lambda s: s.start)
+    return by_layer
+
+
+def _fetch_segments(
+    sites: Mapping[int, Site], transport: Transport, segments: list[Segment]
+) -> dict[str, Tensor]:
+    """Some segments by name, on the sites' device; local ones are not copied."""
+    device = next(iter(sites.values())).device
+    by_name = {segment.name: segment for segment in segments}
+    items = [Item(s.name, s.shape, s.holders) for s in segments]
+    tensors = fetch(transport, items, lambda site, name: sites[site].view(by_name[name]))
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def _fetch_rows(sites: Mapping[int, Site], transport: Transport, segments: list[Segment]) -> Tensor:
+    """All router rows of one layer, [E, D]."""
+    tensors = _fetch_segments(sites, transport, segments)
+    return torch.cat([tensors[segment.name] for segment in segments])
+
+
 def _fetch_layer(
     config: Config,
     sites: Mapping[int, Site],
@@ -162,14 +217,11 @@ def _fetch_layer(
     segments: list[Segment],
 ) -> dict[int, Expert]:
     """All experts of one layer; local ones are not copied."""
-    device = next(iter(sites.values())).device
-    by_name = {segment.name: segment for segment in segments}
-    items = [Item(s.name, s.shape, s.holders) for s in segments]
-    tensors = fetch(transport, items, lambda site, name: sites[site].view(by_name[name]))
+    tensors = _fetch_segments(sites, transport, segments)
     experts: dict[int, Expert] = {}
     for expert in range(config.model.num_experts):
         own = {s.parameter.rpartition(".")[2]: s.name for s in segments if s.expert == expert}
-        gate_up, down = (tensors[own[part]].to(device) for part in ("gate_up", "down"))
+        gate_up, down = (tensors[own[part]] for part in ("gate_up", "down"))
         experts[expert] = partial(swiglu, gate_up=gate_up, down=down)
     return experts
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from statistics import stdev
 from types import TracebackType
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.table import Table
 from fomoe.config import Config
 from fomoe.errors import say_line
 from fomoe.planning import RunPlan, memory_by_kind, planned_summary
+from fomoe.records import site_speed
 from fomoe.segments import full_payload, wire_elements
 
 _NARROWEST, _USUAL, _WIDE = 40, 80, 160  # columns
@@ -30,7 +32,8 @@ class Progress:
         self.console = console(stderr=True, quiet=not show)
         self.live = show and self.console.is_terminal and not self.console.is_dumb_terminal
         self.started = self._last_line = time.monotonic()
-        self._steps_done = self._tokens = 0
+        self._steps_done = 0
+        self._sums: dict[int, list[float]] = {}  # per site: tokens, train_s, sync_s
         # A process knows the figures of its own sites only.
         self._whose = "  site 0" if num_local_sites < config.num_sites else ""
         # Choices made for this machine, printed once, on the first round's line: a start that fails
@@ -78,7 +81,6 @@ class Progress:
 
         def on_step(values: Any) -> None:
             self._steps_done += 1
-            self._tokens += config.tokens_per_step
             if self._steps_done % config.run.log_every or not self.show:
                 return
             now = time.monotonic()
@@ -104,6 +106,10 @@ class Progress:
         steps = [r for r in records if r["kind"] == "step"]
         rounds = [r for r in records if r["kind"] == "round"]
         merged = [r["val_loss_merged"] for r in records if r["kind"] == "merged"]
+        for record in rounds:
+            sums = self._sums.setdefault(record["site"], [0.0, 0.0, 0.0])
+            for index, name in enumerate(("tokens", "train_s", "sync_s")):
+                sums[index] += record[name]
         local = [r["val_loss_local"] for r in rounds if r["val_loss_local"] is not None]
         self.say(
             f"round {round_idx + 1}/{self.config.rounds}{self._whose}"
@@ -119,11 +125,13 @@ class Progress:
         self._last_line = time.monotonic()
 
     def _speed(self) -> str:
-        """Speed of this process and time left."""
+        """Speed of a site in the rounds that are done, as in the summary, and time left."""
         elapsed = max(time.monotonic() - self.started, 1e-9)
         done = min(self._steps_done / max(self._steps_to_do, 1), 1.0)
         left = elapsed / done * (1 - done) if done else 0.0
-        return f"{self._tokens / elapsed:,.0f} tokens/s, {duration_text(left)} left"
+        speed = _mean([site_speed(*sums) for sums in self._sums.values()])
+        known = f"{speed:,.0f} tokens/s per site, " if self._sums else ""
+        return f"{known}{duration_text(left)} left"
 
 
 # ----------------------------------------------------------------------------------------- tables
@@ -158,15 +166,27 @@ def _traffic_table(run: RunPlan) -> Table:
     )
     rows = {
         f"this run ({config.method})": own,
+        **_phase_rows(run),
         "DiLoCo": whole,
         "DDP": tuple(config.local_steps * count for count in whole),
     }
     columns = ("", "payload", "wire", "payload ratio", "wire ratio")
     table = Table(*columns, title="Bytes per site and round, against the same model elsewhere")
     for name, counts in rows.items():
-        ratios = (_times(n / o if o else None) for n, o in zip(counts, own, strict=True))
+        ratios = (times_text(n / o if o else None) for n, o in zip(counts, own, strict=True))
         table.add_row(name, *(bytes_text(count) for count in counts), *ratios)
     return table
+
+
+def _phase_rows(run: RunPlan) -> dict[str, tuple[float, float]]:
+    """Payload and wire of each phase of a run with copies, means over sites."""
+    return {
+        f"  {phase.rounds} rounds, copies coupled by {phase.coupling:g}": (
+            sum(traffic.payload for traffic in phase.traffic) / len(phase.traffic),
+            sum(traffic.wire for traffic in phase.traffic) / len(phase.traffic),
+        )
+        for phase in (run.phases if run.families else ())
+    }
 
 
 def _holders_table(run: RunPlan) -> Table:
@@ -214,8 +234,8 @@ def print_summary(summary: dict[str, Any], config: Config) -> None:
         "parameters per site / whole model": f"{summary['params_per_site']:,.0f} / "
         f"{summary['params_total']:,}",
         "payload per site and round": bytes_text(summary["payload_bytes_per_site_per_round"]),
-        "less than DiLoCo / DDP": f"{_times(summary['ratio_vs_diloco'])} / "
-        f"{_times(summary['ratio_vs_ddp'])}",
+        "less than DiLoCo / DDP": f"{times_text(summary['ratio_vs_diloco'])} / "
+        f"{times_text(summary['ratio_vs_ddp'])}",
         "tokens, all sites": f"{summary['tokens']:,}",
         "tokens/s per site": f"{summary['tokens_per_s']:,.0f}",
         "peak memory of a process": bytes_text(summary["peak_memory_bytes"]),
@@ -234,7 +254,7 @@ def print_summary(summary: dict[str, Any], config: Config) -> None:
 
 
 def print_comparison(summaries: list[dict[str, Any]]) -> None:
-    """One row per method."""
+    """One row per method: means over its seeds, with the standard deviation of several."""
     columns = [
         "method",
         "merged val",
@@ -248,23 +268,35 @@ def print_comparison(summaries: list[dict[str, Any]]) -> None:
         "vs DiLoCo",
         "memory/site",
     ]
-    table = Table(*columns, title="Equal tokens per site, same text")
+    by_method: dict[str, list[dict[str, Any]]] = {}
     for summary in summaries:
-        local = [loss for loss in summary["val_loss_local"] if loss is not None]
+        by_method.setdefault(summary["method"], []).append(summary)
+    seeds = max(len(runs) for runs in by_method.values())
+    over = f", mean and deviation of {seeds} seeds" if seeds > 1 else ""
+    table = Table(*columns, title=f"Equal tokens per site, same text{over}")
+    for method, runs in by_method.items():
+        first = runs[0]
+        local = [[loss for loss in run["val_loss_local"] if loss is not None] for run in runs]
         table.add_row(
-            summary["method"],
-            f"{summary['val_loss_merged']:.4f}",
-            f"{_mean(local):.4f}" if local else "-",
-            f"{summary['executed_fraction']:.3f}",
-            f"{summary['skipped_fraction']:.3f}",
-            f"{summary['expert_flops_fraction']:.2f}",
-            f"{summary['tokens_per_s']:,.0f}",
-            bytes_text(summary["payload_bytes_per_site_per_round"]),
-            _times(summary["ratio_vs_ddp"]),
-            _times(summary["ratio_vs_diloco"]),
-            bytes_text(summary["memory_bytes_per_site"]),
+            method,
+            spread_text([run["val_loss_merged"] for run in runs], ".4f"),
+            spread_text([_mean(losses) for losses in local], ".4f") if all(local) else "-",
+            spread_text([run["executed_fraction"] for run in runs], ".3f"),
+            spread_text([run["skipped_fraction"] for run in runs], ".3f"),
+            f"{_mean([run['expert_flops_fraction'] for run in runs]):.2f}",
+            f"{_mean([run['tokens_per_s'] for run in runs]):,.0f}",
+            bytes_text(first["payload_bytes_per_site_per_round"]),
+            times_text(first["ratio_vs_ddp"]),
+            times_text(first["ratio_vs_diloco"]),
+            bytes_text(first["memory_bytes_per_site"]),
         )
     console(wide=True).print(table)
+
+
+def spread_text(values: list[float], form: str) -> str:
+    """The value, or mean and standard deviation of several."""
+    text = format(_mean(values), form)
+    return text if len(values) == 1 else f"{text} ± {format(stdev(values), form)}"
 
 
 def console(*, wide: bool = False, **options: Any) -> Console:
@@ -306,7 +338,7 @@ def duration_text(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def _times(ratio: float | None) -> str:
+def times_text(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
 
 

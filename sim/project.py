@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from fomoe_sim.options import (
     check_methods,
     read_flags,
 )
-from fomoe_sim.plot import draw, tornado_svg
+from fomoe_sim.plot import check_path, draw, draw_tornado
 from fomoe_sim.question import Question, baseline, build, check_fragments, has_experts, own_method
 from fomoe_sim.show import days, explain, to_csv, to_json, to_table, words
 from fomoe_sim.sites import Grid, grid
@@ -88,8 +87,28 @@ def _tornado(args: argparse.Namespace, ask: Ask, method: str) -> int:
     for name, low, high in found:
         print(f"  {name:<{wide}}  {days(low):>10} to {days(high):<10}")
     if args.plot:
-        tornado_svg(args.plot, found)
+        draw_tornado(args.plot, found)
     return 0
+
+
+def project(ask: Ask, *, method: str | None = None) -> Row:
+    """Answer one question: what a run costs in bytes, memory, time and money.
+
+    Args:
+        ask: the model or config, and whatever differs from the defaults.
+        method: by default the config's own, else FoMoE.
+
+    Returns:
+        Values by column; `fomoe project --explain` says what each means, and its unit.
+
+    Raises:
+        ConfigError: naming the option as the command line has it.
+    """
+    ask = read_flags(argparse.Namespace(**vars(ask)))
+    check_ask(ask)
+    name = method_of(method, config=ask.config is not None).name if method else own_method(ask)
+    check_methods(ask, [name], experts=has_experts(ask))
+    return answer_one(build(ask, name))
 
 
 def methods_asked(args: argparse.Namespace, ask: Ask) -> list[str]:
@@ -142,8 +161,8 @@ def _check_output(args: argparse.Namespace, ask: Ask) -> None:
         raise ConfigError("--sweep", args.sweep, "contradicts --solve")
     if args.tornado and (args.sweep or args.solve or args.compare or args.csv or args.json):
         raise ConfigError("--tornado", "", "asks about one question and prints a table of its own")
-    if args.plot and Path(args.plot).suffix != ".svg":
-        raise ConfigError("--plot", args.plot, "must end in .svg")
+    if args.plot:
+        check_path(args.plot)
 
 
 def _print(

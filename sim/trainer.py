@@ -14,7 +14,9 @@ import yaml
 
 from fomoe.config import METHODS as CONFIG_METHODS
 from fomoe.config import Config
+from fomoe.copies import site_config
 from fomoe.errors import ConfigError, say_line
+from fomoe.figures import SUFFIXES, Drawing, need_matplotlib
 from fomoe.hints import hint
 from fomoe.jsonlines import read_lines
 from fomoe.kinds import by_capacity, capacity_slots
@@ -27,8 +29,10 @@ from fomoe.yamlfile import read_yaml
 
 __all__ = [
     "CONFIG_METHODS",
+    "SUFFIXES",
     "Config",
     "ConfigError",
+    "Drawing",
     "Placement",
     "SiteMemory",
     "build_config",
@@ -37,6 +41,7 @@ __all__ = [
     "capacity_slots",
     "hint",
     "load",
+    "need_matplotlib",
     "plan_run",
     "read_data",
     "read_lines",
@@ -66,13 +71,17 @@ def stamp(path: str) -> int:
 
 
 def load(path: str, overrides: tuple[str, ...] = ()) -> Config:
-    """A config as `fomoe train` would run it, or refuse it."""
+    """A config as `fomoe train` would run it, or refuse it.
+
+    With copies of experts it is that of a site's model, which is what the sites store, compute and
+    exchange until the copies part.
+    """
     return _load_at(path, overrides, stamp(path))
 
 
 @lru_cache(maxsize=512)
 def _load_at(path: str, overrides: tuple[str, ...], _: int) -> Config:
-    return load_config(path, overrides)
+    return site_config(load_config(path, overrides))
 
 
 def slots_placement(

@@ -30,7 +30,7 @@ from fomoe.sync.ddp import GradientSync
 from fomoe.sync.gloo import GlooTransport
 from fomoe.sync.sync import Sync
 from fomoe.sync.transport import InMemoryTransport, Transport, failure_text
-from fomoe.train import run_local_steps, synchronize
+from fomoe.training import run_local_steps, synchronize
 
 torch.set_num_threads(1)
 # Optimizers import it at their first step, which two threads must not do at once.
@@ -96,6 +96,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dense": {"method": "dense"},
     "diloco-half": {"method": "diloco-half", "model.head_dim": 6},
     "single": {"method": "single"},
+    "copies, tied": {"method": "copies", "placement.grow_at": 1.0},
+    "copies, apart": {"method": "copies", "placement.grow_at": 0.0},
+    "copies, one holder": {
+        "method": "copies",
+        "placement.replication_factor": 1,
+        "placement.grow_at": 0.4,
+    },
 }
 
 

@@ -247,7 +247,7 @@ run: {checkpoint_every: 0, eval_every: 0}
 @pytest.fixture(scope="module")
 def real_run(tmp_path_factory):
     """One process per site, on the loopback."""
-    pytest.importorskip("fomoe.train", reason="the trainer is not part of this checkout")
+    pytest.importorskip("fomoe.training", reason="the trainer is not part of this checkout")
     folder = tmp_path_factory.mktemp("real")
     (folder / "run.yaml").write_text(REAL)
     words = (" ".join(f"word{(i * j) % 97}" for j in range(200)) for i in range(60))

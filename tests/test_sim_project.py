@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import fields
 
@@ -206,8 +207,28 @@ def test_series_are_named_by_all_that_varies(capsys, tmp_path):
     axes = ["bandwidth=1Gbit,2Gbit", "fragments=1,4", "overlap_steps=0,1", "local_steps=8,16"]
     assert main(["project", "--model", "dbrx", "--sweep", *axes, "--plot", str(out)]) == 0
     drawn = out.read_text()
-    assert drawn.count("<polyline") == 8
-    assert "fomoe H=8 fragments=4 overlap=1" in drawn
+    axes = [(h, f, o) for h in (8, 16) for f in (1, 4) for o in (0, 1)]
+    names = {f"fomoe H={h} fragments={f} overlap={o}" for h, f, o in axes}
+    assert names <= set(re.findall("<!-- (.*) -->", drawn))
+
+
+def test_lines_of_a_plot_differ_and_so_do_their_legends(tmp_path, monkeypatch):
+    """Where there are more lines than colours too; the legend shows colour and dashes."""
+    kept = []
+    monkeypatch.setattr("fomoe_sim.plot._write", lambda path, drawing: kept.append(drawing))
+    sweep = ["--sweep", "replication=1,2,4", "bandwidth=1Gbit,2Gbit"]
+    asked = ["--sites", "8", "--compare", "ddp,diloco,streaming,spes,fomoe,ep", *sweep]
+    assert main(["project", "--model", "100b-moe", *asked, "--plot", "x.svg"]) == 0
+    (drawing,) = kept
+    lines = drawing.axes[0].lines
+    assert len(lines) >= 8
+    looks = [(line.get_color(), line.get_linestyle()) for line in lines]
+    assert len(set(looks)) == len(looks)
+    (legend,) = drawing.figure.legends
+    entries = zip(legend.get_texts(), legend.get_lines(), strict=True)
+    shown = {text.get_text(): (line.get_color(), line.get_linestyle()) for text, line in entries}
+    assert list(shown.values()) == looks
+    assert {"fomoe r=2", "ddp"} <= set(shown)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +279,7 @@ BAD_INPUT = {
     "--model dbrx --json --csv": "contradicts --json",
     "--model dbrx --explain --json": "--explain is text",
     "--model dbrx --compare ddp,dilco": "--compare dilco is not a method",
-    "--model dbrx --plot out.png": "must end in .svg",
+    "--model dbrx --plot out.txt": "must end in .svg, .png or .pdf",
     "--model dbrx --mfu 1.5": "--mfu 1.5 must be at most 1",
     "--model dbrx --mfu nan": "--mfu nan must be a number",
     "--model dbrx --tokens inf": "--tokens inf must be at most",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fomoe.checkpoint import has_manifest, load_part, read_values, round_folder, saved_rounds
 from fomoe.config import Config
+from fomoe.copies import num_sets, set_of_site
 from fomoe.errors import CheckpointError
 from fomoe.files import listing, write_atomically, write_text_atomically
 from fomoe.planning import plan_run
@@ -19,15 +20,16 @@ from fomoe.remains import differences, parse_saved
 from fomoe.segments import Plan, Segment
 from fomoe.state import Layout, entry, misfit, of_kind
 from fomoe.sync.sync import replica_hashes
+from fomoe.textchoice import NUM_COUNTERS
 
 _ATTEMPTS = 20
 
 
 def merge(
-    run_dir: Path,
+    run_dir: str | Path,
     *,
     round_idx: int | None = None,
-    out: Path | None = None,
+    out: str | Path | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Write every parameter of the merged model, each taken from one of its holders.
@@ -44,10 +46,11 @@ def merge(
     Raises:
         CheckpointError: if no round is complete, naming what is missing.
     """
+    run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise CheckpointError(f"{run_dir} is not a run's folder")
     round_idx, config, tensors = _newest_whole(run_dir, round_idx, say)
-    target = out or run_dir / "merged"
+    target = Path(out) if out else run_dir / "merged"
     try:
         target.mkdir(parents=True, exist_ok=True)
         path = target / "model.safetensors"
@@ -107,14 +110,16 @@ def _read_whole(run_dir: Path, round_idx: int) -> tuple[Config, dict[str, Tensor
     for site in range(config.num_sites):
         if not has_manifest(run_dir, round_idx, site):
             load_part(run_dir, round_idx, site)  # says what is missing
-    plan = plan_run(config).segment_plan
-    shared = [bucket for bucket in plan.buckets if bucket.crosses]
+    run = plan_run(config)
+    plan, shared = run.segment_plan, run.replicas(round_idx * config.local_steps)
     hashes: dict[int, bytes] = {}
     found: dict[str, Tensor] = {}
     for site in range(config.num_sites):
         part, values = load_part(run_dir, round_idx, site)
         held = [segment for segment in plan.segments_at(site) if segment.trainers]
         layout: Layout = {entry("param", s.name): (s.shape, torch.float32) for s in held}
+        if num_sets(config) > 1:
+            layout[entry("text", "counts")] = ((NUM_COUNTERS,), torch.int64)
         biases = config.model.moe_layers if site == 0 and config.router.balance != "loss" else ()
         for layer in biases:
             layout[entry("router", "balance_bias", layer)] = (
@@ -132,6 +137,11 @@ def _read_whole(run_dir: Path, round_idx: int) -> tuple[Config, dict[str, Tensor
             where = round_folder(run_dir, round_idx)
             raise CheckpointError(f"checkpoint {where}, site {site}: {problem}")
         found |= {s.name: own[s.name] for s in held if s.holders[0] == site}
+        if num_sets(config) > 1:
+            counts_GN = found.setdefault(
+                "text_counts", torch.zeros(num_sets(config), NUM_COUNTERS, dtype=torch.int64)
+            )
+            counts_GN[set_of_site(config, site)] += part[entry("text", "counts")]
         for layer in biases:
             name = f"layers.{layer}.moe.router.balance_bias"
             found[name] = part[entry("router", "balance_bias", layer)]
