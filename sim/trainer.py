@@ -6,7 +6,6 @@ Nothing of it needs torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,14 @@ import yaml
 from fomoe.config import METHODS as CONFIG_METHODS
 from fomoe.config import Config
 from fomoe.copies import site_config
-from fomoe.errors import ConfigError, FomoeError, say_line
+from fomoe.errors import ConfigError, say_line
 from fomoe.figures import SUFFIXES, Drawing, need_matplotlib
 from fomoe.hints import hint
-from fomoe.jsonlines import Lines, read_lines
+from fomoe.jsonlines import read_lines
 from fomoe.kinds import by_capacity, capacity_slots
 from fomoe.load import build_config, load_config
 from fomoe.memory import SiteMemory
-from fomoe.options import NonNegativeFloat, Options, option_names
+from fomoe.options import option_names
 from fomoe.placement import Placement, build_placement
 from fomoe.planning import plan_run
 from fomoe.yamlfile import read_yaml
@@ -34,21 +33,16 @@ __all__ = [
     "Config",
     "ConfigError",
     "Drawing",
-    "FomoeError",
-    "Lines",
-    "NonNegativeFloat",
-    "Options",
     "Placement",
     "SiteMemory",
     "build_config",
     "build_placement",
-    "by_capacity",
     "can_train",
     "capacity_slots",
-    "counted",
     "hint",
     "load",
     "need_matplotlib",
+    "plan_run",
     "read_data",
     "read_lines",
     "read_yaml",
@@ -90,20 +84,6 @@ def _load_at(path: str, overrides: tuple[str, ...], _: int) -> Config:
     return site_config(load_config(path, overrides))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Counted:
-    """What the trainer's own arithmetic says of a config, per site."""
-
-    payload: tuple[int, ...]
-    states: tuple[SiteMemory, ...]
-
-
-def counted(config: Config) -> Counted:
-    """Payload of one sync and bytes of state at every site, by the trainer's plan."""
-    run = plan_run(config)
-    return Counted(payload=tuple(t.payload for t in run.traffic), states=run.memory)
-
-
 def slots_placement(
     num_sites: int, moe_layers: tuple[int, ...], num_experts: int, slots: tuple[int, ...]
 ) -> Placement:
@@ -121,6 +101,7 @@ _ABILITIES = {
     "accelerators": ("several accelerators per site", ""),
     "adam": ("Adam states of 16 or 8 bits", ""),
     "mixed": ("bf16 weights with fp32 masters", ""),
+    "fp8": ("products in fp8", ""),
 }
 
 
