@@ -167,7 +167,7 @@ class Part:
         self._checked = False
         try:
             # Before the check: what was checked is then what is read.
-            self._file = safe_open(self._path, framework="pt") if self._path.exists() else None
+            self._file: Any = safe_open(self._path, framework="pt") if self._path.exists() else None
         except _UNREADABLE:
             self._file = None  # the check says more
         if check or self._file is None:

@@ -103,14 +103,14 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    for field, value, least in (
-        ("--max-tokens", args.max_tokens, 1),
-        ("--temperature", args.temperature, 0),
-        ("--top-k", args.top_k, 0),
-        ("--seed", args.seed, 0),
+    for field, value, least, most in (
+        ("--max-tokens", args.max_tokens, 1, 10**6),
+        ("--temperature", args.temperature, 0, 100),
+        ("--top-k", args.top_k, 0, 10**9),
+        ("--seed", args.seed, 0, 2**32 - 1),
     ):
-        if not value >= least or value > 2**63 - 1:
-            raise ConfigError(field, value, f"must be at least {least}")
+        if not least <= value <= most:  # NaN too
+            raise ConfigError(field, value, f"must be from {least} to {most}")
     from fomoe.generate import generate
 
     text = generate(

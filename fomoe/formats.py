@@ -137,7 +137,7 @@ def _why_not_routed(config: Config, fmt: Format) -> list[str]:
     width, shared = model.expert_width, model.shared_expert_ffn_dim
     reasons = []
     if router.score != fmt.score:
-        reasons.append(f"its scores are no {router.score} (router.score={fmt.score})")
+        reasons.append(f"its scores are {fmt.score}, not {router.score} (router.score={fmt.score})")
     if router.gate_norm == "none" and not fmt.raw_gates:
         reasons.append("its gates add up to 1 (router.gate_norm=selected)")
     if router.balance != "loss" and fmt.bias is None:

@@ -35,7 +35,7 @@ def generate(
         max_tokens: most new tokens; an end of text may come earlier.
         temperature: 0 takes the likeliest token every time.
         top_k: draw from the k likeliest tokens; 0: from all.
-        seed: of the draws.
+        seed: of the draws, below 2^32.
         say: called with a line that says what is sampled.
 
     Raises:
@@ -54,7 +54,7 @@ def generate(
         if not tokens and tokenizer.eos_token_id is None:
             raise DataError("--prompt is empty, and the tokenizer has no end of text to begin with")
         inputs = torch.tensor([tokens or [tokenizer.eos_token_id]])
-        transformers.set_seed(seed % 2**32)
+        transformers.set_seed(seed)
         chosen = model.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),

@@ -132,7 +132,7 @@ def function_of(config: Config) -> dict[str, Any]:
         "model.num_dense_layers": model.num_layers - len(model.moe_layers),
     }
     dense = [n for n in range(model.num_layers) if n not in model.moe_layers]
-    same |= {f"model.dense_ffn_dim (layer {n})": model.dense_width(n) for n in dense}
+    widths = {f"model.dense_ffn_dim (layer {n})": model.dense_width(n) for n in dense}
     if model.moe_layers:
         same |= {
             "model.num_experts": model.num_experts,
@@ -142,7 +142,7 @@ def function_of(config: Config) -> dict[str, Any]:
             "router.score": router.score,
             "router.gate_norm": "none" if router.gate_norm == "none" else "selected",
         }
-    return same
+    return same | widths
 
 
 # ----------------------------------------------------------------------- from transformers' folder
@@ -266,10 +266,16 @@ def _compare_settings(config: Config, name: str, found: dict[str, Any]) -> None:
         found["moe_layer_end_index"] = found.get("num_hidden_layers", 0) - 1
     if not found.get("use_sliding_window", True):
         found["sliding_window"] = None
-    for key, ours in expected.items():
+    # Dense layers first and their width last: what differs there has other reasons.
+    order = {"model.num_dense_layers": -1, "model.dense_ffn_dim": 1}
+    options = OPTIONS | {
+        "intermediate_size": f"model.{'dense' if FORMATS[name].dense else 'expert'}_ffn_dim"
+    }
+    for key in sorted(expected, key=lambda key: order.get(options.get(key, ""), 0)):
+        ours = expected[key]
         theirs = found.get(key, DEFAULTS.get(key, "missing"))
         if key not in left_out and theirs != ours:
-            option = OPTIONS.get(key)
+            option = options.get(key)
             rule = f"has {key}={theirs}, this config {ours}"
             raise _refused(config, f"{rule} ({option})" if option else rule)
     turned = found["partial_rotary_factor"]
