@@ -129,22 +129,6 @@ def check_part(run_dir: Path, round_idx: int, site: int) -> str:
     return ""
 
 
-def load_part(run_dir: Path, round_idx: int, site: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read one site's part after checking it.
-
-    Returns:
-        Its tensors, on the CPU, and its small values.
-
-    Raises:
-        CheckpointError: if it is missing, torn, altered or not readable.
-    """
-    problem = check_part(run_dir, round_idx, site)
-    if problem:
-        folder = round_folder(run_dir, round_idx)
-        raise CheckpointError(f"checkpoint {folder}, site {site}: {problem}")
-    return read_tensors(run_dir, round_idx, site), read_values(run_dir, round_idx, site)
-
-
 class Part:
     """One site's part, whose tensors are read one at a time.
 

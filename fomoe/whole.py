@@ -182,7 +182,7 @@ def _tensors(plan: RunPlan) -> tuple[dict[str, tuple[int, ...]], dict[str, list[
     """Shapes of the merged model's tensors, and where their rows are."""
     found: dict[str, list[Segment]] = {}
     for bucket in plan.plan.buckets:
-        for segment in bucket.segments:
+        for segment in bucket.segments if bucket.trainers else ():
             name = segment.name if segment.expert_class else segment.parameter
             found.setdefault(name, []).append(segment)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -191,7 +191,7 @@ def _tensors(plan: RunPlan) -> tuple[dict[str, tuple[int, ...]], dict[str, list[
     for spec in parameter_specs(plan.config):
         rows = range(spec.shape[0])
         names = [spec.row_name(e) for e in rows] if spec.kind == "expert" else [spec.name]
-        for name in names:
+        for name in filter(found.__contains__, names):  # what nobody trains is not saved
             shapes[name] = spec.shape[1:] if spec.kind == "expert" else spec.shape
             pieces = sorted(found[name], key=lambda segment: segment.start)
             sources[name] = [(s.holders[0], entry("param", s.name)) for s in pieces]
