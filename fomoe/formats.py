@@ -264,6 +264,14 @@ OPTIONS = {
     "n_shared_experts": "model.shared_expert_ffn_dim",
     "moe_num_shared_experts": "model.shared_expert_ffn_dim",
 }
+# Other names of a key, which some releases write when they save a model.
+ALIASES = {
+    "num_experts": "num_local_experts",
+    "num_local_experts": "num_experts",
+    "moe_num_experts": "num_experts",
+    "n_routed_experts": "num_local_experts",
+    "moe_k": "num_experts_per_tok",
+}
 # What transformers takes where a config.json does not say it, if that is ours; a class default that
 # differs between releases is not here, and the key must then be there.
 DEFAULTS = {

@@ -23,6 +23,7 @@ from fomoe.data.tokenizer import load_tokenizer
 from fomoe.errors import CheckpointError, ConfigError, FomoeError
 from fomoe.export import to_ours
 from fomoe.formats import (
+    ALIASES,
     DEFAULTS,
     FORMATS,
     OPTIONS,
@@ -273,7 +274,8 @@ def _compare_settings(config: Config, name: str, found: dict[str, Any]) -> None:
     }
     for key in sorted(expected, key=lambda key: order.get(options.get(key, ""), 0)):
         ours = expected[key]
-        theirs = found.get(key, DEFAULTS.get(key, "missing"))
+        usual = DEFAULTS.get(key, "missing")
+        theirs = found.get(key, found.get(ALIASES.get(key, key), usual))
         if key not in left_out and theirs != ours:
             option = options.get(key)
             rule = f"has {key}={theirs}, this config {ours}"

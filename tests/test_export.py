@@ -267,11 +267,16 @@ def test_the_format_is_chosen_by_what_the_model_needs() -> None:
 # ---------------------------------------------------------------------------------- starting again
 
 
-@pytest.mark.parametrize("source", ["run", "export"])
+@pytest.mark.parametrize("source", ["run", "export", "saved by transformers"])
 def test_export_and_start_and_export_is_bitwise(run: Path, tmp_path: Path, source: str) -> None:
     """With another placement; an outer learning rate of 0 leaves what the sites started from."""
     export(run, tmp_path / "first")
     start = run if source == "run" else tmp_path / "first"
+    if source == "saved by transformers":
+        transformers = pytest.importorskip("transformers")
+        model = transformers.AutoModelForCausalLM.from_pretrained(start)
+        start = tmp_path / "start"
+        model.save_pretrained(start)
     trained(
         *again(run),
         *UNUSUAL,
