@@ -65,6 +65,7 @@ def export(
         raise ConfigError("--dtype", dtype, f"must be one of {', '.join(DTYPES)}")
     if format_name is not None and format_name not in FORMATS:
         raise ConfigError("--format", format_name, f"must be one of {', '.join(FORMATS)}")
+    out = Path(os.path.abspath(out))  # `.` has no name to put a folder beside
     refuse_in_the_way(out)
     whole = open_whole(run_dir, round_idx, say)
     name = choose_format(whole.config, format_name)

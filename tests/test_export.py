@@ -143,6 +143,17 @@ def test_a_narrow_type_in_several_files(glm: Path, tmp_path: Path, dtype: str) -
     torch.testing.assert_close(logits, our_logits(our_model(glm), tokens_BS), rtol=0, atol=0.1)
 
 
+def test_the_folder_one_stands_in(
+    glm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    assert fomoe("export", glm, "--out", ".").status == 0
+    assert (empty / "model.safetensors").exists()
+    assert list(tmp_path.iterdir()) == [empty]
+
+
 def test_one_holder_each_gives_the_merged_model(glm: Path, tmp_path: Path) -> None:
     """r = 1 of 4 sites: no site holds more than a quarter of the experts that are exported."""
     transformers = pytest.importorskip("transformers")
