@@ -207,7 +207,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _from_transformers(config: Config, folder: Path, tokenizer: str | None) -> Initial:
     found = _read_json(folder / "config.json")
     name = found.get("model_type")
-    if name not in FORMATS:
+    if not isinstance(name, str) or name not in FORMATS:
         raise _refused(config, f"is of model_type {name}; known are {', '.join(FORMATS)}")
     _compare_settings(config, name, found)
     shards = _Shards(folder)
@@ -261,10 +261,12 @@ def _compare_settings(config: Config, name: str, found: dict[str, Any]) -> None:
     found = _with_rope(found) | {
         "num_key_value_heads": found.get("num_key_value_heads") or found.get("num_attention_heads"),
     }
-    if not found.get("head_dim") and found.get("num_attention_heads"):
-        found["head_dim"] = found.get("hidden_size", 0) // found["num_attention_heads"]
+    # What transformers derives; where the numbers it is derived from differ, those are named.
+    model = config.model
+    if not found.get("head_dim"):
+        found["head_dim"] = model.d_model // model.num_heads
     if found.get("moe_layer_end_index") == -1:
-        found["moe_layer_end_index"] = found.get("num_hidden_layers", 0) - 1
+        found["moe_layer_end_index"] = model.num_layers - 1
     if not found.get("use_sliding_window", True):
         found["sliding_window"] = None
     # Dense layers first and their width last: what differs there has other reasons.

@@ -24,7 +24,7 @@ from fomoe.data.tokenizer import ByteTokenizer, load_tokenizer, parse_bpe
 from fomoe.errors import SiteMismatchError
 from fomoe.export import export
 from fomoe.formats import FORMATS, choose_format, why_not
-from fomoe.load import build_config
+from fomoe.load import build_config, load_config
 from fomoe.model.transformer import Transformer
 from fomoe.overrides import parse_override, set_option
 from fomoe.whole import WholeModel, open_whole
@@ -270,6 +270,11 @@ def test_every_reason_names_the_setting_that_would_allow_it(name: str, options: 
     assert not rest
 
 
+def test_every_config_of_the_project_has_a_format() -> None:
+    for path in Path(__file__).parent.parent.glob("configs/*.yaml"):
+        assert choose_format(load_config(path), None) in FORMATS, path
+
+
 def test_the_format_is_chosen_by_what_the_model_needs() -> None:
     for name, options in SETTINGS.items():
         assert choose_format(build_config(tree_of(options)), None) == name
@@ -411,7 +416,7 @@ def test_a_dense_model_is_not_a_start(tmp_path: Path) -> None:
         assert "model.ffn=dense" in outcome.err or "num_dense_layers" in outcome.err
 
 
-@pytest.mark.parametrize("kind", ["empty", "file", "none", "llama", "torn", "lacking", "json"])
+@pytest.mark.parametrize("kind", ["empty", "file", "none", "llama", "torn", "lacking", "json", "odd"])
 def test_a_folder_that_is_no_start(glm: Path, tmp_path: Path, kind: str) -> None:
     start = tmp_path / "start"
     if kind == "empty":
@@ -424,6 +429,10 @@ def test_a_folder_that_is_no_start(glm: Path, tmp_path: Path, kind: str) -> None
         (start / "config.json").write_text('{"model_type": "llama"}')
     elif kind == "torn":
         (start / "model.safetensors").write_bytes(b"\1" * 40)
+    elif kind == "odd":
+        settings = json.loads((start / "config.json").read_bytes())
+        settings |= {"hidden_size": "16", "rope_parameters": [], "num_attention_heads": None}
+        (start / "config.json").write_text(json.dumps(settings))
     elif kind == "json":
         (start / "config.json").write_text("[1")
     elif kind == "lacking":
