@@ -416,7 +416,9 @@ def test_a_dense_model_is_not_a_start(tmp_path: Path) -> None:
         assert "model.ffn=dense" in outcome.err or "num_dense_layers" in outcome.err
 
 
-@pytest.mark.parametrize("kind", ["empty", "file", "none", "llama", "torn", "lacking", "json", "odd"])
+@pytest.mark.parametrize(
+    "kind", ["empty", "file", "none", "llama", "torn", "lacking", "json", "odd"]
+)
 def test_a_folder_that_is_no_start(glm: Path, tmp_path: Path, kind: str) -> None:
     start = tmp_path / "start"
     if kind == "empty":
