@@ -98,7 +98,7 @@ def _load_site(whole: WholeModel, number: int, device: torch.device) -> Site:
 def _figures(loss: float, *, tokens: int, num_bytes: int | None) -> dict[str, float | None]:
     return {
         "loss": loss,
-        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "perplexity": math.exp(min(loss, 700)),  # a number that JSON has
         "bits_per_byte": loss * tokens / math.log(2) / num_bytes if num_bytes else None,
     }
 
