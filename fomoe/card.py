@@ -72,7 +72,7 @@ def active_parameters(whole: WholeModel) -> int:
     model = whole.config.model
     expert = 3 * model.d_model * model.expert_width
     idle = (model.num_experts - model.top_k) * len(model.moe_layers)
-    return whole.plan.plan.numel - idle * expert
+    return whole.plan.segment_plan.numel - idle * expert
 
 
 def recorded_loss(run_dir: Path, round_idx: int) -> float | None:

@@ -72,7 +72,7 @@ def evaluate_run(
     for number in range(whole.config.num_sites):
         site = _load_site(whole, number, where)
         if number == 0:
-            merged = evaluate_stored(site, whole.plan.plan, whole.read, windows)
+            merged = evaluate_stored(site, whole.plan.segment_plan, whole.read, windows)
         local.append(evaluate_local(site, windows).loss)
     return {
         "run_dir": str(run_dir),

@@ -126,7 +126,7 @@ def open_round(run_dir: Path, round_idx: int, *, check: bool = True) -> WholeMod
         if not has_manifest(run_dir, round_idx, site):
             Part(run_dir, round_idx, site)  # says what is missing
     plan = plan_run(config)
-    shared = [bucket for bucket in plan.plan.buckets if bucket.crosses]
+    shared = [bucket for bucket in plan.segment_plan.buckets if bucket.crosses]
     hashes: dict[int, bytes] = {}
     parts = []
     for site in range(config.num_sites):
@@ -160,7 +160,7 @@ def _reader(part: Part) -> Callable[[Segment], Tensor]:
 
 def _layout(plan: RunPlan, site: int) -> Layout:
     """Parameters, and the selection biases that are the same at all sites, of one site's part."""
-    held = [segment for segment in plan.plan.segments_at(site) if segment.trainers]
+    held = [segment for segment in plan.segment_plan.segments_at(site) if segment.trainers]
     layout: Layout = {entry("param", s.name): (s.shape, torch.float32) for s in held}
     for layer in biased_layers(plan.config):
         shape = (plan.config.model.num_experts,)
@@ -181,9 +181,9 @@ def bias_name(layer: int) -> str:
 def _tensors(plan: RunPlan) -> tuple[dict[str, tuple[int, ...]], dict[str, list[tuple[int, str]]]]:
     """Shapes of the merged model's tensors, and where their rows are."""
     found: dict[str, list[Segment]] = {}
-    for bucket in plan.plan.buckets:
+    for bucket in plan.segment_plan.buckets:
         for segment in bucket.segments if bucket.trainers else ():
-            name = segment.name if segment.expert_class else segment.parameter
+            name = segment.name if segment.is_expert else segment.parameter
             found.setdefault(name, []).append(segment)
     shapes: dict[str, tuple[int, ...]] = {}
     sources: dict[str, list[tuple[int, str]]] = {}

@@ -315,7 +315,7 @@ def test_a_site_reads_its_own_experts_only(glm: Path, tmp_path: Path) -> None:
     site = make_run(config).sites[1]
     site.start_from(lambda name: read.append(name) or initial.read(name), initial.biases)
     experts = {name for name in read if "experts." in name}
-    assert experts == {s.name for s in site.segments if s.expert_class}
+    assert experts == {s.name for s in site.segments if s.is_expert}
     assert 0 < len(experts) < 16
 
 
@@ -569,7 +569,7 @@ def test_what_eval_refuses(glm: Path, tmp_path: Path) -> None:
         ("--text", tmp_path): "is a folder",
         ("--text", tmp_path / "empty.txt"): "holds no text",
         ("--round", 7): "no checkpoint of round 7",
-        ("--device", "tpu"): "is no device",
+        ("--device", "tpu"): "is not a device",
     }.items():
         outcome = fomoe("eval", glm, *line)
         assert outcome.status in (1, 2)
