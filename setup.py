@@ -55,8 +55,10 @@ setup(
     extras_require={
         # Hub data sets by name (brings pyarrow).
         "hub": HUB,
-        # Tokenizers given as a transformers name or folder.
+        # `fomoe generate`, and tokenizers given as a transformers name or folder.
         "transformers": TRANSFORMERS,
+        # Downstream tasks on an exported model (docs/export.md).
+        "eval": ["lm-eval[hf]>=0.4.9,<1"],
         # Figures: fomoe report, fomoe project --plot.
         "plot": PLOT,
         # Records beside metrics.jsonl: run.wandb, run.tensorboard.

@@ -19,6 +19,7 @@ _OFFERED = {
     "plan": "fomoe.planning:plan_run",
     "train": "fomoe.training:train",
     "merge": "fomoe.merging:merge",
+    "export": "fomoe.exporting:export",
     "project": "fomoe_sim.project:project",
     "Ask": "fomoe_sim.options:Ask",
 }

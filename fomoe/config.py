@@ -313,6 +313,9 @@ class Config(Options):
     """[rounds] Rounds of local steps and a sync."""
     seed: Seed = 0
     """Of the initial weights, the split of the text and the order of the batches."""
+    init_from: Text | None = None
+    """Folder of a run or of an exported model whose parameters the sites start from; null: random
+    ones. Shapes and function must be equal, the placement need not."""
     model: ModelConfig = ModelConfig()
     """Shapes of the network."""
     placement: PlacementConfig = CyclicPlacement()
