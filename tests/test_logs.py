@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -222,13 +223,20 @@ def test_tensorboard_shows_what_wandb_gets(tiny: Path, tmp_path: Path, wandb: Re
         assert shown == sent
 
 
+def next_second() -> None:
+    """TensorBoard reads files in the order of their names, which carry whole seconds."""
+    time.sleep(1.05 - time.time() % 1)
+
+
 def test_steps_that_run_again_are_shown_once(tiny: Path, tmp_path: Path) -> None:
     """TensorBoard hides what a crash made void, and what another run left in the folder."""
     pytest.importorskip("tensorboard")
     trained(tiny, "run.tensorboard=true")
+    next_second()
     trained(tiny, "run.tensorboard=true", "--resume-round", "1", "rounds=3")
     shown = scalars(tmp_path / "run" / "tensorboard" / "site-0")
     assert list(shown["step/loss"]) == [1, 2, 3, 4, 5, 6]
+    next_second()
     trained(tiny, "run.tensorboard=true", "--overwrite", "rounds=1", "seed=5")
     shown = scalars(tmp_path / "run" / "tensorboard" / "site-0")
     assert list(shown["step/loss"]) == [1, 2]
