@@ -216,6 +216,9 @@ class SyncConfig(Options):
     its tokens, or equal always (uniform)."""
     router_rows: Literal["all", "holders"] = "all"
     """Sites whose updates count for an expert's row of the router: all, or its holders."""
+    codec: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
+    """What pseudo-gradients and their means are sent as. int8, int4: blocks of 128 with a bf16
+    scale. What a codec leaves out of one sync is added to the next (error feedback)."""
     single_holder: Literal["outer", "local"] = "outer"
     """A segment with one holder takes the outer step, or stays as trained (local)."""
     timeout_s: Annotated[float, Field(ge=1, le=1_000_000, allow_inf_nan=False)] = 600.0

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from fomoe.codecs import CODECS
 from fomoe.config import Config
 from fomoe.kinds import CopiesPlacement, CyclicPlacement
 from fomoe.segments import Bucket, Plan
@@ -94,3 +95,18 @@ def exchanged(
     copies = {copy.index for family in families for copy in family.copies}
     kept = tuple(b for b in buckets if coupling < 1 or b.index not in copies)
     return kept + (families if coupling > 0 else ())
+
+
+def encoded_buckets(
+    config: Config, buckets: tuple[Bucket, ...], families: tuple[Bucket, ...]
+) -> tuple[Bucket, ...]:
+    """Those that some sync of the run encodes: they cross links, and the codec loses something."""
+    if not CODECS[config.sync.codec].lossy:
+        return ()
+    found = {
+        bucket.index: bucket
+        for share in rounds_by_coupling(config)
+        for bucket in exchanged(buckets, families, share)
+        if bucket.crosses
+    }
+    return tuple(found[index] for index in sorted(found))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from fomoe.config import Config
+from fomoe.copies import encoded_buckets
 from fomoe.segments import Bucket, Plan, takes_outer_step, trains
 
 FLOAT32 = 4
@@ -29,17 +30,23 @@ class SiteMemory:
     inner_optimizer: int
     anchor: int
     outer_optimizer: int
+    residuals: int
 
     @property
     def total(self) -> int:
         return sum(asdict(self).values())
 
 
-def site_memory(config: Config, plan: Plan, site: int) -> SiteMemory:
+def site_memory(
+    config: Config, plan: Plan, site: int, families: tuple[Bucket, ...] = ()
+) -> SiteMemory:
     """State bytes of one site: only of the segments that it holds.
 
     Gradients and inner optimizer state exist for what the site trains, anchor and outer state for
-    what the outer optimizer steps.
+    what the outer optimizer steps, residuals for what a codec encodes.
+
+    Args:
+        families: the plan's buckets of experts' copies (`fomoe.copies`).
     """
     held = [bucket for bucket in plan.buckets if site in bucket.holders]
     numel = sum(bucket.numel for bucket in held)
@@ -52,6 +59,12 @@ def site_memory(config: Config, plan: Plan, site: int) -> SiteMemory:
         inner_optimizer=_inner_bytes(config, trained, tensors),
         anchor=FLOAT32 * sum(bucket.numel for bucket in stepped),
         outer_optimizer=_outer_bytes(config, stepped),
+        residuals=FLOAT32
+        * sum(
+            bucket.numel
+            for bucket in encoded_buckets(config, plan.buckets, families)
+            if site in bucket.holders
+        ),
     )
 
 

@@ -32,7 +32,7 @@ def method_settings(config: Config) -> dict[str, Any]:
         "fomoe": {},
         "diloco": everywhere,
         "photon": {**everywhere, **plain_mean},
-        "ddp": {**everywhere, "sync.average": "gradients"},
+        "ddp": {**everywhere, "sync.average": "gradients", "sync.codec": "fp32"},
         "spes": {"placement.store": "all", "router.route_scope": "all", **plain_mean},
         "resident-routing": {"router.route_scope": "resident"},
         "dense": {**everywhere, "model.ffn": "dense"},

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fomoe.codecs import CODECS
 from fomoe.config import Config
 from fomoe.copies import build_families, coupling, exchanged, rounds_by_coupling
 from fomoe.memory import SiteMemory, site_memory
@@ -103,17 +104,19 @@ def plan_run(config: Config) -> RunPlan:
         segment_plan=plan,
         families=families,
         phases=_phases(config, plan, families),
-        memory=tuple(site_memory(config, plan, site) for site in sites),
+        memory=tuple(site_memory(config, plan, site, families) for site in sites),
         syncs_per_round=config.local_steps if config.sync.average == "gradients" else 1,
     )
 
 
 def _phases(config: Config, plan: Plan, families: tuple[Bucket, ...]) -> tuple[Phase, ...]:
     """In their order; a phase without rounds is among them, for a run that is continued."""
-    phases = []
+    phases, codec = [], CODECS[config.sync.codec]
     for share, rounds in rounds_by_coupling(config).items():
         buckets = exchanged(plan.buckets, families, share)
-        traffic = tuple(buckets_traffic(buckets, site) for site in range(config.num_sites))
+        traffic = tuple(
+            buckets_traffic(buckets, site, codec=codec) for site in range(config.num_sites)
+        )
         phases.append(Phase(coupling=share, rounds=rounds, traffic=traffic))
     return tuple(phases)
 

@@ -18,7 +18,7 @@ from fomoe.config import Config
 from fomoe.errors import say_line
 from fomoe.planning import RunPlan, memory_by_kind, planned_summary
 from fomoe.records import site_speed
-from fomoe.segments import full_payload, wire_elements
+from fomoe.segments import full_payload, holder_bytes
 
 _NARROWEST, _USUAL, _WIDE = 40, 80, 160  # columns
 _PLAIN_EVERY_S = 15.0  # longest silence where there is no terminal
@@ -162,7 +162,7 @@ def _traffic_table(run: RunPlan) -> Table:
     )
     whole = (
         full_payload(numel, config.num_sites),
-        4 * sum(wire_elements(numel, config.num_sites, site) for site in sites) / len(sites),
+        sum(holder_bytes(numel, config.num_sites, site)[1] for site in sites) / len(sites),
     )
     rows = {
         f"this run ({config.method})": own,

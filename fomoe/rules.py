@@ -41,6 +41,9 @@ def check_config(config: Config) -> None:
     if config.sync.average == "gradients" and not placement.full:
         rule = "needs every expert on every site (replication_factor = num_sites)"
         raise ConfigError("sync.average", "gradients", rule)
+    if config.sync.average == "gradients" and config.sync.codec != "fp32":
+        rule = "must be fp32 with sync.average gradients, whose errors no later sync would repair"
+        raise ConfigError("sync.codec", config.sync.codec, rule)
     if config.sync.average == "gradients" and config.run.park == "always":
         raise ConfigError("run.park", "always", "has no waiting sites where gradients are averaged")
 

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Any
 
+from fomoe.codecs import FP32, Codec
 from fomoe.config import Config
 from fomoe.kinds import Sites
 from fomoe.placement import Placement
@@ -285,22 +287,27 @@ def chunk_bounds(numel: int, num_parts: int) -> list[int]:
     return bounds
 
 
-def wire_elements(numel: int, num_holders: int, position: int) -> int:
-    """Elements that one holder sends to average `numel` elements over all holders.
+def holder_bytes(
+    numel: Any, num_holders: int, position: Any, codec: Codec = FP32
+) -> tuple[Any, Any]:
+    """Payload and wire bytes of one holder that averages `numel` elements over all holders.
 
-    Every holder sends each peer that peer's chunk, sums its own chunk, and sends the sum to every
-    peer: 2 (n - 1) / n of the vector, as a ring does (within one element per peer).
+    Every holder sends each peer that peer's chunk, averages its own chunk, and sends the mean to
+    every peer: 2 (n - 1) / n of the vector, as a ring does (within one element per peer).
+
+    Args:
+        numel, position: of the bucket, and of the site among its holders; integers or arrays.
     """
-    if num_holders == 1:
-        return 0
-    bounds = chunk_bounds(numel, num_holders)
-    own = bounds[position + 1] - bounds[position]
-    return (numel - own) + own * (num_holders - 1)
+    size, rest = numel // num_holders, numel % num_holders
+    larger, smaller = codec.num_bytes(size + 1), codec.num_bytes(size)
+    payload = rest * larger + (num_holders - rest) * smaller
+    own = codec.num_bytes(size + (position < rest))
+    return payload + 0 * own, payload - own + own * (num_holders - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """Bytes of one sync at one site, by class; payload is reduced, wire is sent."""
+    """Bytes of one sync at one site, by class, as encoded; payload is reduced, wire is sent."""
 
     payload_shared: int
     payload_expert: int
@@ -316,12 +323,12 @@ class Traffic:
         return self.wire_shared + self.wire_expert
 
 
-def sync_traffic(plan: Plan, site: int, *, element_bytes: int = 4) -> Traffic:
+def sync_traffic(plan: Plan, site: int, *, codec: Codec = FP32) -> Traffic:
     """Planned bytes of one sync of all buckets at one site."""
-    return buckets_traffic(plan.buckets, site, element_bytes=element_bytes)
+    return buckets_traffic(plan.buckets, site, codec=codec)
 
 
-def buckets_traffic(buckets: Iterable[Bucket], site: int, *, element_bytes: int = 4) -> Traffic:
+def buckets_traffic(buckets: Iterable[Bucket], site: int, *, codec: Codec = FP32) -> Traffic:
     """Planned bytes of reducing some buckets; one that no peer needs costs nothing."""
     counts = {"payload_shared": 0, "payload_expert": 0, "wire_shared": 0, "wire_expert": 0}
     for bucket in buckets:
@@ -329,12 +336,12 @@ def buckets_traffic(buckets: Iterable[Bucket], site: int, *, element_bytes: int 
             continue
         name = "expert" if bucket.is_expert else "shared"
         position = bucket.holders.index(site)
-        elements = wire_elements(bucket.numel, len(bucket.holders), position)
-        counts[f"payload_{name}"] += element_bytes * bucket.numel
-        counts[f"wire_{name}"] += element_bytes * elements
+        payload, wire = holder_bytes(bucket.numel, len(bucket.holders), position, codec)
+        counts[f"payload_{name}"] += payload
+        counts[f"wire_{name}"] += wire
     return Traffic(**counts)
 
 
-def full_payload(numel: int, num_sites: int, *, element_bytes: int = 4) -> int:
-    """Payload of averaging a whole model once: a DiLoCo round or one DDP step; 0 for one site."""
-    return element_bytes * numel if num_sites > 1 else 0
+def full_payload(numel: int, num_sites: int) -> int:
+    """Payload of averaging a whole fp32 model once, as DiLoCo and DDP do; 0 for one site."""
+    return FP32.num_bytes(numel) if num_sites > 1 else 0

@@ -22,12 +22,13 @@ _KINDS = {
     "text": "counts of n-grams are",
     "anchor": "anchors are",
     "outer": "outer optimizer state is",
+    "residual": "residuals of the codec are",
 }
 
 
 def entry(kind: str, *names: object) -> str:
     """Name of a state tensor: `param/<segment>`, `inner/<key>/<segment>`, `anchor/<segment>`,
-    `outer/<key>/<segment>`, `router/<bias>/<layer>`, `text/counts`."""
+    `outer/<key>/<segment>`, `residual/<bucket>`, `router/<bias>/<layer>`, `text/counts`."""
     return "/".join([kind, *map(str, names)])
 
 

@@ -20,7 +20,7 @@ from fomoe_sim.sites import (
     whole_bytes,
 )
 from fomoe_sim.traffic import Floats
-from fomoe_sim.trainer import can_train, read_data
+from fomoe_sim.trainer import can_train, codec_of, read_data
 from fomoe_sim.units import central
 
 REFERENCE_BYTES = 4  # DDP and DiLoCo in the ratios send fp32, as the trainer does
@@ -132,7 +132,10 @@ def _needs(one: Grid, found: Answered) -> list[str]:
     rest = can_train(*(name for name, used in always.items() if used))
     rest += [f"recomputation ({name})" for name in sorted(kinds - set(OWN_RECOMPUTE.values()))]
     rest += [] if question.method.trained_as else [f"method {question.method.name}"]
-    used = np.stack([one.bits != 32, one.fragments > 1, one.overlap_steps > 0], axis=1)
+    every = question.method.every_step  # gradients cross in fp32
+    trained = [32.0] if every else [b for b in np.unique(one.bits).tolist() if codec_of(b)]
+    low = ~np.isin(one.bits, trained)
+    used = np.stack([low, one.fragments > 1, one.overlap_steps > 0], axis=1)
     words: dict[tuple[bool, ...], str] = {}
     for row in map(tuple, np.unique(used, axis=0).tolist()):
         names = [n for n, here in zip(("bits", "fragments", "overlap"), row, strict=True) if here]

@@ -37,11 +37,11 @@ from fomoe_sim.sites import Answered, Grid, grid, over_capacity
 from fomoe_sim.step import Inside
 from fomoe_sim.traffic import cyclic_holdings
 from fomoe_sim.trainconfig import config_tree, cyclic_factor, write_config
-from fomoe_sim.trainer import ConfigError, capacity_slots
+from fomoe_sim.trainer import CODECS, ConfigError, capacity_slots
 from fomoe_sim.units import flag_of, percent, scaled
 
 LOCAL_STEPS = (8, 16, 32, 64, 100, 128, 256, 512)
-BITS = (32.0, 8.0, 4.0)
+BITS = tuple(CODECS[name].mean_bits for name in ("fp32", "int8", "int4"))
 LAYERS_PER_FRAGMENT = 3
 
 
@@ -233,7 +233,7 @@ def _settings(ask: Ask, question: Question, *, trainable: bool) -> Grid:
     """One placement under every H, bits, fragments and overlap."""
     every = question.method.every_step
     steps = (ask.local_steps,) if ask.local_steps else LOCAL_STEPS[: 1 if every else None]
-    bits = (ask.bits,) if ask.bits else ((32.0,) if trainable else BITS)
+    bits = (ask.bits,) if ask.bits else BITS[: 1 if every and trainable else None]
     size = -(-question.shape.num_layers // LAYERS_PER_FRAGMENT)
     parts = (1,) if trainable or every else (1, size)
     if question.method.layers_per_fragment:

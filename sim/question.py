@@ -18,6 +18,9 @@ from fomoe_sim.shape import ModelShape, model_preset, shape_from_config
 from fomoe_sim.step import Inside
 from fomoe_sim.traffic import Holdings, cyclic_holdings, table_holdings
 from fomoe_sim.trainer import (
+    CODECS,
+    FP32,
+    Codec,
     Config,
     ConfigError,
     SiteMemory,
@@ -46,6 +49,7 @@ class Question:
         method, label: whose row of `METHODS`, and how the user named it.
         holdings, replication: who holds which experts, and the mean number of holders.
         batch_tokens: of one step over all sites; split: by the sites' speed, or equal.
+        codec: the config's own, whose bytes are counted exactly; fp32 where bits are said.
         inside: how a site computes.
         counted: per site, what the trainer counts for a config; None for presets.
         router: options that decide what a site executes.
@@ -66,6 +70,7 @@ class Question:
     tokens: float
     batch_tokens: float
     split: str = "speed"
+    codec: Codec = FP32
     inside: Inside
     counted: tuple[SiteMemory, ...] | None = None
     router: tuple[tuple[str, Any], ...] = ()
@@ -116,7 +121,7 @@ def build(ask: Ask, method: str, *, other_link: bool = False) -> Question:
         holdings=holdings,
         replication=replication,
         local_steps=steps,
-        **_sync(ask, row, shape),
+        **_sync(ask, row, shape, config),
         batch_tokens=ask.batch_tokens or batch,
         tokens=ask.tokens or tokens,
         split=ask.split or ("equal" if config else "speed"),
@@ -162,6 +167,7 @@ def baseline(question: Question) -> Question:
         holdings=cyclic_holdings(question.shape, count, count),
         replication=float(count),
         bits=32.0,
+        codec=FP32,
         fragments=1,
         overlap_steps=0,
         counted=None,
@@ -278,15 +284,18 @@ def check_replication(replication: int | None, num_sites: int) -> None:
         raise ConfigError("--replication", replication, rule)
 
 
-def _sync(ask: Ask, row: Method, shape: ModelShape) -> dict[str, Any]:
-    """Bits, fragments and overlap; the method's own where nothing is said."""
-    bits = float(ask.bits or row.bits)
+def _sync(ask: Ask, row: Method, shape: ModelShape, config: Config | None) -> dict[str, Any]:
+    """Bits, fragments and overlap; the config's or the method's own where nothing is said."""
+    codec = FP32
+    if config is not None and ask.bits is None and row.trained_as:
+        codec = CODECS[config.sync.codec]
+    sent = {"codec": codec, "bits": float(ask.bits or min(codec.mean_bits, row.bits))}
     if row.every_step:
-        return {"bits": bits, "fragments": 1, "overlap_steps": 0}
+        return {**sent, "fragments": 1, "overlap_steps": 0}
     check_fragments(ask.fragments, shape)
     own = -(-shape.num_layers // row.layers_per_fragment) if row.layers_per_fragment else 1
     overlap = row.overlap_steps if ask.overlap_steps is None else ask.overlap_steps
-    return {"bits": bits, "fragments": ask.fragments or own, "overlap_steps": overlap}
+    return {**sent, "fragments": ask.fragments or own, "overlap_steps": overlap}
 
 
 def check_fragments(fragments: int | None, shape: ModelShape) -> None:

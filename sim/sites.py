@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -14,6 +14,7 @@ from fomoe_sim.question import Question
 from fomoe_sim.shape import token_work
 from fomoe_sim.step import SiteWork
 from fomoe_sim.traffic import Floats, Traffic, method_traffic
+from fomoe_sim.trainer import FP32
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,6 +38,8 @@ def grid(question: Question, **axes: Any) -> Grid:
     size = max((np.size(values) for values in axes.values()), default=1)
     names = ("local_steps", "bits", "fragments", "overlap_steps")
     base = {name: getattr(question, name) for name in names} | {"bandwidth": np.nan}
+    if "bits" in axes:
+        question = replace(question, codec=FP32)
     found = {
         name: np.broadcast_to(np.asarray(value, float), (size,)).copy()
         for name, value in (base | axes).items()
@@ -81,7 +84,9 @@ def answer(question: Question) -> Answered:
         ConfigError: if a site's step is too small for its accelerators.
     """
     router = dict(question.router)
-    traffic = method_traffic(question.shape, question.method, question.holdings, **router)
+    traffic = method_traffic(
+        question.shape, question.method, question.holdings, codec=question.codec, **router
+    )
     cluster, mfu = question.cluster, question.ask.mfu
     tokens = np.full(cluster.num_sites, question.batch_tokens / cluster.num_sites)
     token = token_work(question.shape, question.inside.seq_len)
@@ -184,13 +189,14 @@ def host_parts(found: Answered, index: int, bits: Floats, fragments: Floats) -> 
     if several and question.ask.outer_on != "accelerator":
         synced = memory.FLOAT32 * float(traffic.shared[index] + traffic.experts[index])
         anchor = memory.FLOAT32 * held
-        momentum = anchor * question.method.outer_vectors
+        momentum, left_out = anchor * question.method.outer_vectors, synced
         if states:
             anchor, momentum = states.anchor, states.outer_optimizer
+            left_out = states.residuals or synced
         parts = {
             "anchor": anchor + 0 * bits,
             "outer momentum": momentum + 0 * bits,
-            "error feedback": np.where(bits < 16, synced, 0.0),
+            "error feedback": np.where(bits < 32, left_out, 0.0),
             # The reduction works on a copy, so that a failed sync leaves the model as it was.
             "fragment buffer": synced / fragments,
             "codec buffers": np.where(bits < 32, 2 * bits / 32 * synced / fragments, 0.0),

@@ -2,8 +2,9 @@
 
 Payload is what is reduced (a bucket with one holder costs nothing), sent and received are what a
 site's link carries for a ring. The trainer counts with its segments; the closed forms here are that
-same arithmetic over arrays of buckets, and a test holds the two equal to the byte. Elements are
-exact integers; bytes are elements x bits / 8.
+same arithmetic over arrays of buckets, and a test holds the two equal to the byte. Bytes are
+elements x bits / 8. Where the trainer's codec is asked about, elements are its bytes over its mean
+bits: what the padding and the scales of short blocks add is among them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from fomoe_sim.methods import Method
 from fomoe_sim.shape import ModelShape
-from fomoe_sim.trainer import Placement
+from fomoe_sim.trainer import FP32, Codec, Placement, holder_bytes
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -48,11 +49,6 @@ class Holdings:
         for members, numel in self.groups:
             np.add.at(held, members, numel[:, None])
         return held
-
-    @cached_property
-    def synced(self) -> Ints:
-        """Routed-expert elements that each site reduces with another one, [K]."""
-        return spread(self.groups, self.num_sites)
 
 
 @lru_cache(maxsize=4096)
@@ -103,7 +99,13 @@ def table_holdings(shape: ModelShape, placement: Placement) -> Holdings:
     )
 
 
-def spread(groups: tuple[tuple[Ints, Ints], ...], num_sites: int, *, wire: bool = False) -> Ints:
+def spread(
+    groups: tuple[tuple[Ints, Ints], ...],
+    num_sites: int,
+    *,
+    wire: bool = False,
+    codec: Codec = FP32,
+) -> Floats:
     """Elements per site of one sync: reduced, or (`wire`) sent, which are as many received.
 
     What is sent is what the trainer's segments count: 2 (n - 1) / n of a bucket of n holders.
@@ -112,17 +114,10 @@ def spread(groups: tuple[tuple[Ints, Ints], ...], num_sites: int, *, wire: bool 
     for members, numel in groups:
         num_holders = members.shape[1]
         if num_holders > 1:
-            np.add.at(total, members, _elements(numel[:, None], num_holders, wire))
-    return total
-
-
-def _elements(numel: Ints, num_holders: int, wire: bool) -> Ints:
-    """Elements at each position, [B, n]."""
-    position = np.arange(num_holders)[None, :]
-    if not wire:
-        return numel + 0 * position
-    own = numel // num_holders + (position < numel % num_holders)
-    return (numel - own) + own * (num_holders - 1)
+            positions = np.arange(num_holders)[None, :]
+            counted = holder_bytes(numel[:, None], num_holders, positions, codec)
+            np.add.at(total, members, counted[wire])
+    return total * 8 / codec.mean_bits
 
 
 def _everyone(num_sites: int, numel: int) -> tuple[Ints, Ints]:
@@ -163,11 +158,13 @@ def method_traffic(
     at_least_one: bool = True,
     route_scope: str = "all",
     execute_target: float | None = None,
+    codec: Codec = FP32,
 ) -> Traffic:
     """Elements of one exchange of a method at every site.
 
     Args:
         holdings: of the placement; methods that place nothing ignore it.
+        codec: of what crosses between holders.
         at_least_one, route_scope, execute_target: the router's options, which decide what a site
             that skips executes.
     """
@@ -181,9 +178,9 @@ def method_traffic(
         stored = full
     mine = holdings if method.placed else stored
     everyone = _everyone(num_sites, shape.shared_total)
-    shared = spread((everyone,), num_sites).astype(np.float64)
-    experts = stored.synced.astype(np.float64)
-    sent = _wire(shape.shared_total, stored).astype(np.float64)
+    shared = spread((everyone,), num_sites, codec=codec)
+    experts = spread(stored.groups, num_sites, codec=codec)
+    sent = _wire(shape.shared_total, stored, codec)
     received, hops, token_bytes = sent, 2 * (num_sites - 1), 0.0
     held = shape.shared_total + stored.elements
     own = mine.elements if mine.trained is None else mine.trained
@@ -222,10 +219,10 @@ def method_traffic(
 
 
 @lru_cache(maxsize=1024)
-def _wire(shared_numel: int, stored: Holdings) -> Ints:
+def _wire(shared_numel: int, stored: Holdings, codec: Codec) -> Floats:
     """Elements that each site sends in one sync of everything, [K]."""
     groups = (_everyone(stored.num_sites, shared_numel), *stored.groups)
-    return spread(groups, stored.num_sites, wire=True)
+    return spread(groups, stored.num_sites, wire=True, codec=codec)
 
 
 @lru_cache(maxsize=1024)

@@ -12,7 +12,7 @@ import yaml
 from fomoe_sim.question import OWN_RECOMPUTE, Question
 from fomoe_sim.sites import Answered
 from fomoe_sim.traffic import cyclic_holdings
-from fomoe_sim.trainer import ConfigError, build_config
+from fomoe_sim.trainer import ConfigError, build_config, codec_of
 
 RECOMPUTE = {ours: name for name, ours in OWN_RECOMPUTE.items()}
 
@@ -55,6 +55,8 @@ def config_tree(question: Question, known: Answered) -> dict[str, Any]:
         # Without routed experts the trainer's dense FFN has the active width.
         tree["model"] |= {"ffn": "dense", "num_experts": 1, "top_k": 1}
         tree["model"]["expert_ffn_dim"] = shape.dense_ffn
+    if codec := codec_of(question.bits):
+        tree["sync"] = {"codec": codec}
     if question.method.placed:
         tree["placement"] = _placement(question)
     return tree

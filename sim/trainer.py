@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from fomoe.codecs import CODECS, FP32, Codec
 from fomoe.config import METHODS as CONFIG_METHODS
 from fomoe.config import Config
 from fomoe.copies import site_config
@@ -25,11 +26,15 @@ from fomoe.memory import SiteMemory
 from fomoe.options import option_names
 from fomoe.placement import Placement, build_placement
 from fomoe.planning import plan_run
+from fomoe.segments import holder_bytes
 from fomoe.yamlfile import read_yaml
 
 __all__ = [
+    "CODECS",
     "CONFIG_METHODS",
+    "FP32",
     "SUFFIXES",
+    "Codec",
     "Config",
     "ConfigError",
     "Drawing",
@@ -39,7 +44,9 @@ __all__ = [
     "build_placement",
     "can_train",
     "capacity_slots",
+    "codec_of",
     "hint",
+    "holder_bytes",
     "load",
     "need_matplotlib",
     "plan_run",
@@ -94,7 +101,7 @@ def slots_placement(
 
 # What a plan may need of the trainer, and the option that has it where there is one.
 _ABILITIES = {
-    "bits": ("low-bit sync", "sync.bits"),
+    "bits": ("sync at these bits", ""),
     "fragments": ("fragments", "sync.fragments"),
     "overlap": ("overlap", "sync.overlap_steps"),
     "unequal_batches": ("a batch by each site's speed", ""),
@@ -113,3 +120,8 @@ def _options() -> frozenset[str]:
 def can_train(*needs: str) -> list[str]:
     """Of the abilities named, those that `fomoe train` lacks, in words."""
     return [_ABILITIES[need][0] for need in needs if _ABILITIES[need][1] not in _options()]
+
+
+def codec_of(bits: float) -> str | None:
+    """The value of `sync.codec` that sends so many bits per element, with its scales or without."""
+    return next((n for n, codec in CODECS.items() if bits in (codec.bits, codec.mean_bits)), None)

@@ -10,6 +10,7 @@ import torch
 from conftest import LAYOUTS, all_good, make_run, make_site, one_round, over_gloo, tiny_config
 from torch import Tensor
 
+from fomoe.codecs import CODECS
 from fomoe.kinds import cyclic
 from fomoe.memory import SiteMemory, site_memory
 from fomoe.model.transformer import Transformer
@@ -20,10 +21,10 @@ from fomoe.segments import (
     build_plan,
     chunk_bounds,
     full_payload,
+    holder_bytes,
     placement_rule,
     sync_traffic,
     takes_outer_step,
-    wire_elements,
 )
 from fomoe.shapes import ParameterSpec, parameter_specs
 
@@ -138,16 +139,18 @@ def messages_sent(numel: int, num_holders: int) -> list[int]:
 @pytest.mark.parametrize("num_holders", [1, 2, 3, 4, 7])
 def test_wire_elements_count_every_message_and_sum_to_the_ring_formula(num_holders):
     for numel in [0, 1, 2, 3, 5, 6, 7, 8, 100, 101]:
-        planned = [wire_elements(numel, num_holders, p) for p in range(num_holders)]
+        counted = [holder_bytes(numel, num_holders, p) for p in range(num_holders)]
+        assert all(payload == 4 * numel for payload, _ in counted)
+        planned = [wire // 4 for _, wire in counted]
         assert planned == messages_sent(numel, num_holders)
         assert sum(planned) == 2 * (num_holders - 1) * numel
         ring = Fraction(2 * (num_holders - 1) * numel, num_holders)
         assert all(abs(elements - ring) <= num_holders for elements in planned)
 
 
-@pytest.mark.parametrize("element_bytes", [1, 2, 4])
+@pytest.mark.parametrize(("codec", "element_bytes"), [("bf16", 2), ("fp32", 4)])
 @pytest.mark.parametrize("r", [1, 2, 3, 4])
-def test_payload_is_shared_plus_the_replicated_share_of_the_experts(r, element_bytes):
+def test_payload_is_shared_plus_the_replicated_share_of_the_experts(r, codec, element_bytes):
     """b (N_s + N_e r / K); with one holder, only the shared part."""
     config = tiny_config(placement__replication_factor=r)
     specs = parameter_specs(config)
@@ -155,11 +158,11 @@ def test_payload_is_shared_plus_the_replicated_share_of_the_experts(r, element_b
     shared = sum(spec.numel for spec in specs) - experts
     plan = plan_run(config).segment_plan
     for site in range(4):
-        traffic = sync_traffic(plan, site, element_bytes=element_bytes)
+        traffic = sync_traffic(plan, site, codec=CODECS[codec])
         assert traffic.payload_shared == element_bytes * shared
         assert traffic.payload_expert == (element_bytes * experts * r // 4 if r > 1 else 0)
         assert traffic.payload == traffic.payload_shared + traffic.payload_expert
-    wire = sum(sync_traffic(plan, s, element_bytes=element_bytes).wire for s in range(4))
+    wire = sum(sync_traffic(plan, s, codec=CODECS[codec]).wire for s in range(4))
     held = 0 if r == 1 else experts
     assert wire == element_bytes * (2 * 3 * shared + 2 * (r - 1) * held)
 
@@ -238,6 +241,7 @@ def counted_memory(run, site: int) -> SiteMemory:
         if run.sync.anchors.values
         else 0,
         outer_optimizer=nbytes(v for s in outer.state.values() for v in s.values()),
+        residuals=nbytes(run.sync.coder.state_of(site).values()),
     )
 
 
@@ -260,6 +264,9 @@ MEMORY_CASES = {
         }.items()
     },
     "photon": {"method": "photon"},
+    "int8": {"sync.codec": "int8"},
+    "int4, frozen copies": {"sync.codec": "int4", "method": "spes"},
+    "bf16, copies": {**LAYOUTS["copies, apart"], "sync.codec": "bf16"},
 }
 
 

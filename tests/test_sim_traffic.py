@@ -7,7 +7,7 @@ import pytest
 
 from fomoe.load import build_config
 from fomoe.planning import plan_run
-from fomoe.segments import sync_traffic, wire_elements
+from fomoe.segments import holder_bytes, sync_traffic
 from fomoe_sim.methods import METHODS
 from fomoe_sim.shape import model_preset, shape_from_config
 from fomoe_sim.traffic import cyclic_holdings, executed_share, method_traffic, table_holdings
@@ -151,11 +151,11 @@ def test_a_ring_sends_the_vector_2n_minus_2_times(num_sites):
     assert traffic.hops == 2 * (num_sites - 1)
 
 
-def test_ring_equals_the_trainers_wire_elements():
+def test_ring_equals_the_trainers_wire_bytes():
     shape, traffic = proxy("diloco", num_sites=3, replication=1)
-    full = [wire_elements(shape.shared_total, 3, i) for i in range(3)]
-    experts = [wire_elements(shape.expert_total, 3, i) for i in range(3)]
-    assert traffic.sent.tolist() == [a + b for a, b in zip(full, experts, strict=True)]
+    full = [holder_bytes(shape.shared_total, 3, i)[1] for i in range(3)]
+    experts = [holder_bytes(shape.expert_total, 3, i)[1] for i in range(3)]
+    assert (4 * traffic.sent).tolist() == [a + b for a, b in zip(full, experts, strict=True)]
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ from fomoe.errors import ConfigError, FomoeError, SyncError
 from fomoe.planning import plan_run
 from fomoe.rules import ELEMENTWISE_OPTIMIZERS
 from fomoe.run import Run
-from fomoe.segments import Bucket, Plan, RoundCounts, Segment, wire_elements
+from fomoe.segments import Bucket, Plan, RoundCounts, Segment, holder_bytes
 from fomoe.state import entry
 from fomoe.sync.buckets import Contribution, split_bucket
 from fomoe.sync.exchange import (
@@ -719,7 +719,10 @@ def test_means_are_those_of_a_loop_over_the_holders_in_order():
         values, weights = torch.zeros(bucket.numel), torch.zeros(len(bucket.segments)).double()
         for site in bucket.holders:
             own = random_contribution(bucket, site)
-            values += own.values(0, bucket.numel)
+            share = own.values(0, bucket.numel)
+            for part, weight in zip(split_bucket(bucket, share).values(), own.weights, strict=True):
+                part *= float(weight)
+            values += share
             weights += own.weights
         for part, weight in zip(split_bucket(bucket, values).values(), weights, strict=True):
             part /= float(weight)
@@ -738,8 +741,9 @@ def test_counted_wire_bytes_are_the_planned_ones_for_each_holder():
     for site, counts in enumerate(all_good(over_gloo(4, work))):
         if site in bucket.holders:
             position = bucket.holders.index(site)
-            sent = 4 * wire_elements(bucket.numel, len(bucket.holders), position)
-            assert (counts.payload[kind], counts.wire[kind]) == (4 * bucket.numel, sent)
+            planned = holder_bytes(bucket.numel, len(bucket.holders), position)
+            assert (counts.payload[kind], counts.wire[kind]) == planned
+            assert planned[0] == 4 * bucket.numel
         else:
             assert not counts.payload
 

@@ -1,4 +1,4 @@
-"""The arithmetic of buckets: what a site contributes, sums of chunks, and means.
+"""The arithmetic of buckets: what a site contributes, weighted sums of chunks, and means.
 
 Every site that stores a segment receives its mean (a holder); how much each adds is its
 contribution weight, which may be 0. Every segment is averaged by itself: a statistic over several
@@ -7,7 +7,7 @@ would differ between holders of the same expert. Nothing here uses a network.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,25 @@ class Chunk:
     start: int
     stop: int
 
+    @property
+    def numel(self) -> int:
+        return self.stop - self.start
+
+    def parts(self, flat: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Views of the chunk's values by segment: its index in the bucket, and its elements."""
+        for index, low, high, _ in _overlaps(self.bucket, self.start, self.stop):
+            yield index, flat[low - self.start : high - self.start]
+
+
+def _overlaps(bucket: Bucket, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+    """Of each segment in the elements [start, stop): index, its part of them, its first element."""
+    first = 0
+    for index, segment in enumerate(bucket.segments):
+        low, high = max(start, first), min(stop, first + segment.numel)
+        if low < high:
+            yield index, low, high, first
+        first += segment.numel
+
 
 def chunks_of(bucket: Bucket) -> list[Chunk]:
     """One chunk for each holder, in the holders' order."""
@@ -37,7 +56,7 @@ def chunks_of(bucket: Bucket) -> list[Chunk]:
 
 
 class Contribution:
-    """One site's share of a bucket's sums: each segment's values times its weight.
+    """One site's share of a bucket's sums: the values of each segment, and its weight.
 
     Args:
         bucket: the bucket.
@@ -54,21 +73,24 @@ class Contribution:
         self.weights = torch.tensor(weights, dtype=torch.float64)
 
     def values(self, start: int, stop: int) -> Tensor:
-        """A fresh fp32 copy of weight x value for the elements [start, stop) of the bucket."""
-        out = torch.empty(stop - start)
-        first = 0  # of the segment, in the bucket
-        for segment, weight in zip(self._bucket.segments, self.weights.tolist(), strict=True):
-            low, high = max(start, first), min(stop, first + segment.numel)
-            if low < high:
-                part = out[low - start : high - start]
-                if weight == 0:
-                    part.zero_()
-                else:
-                    part.copy_(self._read(segment, low - first, high - first))
-                    if weight != 1:
-                        part.mul_(weight)
-            first += segment.numel
+        """A fresh fp32 copy of the elements [start, stop) of the bucket; 0 where the weight is."""
+        out, weights = torch.empty(stop - start), self.weights.tolist()
+        for index, low, high, first in _overlaps(self._bucket, start, stop):
+            part = out[low - start : high - start]
+            if weights[index] == 0:
+                part.zero_()
+            else:
+                part.copy_(self._read(self._bucket.segments[index], low - first, high - first))
         return out
+
+
+def weigh(chunk: Chunk, values: Tensor, weights: Tensor) -> Tensor:
+    """Weight x value of a site's share of a chunk, in place; weights are those of the segments."""
+    each = weights.tolist()
+    for index, part in chunk.parts(values):
+        if each[index] not in (0, 1):  # where the weight is 0, the values are
+            part.mul_(each[index])
+    return values
 
 
 def reduce_chunk(contributions: list[Tensor]) -> Tensor:
@@ -79,19 +101,19 @@ def reduce_chunk(contributions: list[Tensor]) -> Tensor:
     return total
 
 
-def divide_by_weights(bucket: Bucket, values: Tensor, weights: Tensor) -> Tensor:
+def divide_by_weights(chunk: Chunk, values: Tensor, weights: Tensor) -> Tensor:
     """Weighted mean of each segment, in place; zero where no site contributed.
 
     Args:
-        values: sums of weight x value, [bucket.numel].
-        weights: sums of the weights, [len(bucket.segments)].
+        values: sums of weight x value, [chunk.numel].
+        weights: sums of the weights, [len(chunk.bucket.segments)].
     """
-    parts = values.split([segment.numel for segment in bucket.segments])
-    for part, weight in zip(parts, weights.tolist(), strict=True):
-        if weight == 0:
+    each = weights.tolist()
+    for index, part in chunk.parts(values):
+        if each[index] == 0:
             part.zero_()
         else:
-            part.div_(weight)
+            part.div_(each[index])
     return values
 
 

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from fomoe.errors import FomoeError, SiteMismatchError, SyncError
 from fomoe.segments import Bucket
-from fomoe.sync.buckets import Chunk, Contribution, chunks_of, divide_by_weights, reduce_chunk
+from fomoe.sync.buckets import (
+    Chunk,
+    Contribution,
+    chunks_of,
+    divide_by_weights,
+    reduce_chunk,
+    weigh,
+)
+from fomoe.sync.coder import Coder
 from fomoe.sync.transport import Message, Transport
 
 T = TypeVar("T")
@@ -29,54 +37,57 @@ Contribute = Callable[[Bucket, int], Contribution]
 
 
 def mean_over_holders(
-    transport: Transport, buckets: Sequence[Bucket], contribute: Contribute
+    transport: Transport,
+    buckets: Sequence[Bucket],
+    contribute: Contribute,
+    coder: Coder | None = None,
 ) -> dict[int, Tensor]:
     """Weighted means of the buckets that sites of this process hold, by bucket index.
 
     Every holder sends each chunk to the chunk's owner, which sums it in site order and sends the
-    sum to the others. The values that `contribute` reads are not changed.
+    mean to the others, encoded once. Every holder takes what the others decode, so all get the
+    same. The values that `contribute` reads are not changed.
 
     Args:
         buckets: the same at every member.
+        coder: encodes what crosses; None: it crosses in fp32.
 
     Raises:
         SyncError: if an exchange failed.
     """
+    coder = coder or Coder()
     own = {
         (bucket.index, site): contribute(bucket, site)
         for bucket in buckets
         for site in bucket.holders
         if site in transport.sites
     }
-    weights = _sum_weights(transport, buckets, own)
-    values = {
+    weights = _exchange_weights(transport, buckets, own)
+    means = {
         bucket.index: torch.empty(bucket.numel) for bucket in buckets if bucket.index in weights
     }
     chunks = [chunk for bucket in buckets for chunk in chunks_of(bucket)]
     # Over a network all chunks are exchanged at once, so that no site waits for a peer that is busy
     # with another one. In one process they are summed one by one: few contributions exist at once.
     for batch in [chunks] if transport.remote else [[chunk] for chunk in chunks]:
-        _sum_chunks(transport, batch, own, values)
+        _average_chunks(transport, batch, own, weights, means, coder)
     for bucket in buckets:
         for site in set(bucket.holders) & set(transport.sites) if len(bucket.holders) > 1 else ():
             counts, index = transport.counts[site], bucket.index
-            counts.add(_class(bucket), payload=values[index].nbytes, wire=0)
+            size = sum(coder.codec.num_bytes(chunk.numel) for chunk in chunks_of(bucket))
+            counts.add(_class(bucket), payload=size, wire=0)
             counts.add("control", payload=own[index, site].weights.nbytes, wire=0)
-    return {
-        bucket.index: divide_by_weights(bucket, values[bucket.index], weights[bucket.index])
-        for bucket in buckets
-        if bucket.index in values
-    }
+    return means
 
 
 def _class(bucket: Bucket) -> str:
     return "expert" if bucket.is_expert else "shared"
 
 
-def _sum_weights(
+def _exchange_weights(
     transport: Transport, buckets: Sequence[Bucket], own: dict[tuple[int, int], Contribution]
-) -> dict[int, Tensor]:
-    """Sums of the contribution weights, by bucket index, where a site of this process holds it."""
+) -> dict[int, list[Tensor]]:
+    """The holders' contribution weights, by bucket index, where a site of this process holds it."""
     messages = [
         Message(
             source,
@@ -90,62 +101,78 @@ def _sum_weights(
         for source, target in product(bucket.holders, repeat=2)
     ]
     moved = iter(transport.move("exchanging weights", messages))
-    sums: dict[int, Tensor] = {}
+    found: dict[int, list[Tensor]] = {}
     for bucket in buckets:
         by_source = [[next(moved) for _ in bucket.holders] for _ in bucket.holders]
         for received in zip(*by_source, strict=True):  # at one target
             weights = [weight for weight in received if weight is not None]
             if weights:
-                sums[bucket.index] = reduce_chunk(weights)
-    return sums
+                found[bucket.index] = weights
+    return found
 
 
-def _sum_chunks(
+def _average_chunks(
     transport: Transport,
     batch: list[Chunk],
     own: dict[tuple[int, int], Contribution],
-    values: dict[int, Tensor],
+    weights: dict[int, list[Tensor]],
+    means: dict[int, Tensor],
+    coder: Coder,
 ) -> None:
-    """Fill `values` with the sums of a batch of chunks."""
-    to_owner = [
-        Message(
-            source,
-            chunk.owner,
-            own[chunk.bucket.index, source].values(chunk.start, chunk.stop)
-            if source in transport.sites
-            else None,
-            (chunk.stop - chunk.start,),
-            torch.float32,
-            _class(chunk.bucket),
-        )
-        for chunk in batch
-        for source in chunk.bucket.holders
-    ]
+    """Fill `means` with the means of a batch of chunks."""
+    to_owner = []
+    for chunk in batch:
+        for source in chunk.bucket.holders:
+            tensor, crosses = None, source != chunk.owner
+            if source in transport.sites:
+                share = own[chunk.bucket.index, source]
+                tensor = share.values(chunk.start, chunk.stop)
+                if crosses:
+                    tensor = coder.encode(chunk, source, tensor, share.weights)
+            form = coder.form(chunk, encoded=crosses)
+            to_owner.append(Message(source, chunk.owner, tensor, *form, _class(chunk.bucket)))
     moved = iter(transport.move("summing over the holders", to_owner))
     del to_owner  # frees this process's contributions
-    from_owner = []
+    from_owner: list[Message] = []
+    places: list[tuple[Chunk, Tensor | None]] = []
     for chunk in batch:
-        parts = [part for part in (next(moved) for _ in chunk.bucket.holders) if part is not None]
-        total = reduce_chunk(parts) if chunk.owner in transport.sites else None
-        held = values.get(chunk.bucket.index)
-        into = None if held is None else held[chunk.start : chunk.stop]
-        if total is not None:
+        holders = chunk.bucket.holders
+        received = [part for part in (next(moved) for _ in holders) if part is not None]
+        mean = means.get(chunk.bucket.index)
+        into = None if mean is None else mean[chunk.start : chunk.stop]
+        sent = None
+        if chunk.owner in transport.sites:
             assert into is not None
-            into.copy_(total)
-        from_owner += [
-            Message(
-                chunk.owner,
-                target,
-                None if total is None else into,
-                (chunk.stop - chunk.start,),
-                torch.float32,
-                _class(chunk.bucket),
-                into,
-            )
-            for target in chunk.bucket.holders
-            if target != chunk.owner
-        ]
-    transport.move("summing over the holders", from_owner)
+            sent = _mean_of_chunk(chunk, received, weights[chunk.bucket.index], into, coder)
+        peers = [target for target in holders if target != chunk.owner]
+        form = coder.form(chunk, encoded=True)
+        direct = None if coder.codec.lossy else into
+        kind = _class(chunk.bucket)
+        from_owner += [Message(chunk.owner, p, sent, *form, kind, direct) for p in peers]
+        places += [(chunk, into)] * len(peers)
+    arrived = transport.move("summing over the holders", from_owner)
+    for (chunk, into), tensor in zip(places, arrived, strict=True):
+        if coder.codec.lossy and tensor is not None and chunk.owner not in transport.sites:
+            assert into is not None
+            into.copy_(coder.decode(chunk, tensor))
+
+
+def _mean_of_chunk(
+    chunk: Chunk, received: list[Tensor], weights: list[Tensor], into: Tensor, coder: Coder
+) -> Tensor:
+    """Average a chunk at its owner, write what every holder takes, and return what is sent."""
+    holders = chunk.bucket.holders
+    parts = [
+        weigh(chunk, part if source == chunk.owner else coder.decode(chunk, part), weight)
+        for source, part, weight in zip(holders, received, weights, strict=True)
+    ]
+    total = reduce_chunk(weights)
+    mean = divide_by_weights(chunk, reduce_chunk(parts), total)
+    if len(holders) == 1 or not coder.codec.lossy:
+        return into.copy_(mean)
+    sent = coder.encode(chunk, chunk.owner, mean, total)
+    into.copy_(coder.decode(chunk, sent))
+    return sent
 
 
 # -------------------------------------------------------------------------------- gather and agree

@@ -2,8 +2,8 @@
 
 `prepare` ends the round at every site. `exchange` averages values over their holders, adds the
 balance counts, compares bytes with the plan and checks that every state is finite; it changes no
-state. `commit` writes anchors, parameters and balance biases; it waits for no other site, and can
-fail only where a step overflows.
+state. `commit` writes anchors, parameters, residuals and balance biases; it waits for no other
+site, and can fail only where a step overflows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fomoe.copies import coupling, exchanged
+from fomoe.codecs import CODECS
+from fomoe.copies import coupling, encoded_buckets, exchanged
 from fomoe.errors import SyncError
 from fomoe.planning import RunPlan
 from fomoe.segments import (
@@ -29,6 +30,7 @@ from fomoe.segments import (
 from fomoe.site import RoundRouting, Site
 from fomoe.state import Layout, divergence
 from fomoe.sync.buckets import Contribution
+from fomoe.sync.coder import Coder
 from fomoe.sync.exchange import Contribute, check_sites, gather, mean_over_holders
 from fomoe.sync.outer import Anchors
 from fomoe.sync.transport import Transport, model_bytes
@@ -77,6 +79,8 @@ class Sync:
         self.plan, self.sites, self.transport = plan, sites, transport
         self.buckets = [b for b in plan.segment_plan.buckets if takes_outer_step(plan.config, b)]
         self.anchors = Anchors(plan.config, self.buckets, sites, pin=pin)
+        encoded = encoded_buckets(plan.config, plan.segment_plan.buckets, plan.families)
+        self.coder = Coder(CODECS[plan.config.sync.codec], encoded, sites)
         self._family_of = {copy.index: f.index for f in plan.families for copy in f.copies}
         self._unplanned = dict.fromkeys(sites, "")
 
@@ -98,6 +102,7 @@ class Sync:
             SyncError: if an exchange failed, or naming the sites whose state is not finite or whose
                 bytes are not those planned. Nothing is committed at this site then.
         """
+        self.coder.discard()
         # Before a site has said that it is well, no other commits.
         with self._uncommitted("at any site"):
             means = self._average(prepared)
@@ -117,6 +122,7 @@ class Sync:
         """
         with self._uncommitted("at this site"):
             self.anchors.step(exchanged.means)
+        self.coder.commit()
         if exchanged.selected_LE is not None:
             for site in self.sites.values():
                 site.move_balance_bias(exchanged.selected_LE)
@@ -156,7 +162,7 @@ class Sync:
         """Means of all buckets of a sync; `exchange` reports bytes that the run did not plan."""
         counts = self.transport.counts
         before = {site: model_bytes(counts[site]) for site in self.sites}
-        means = mean_over_holders(self.transport, buckets, contribute)
+        means = mean_over_holders(self.transport, buckets, contribute, self.coder)
         for site, earlier in before.items():
             planned = self.plan.traffic_of_sync(site, self._steps)
             now = model_bytes(counts[site])
@@ -192,16 +198,18 @@ class Sync:
     # ---------------------------------------------------------------------------- checkpoint
 
     def state_of(self, site: int) -> dict[str, Tensor]:
-        """What the sync keeps for one site between rounds, by entry: anchors and outer state."""
-        return self.anchors.state_of(site)
+        """What the sync keeps for one site between rounds, by entry: anchors, outer state and
+        residuals."""
+        return self.anchors.state_of(site) | self.coder.state_of(site)
 
     def state_layout(self, site: int) -> Layout:
         """Shapes and types of what `state_of` returns after the first sync."""
-        return self.anchors.state_layout(site)
+        return self.anchors.state_layout(site) | self.coder.state_layout(site)
 
     def load_state_of(self, site: int, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `state_of` returned."""
         self.anchors.load_state_of(site, tensors)
+        self.coder.load_state_of(site, tensors)
 
     def divergence(self, site: int) -> str:
         """Says what in the state of one site is not finite; empty if everything is."""

@@ -1,0 +1,101 @@
+"""Error feedback: what a codec leaves out of one sync is added to the next.
+
+A site keeps one fp32 vector for each bucket that it shares. In the chunk that it owns, the vector is
+what the means lacked that it sent; elsewhere, what its own contributions lacked. So the means of
+many syncs together lack no more than one of them. What a site contributes to its own chunk crosses
+nothing and is not encoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from fomoe.codecs import FP32, Codec
+from fomoe.segments import Bucket
+from fomoe.state import Layout, entry
+from fomoe.sync.buckets import Chunk
+from fomoe.sync.codec import decode, encode
+
+
+class Coder:
+    """Encodes chunks for the sites of a process; errors are kept when the sync is committed.
+
+    Args:
+        codec: of what crosses.
+        buckets: that some sync encodes, at any site; none if the codec loses nothing.
+        sites: the sites of this process.
+    """
+
+    def __init__(
+        self, codec: Codec = FP32, buckets: Iterable[Bucket] = (), sites: Collection[int] = ()
+    ) -> None:
+        self.codec = codec
+        self._kept = {
+            (site, bucket.index): torch.zeros(bucket.numel)
+            for bucket in buckets
+            for site in bucket.holders
+            if site in sites
+        }
+        self._staged: dict[tuple[int, int], Tensor] = {}
+
+    def form(self, chunk: Chunk, *, encoded: bool) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and type of a chunk's message."""
+        if encoded and self.codec.lossy:
+            return (self.codec.num_bytes(chunk.numel),), torch.uint8
+        return (chunk.numel,), torch.float32
+
+    def encode(self, chunk: Chunk, site: int, values: Tensor, weights: Tensor) -> Tensor:
+        """Encode a site's values, with what it left out before; a new error is staged.
+
+        Args:
+            values: fp32 [chunk.numel]; 0 where the weight is 0.
+            weights: [len(chunk.bucket.segments)]. Where it is 0 nothing is sent, and what was left
+                out is kept for later.
+        """
+        if not self.codec.lossy:
+            return values
+        key, part = (site, chunk.bucket.index), slice(chunk.start, chunk.stop)
+        kept = self._kept[key][part]
+        left = self._staged.setdefault(key, torch.empty_like(self._kept[key]))[part]
+        torch.add(values, kept, out=left)
+        silent = [index for index, weight in enumerate(weights.tolist()) if weight == 0]
+        for index, own in chunk.parts(left):
+            if index in silent:
+                own.zero_()
+        encoded = encode(left, self.codec)
+        left -= self.decode(chunk, encoded)
+        for (index, own), (_, before) in zip(chunk.parts(left), chunk.parts(kept), strict=True):
+            if index in silent:
+                own.copy_(before)
+        return encoded
+
+    def decode(self, chunk: Chunk, encoded: Tensor) -> Tensor:
+        """The fp32 values of an encoded chunk."""
+        return decode(encoded, chunk.numel, self.codec)
+
+    def discard(self) -> None:
+        """Forget the errors of a sync that failed."""
+        self._staged.clear()
+
+    def commit(self) -> None:
+        """Keep the errors of the sync that is committed."""
+        self._kept |= self._staged
+        self._staged.clear()
+
+    # -------------------------------------------------------------------------------- checkpoint
+
+    def state_of(self, site: int) -> dict[str, Tensor]:
+        """What one site has left out, by entry."""
+        return {entry("residual", i): kept for (own, i), kept in self._kept.items() if own == site}
+
+    def state_layout(self, site: int) -> Layout:
+        """Shapes and types of what `state_of` returns."""
+        return {name: (tuple(t.shape), t.dtype) for name, t in self.state_of(site).items()}
+
+    def load_state_of(self, site: int, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what `state_of` returned."""
+        for name, kept in self.state_of(site).items():
+            kept.copy_(tensors[name])
