@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fomoe.codecs import CODECS
 from fomoe.load import build_config
 from fomoe.planning import plan_run
 from fomoe.segments import holder_bytes, sync_traffic
@@ -22,13 +23,15 @@ def built(num_sites, placement, num_experts, num_layers):
     return shape_from_config(config, "small"), run.placement, run.segment_plan
 
 
-def hold_equal(shape, table, plan, holdings):
-    traffic = method_traffic(shape, METHODS["fomoe"], holdings)
+def hold_equal(shape, table, plan, holdings, name="fp32"):
+    codec = CODECS[name]
+    traffic = method_traffic(shape, METHODS["fomoe"], holdings, codec=codec)
+    width = codec.mean_bits / 8
     for site in range(plan.num_sites):
-        counted = sync_traffic(plan, site)
-        assert counted.payload_shared == 4 * traffic.shared[site]
-        assert counted.payload_expert == 4 * traffic.experts[site]
-        assert counted.wire == 4 * traffic.sent[site]
+        counted = sync_traffic(plan, site, codec=codec)
+        assert counted.payload_shared == pytest.approx(width * traffic.shared[site], abs=1e-6)
+        assert counted.payload_expert == pytest.approx(width * traffic.experts[site], abs=1e-6)
+        assert counted.wire == pytest.approx(width * traffic.sent[site], abs=1e-6)
         assert plan.numel_at(site) == traffic.held[site]
         residents = [len(experts) for experts in table.residents(site).values()]
         assert residents == traffic.residents[:, site].tolist()
@@ -49,8 +52,9 @@ def hold_equal(shape, table, plan, holdings):
 def test_cyclic_closed_form_equals_the_segments(num_sites, replication, num_experts, num_layers):
     placement = {"replication_factor": replication}
     shape, table, plan = built(num_sites, placement, num_experts, num_layers)
-    hold_equal(shape, table, plan, cyclic_holdings(shape, num_sites, replication))
-    hold_equal(shape, table, plan, table_holdings(shape, table))
+    for codec in CODECS:
+        hold_equal(shape, table, plan, cyclic_holdings(shape, num_sites, replication), codec)
+        hold_equal(shape, table, plan, table_holdings(shape, table), codec)
 
 
 @pytest.mark.parametrize(

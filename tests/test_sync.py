@@ -42,7 +42,7 @@ from fomoe.rules import ELEMENTWISE_OPTIMIZERS
 from fomoe.run import Run
 from fomoe.segments import Bucket, Plan, RoundCounts, Segment, holder_bytes
 from fomoe.state import entry
-from fomoe.sync.buckets import Contribution, split_bucket
+from fomoe.sync.buckets import Contribution, chunks_of, split_bucket, weigh
 from fomoe.sync.exchange import (
     Item,
     agreed,
@@ -205,7 +205,8 @@ def test_rule_2_a_value_of_weight_zero_is_never_read():
     own = Contribution(bucket, [0.0], lambda s, i, j: torch.full((j - i,), torch.nan))
     assert (own.values(0, size) == 0).all()
     own = Contribution(bucket, [2.0], lambda s, i, j: torch.ones(j - i))
-    assert (own.values(0, size) == 2).all()
+    (chunk,) = chunks_of(bucket)
+    assert (weigh(chunk, own.values(0, size), own.weights) == 2).all()
 
 
 def test_a_contribution_is_the_same_in_any_pieces():
@@ -876,11 +877,18 @@ def poison_a_bias(run: Run, site: int) -> None:
         run.sites[2].model.moe(1).router.execute_bias.fill_(-torch.inf)
 
 
-@pytest.mark.parametrize("layout", ["cyclic", "one holder, local", "ddp"])
+FAILING = {
+    **{name: LAYOUTS[name] for name in ("cyclic", "one holder, local", "ddp", "spes")},
+    "int8": {"sync.codec": "int8", "placement.replication_factor": 3},
+    "bf16": {"sync.codec": "bf16"},
+}
+
+
+@pytest.mark.parametrize("layout", ["cyclic", "one holder, local", "ddp", "int8", "bf16"])
 @pytest.mark.parametrize("spoil", [diverge, diverge_in_an_expert, poison_adam, poison_a_bias])
 def test_a_site_that_is_not_finite_stops_the_sync_at_all_sites(spoil, layout):
     """Also where no peer holds what is spoiled, and nothing is committed anywhere."""
-    work = partial(failing_sync, tiny_config(LAYOUTS[layout]), spoil, SyncError)
+    work = partial(failing_sync, tiny_config(FAILING[layout]), spoil, SyncError)
     for message in [*all_good(over_gloo(4, work)), work(InMemoryTransport(range(4)))]:
         assert "site 2" in message
         assert "not finite" in message
@@ -917,10 +925,10 @@ def miscount(run: Run, site: int) -> None:
         run.transport.move = counted_twice
 
 
-@pytest.mark.parametrize("layout", ["cyclic", "spes"])
+@pytest.mark.parametrize("layout", ["cyclic", "spes", "int8"])
 def test_bytes_that_were_not_planned_stop_the_sync_before_it_is_committed(layout):
     """At all sites, although one alone has counted them."""
-    work = partial(failing_sync, tiny_config(LAYOUTS[layout]), miscount, SyncError)
+    work = partial(failing_sync, tiny_config(FAILING[layout]), miscount, SyncError)
     for message in [*all_good(over_gloo(4, work)), work(InMemoryTransport(range(4)))]:
         assert message.startswith("site 2: it sent (payload, wire) = (")
         assert "bytes in this round, but the plan says (" in message
@@ -982,9 +990,10 @@ def test_only_a_failed_sync_says_that_nothing_of_it_is_committed():
             assert act is not synchronize or message.endswith(NOWHERE)
 
 
-def test_a_sync_goes_on_after_a_refused_one():
+@pytest.mark.parametrize("layout", ["cyclic", "int8"])
+def test_a_sync_goes_on_after_a_refused_one(layout):
     """The agreement leaves no message behind that a later sync would take for its own."""
-    config = tiny_config()
+    config = tiny_config(FAILING[layout])
 
     def work(transport):
         run = make_run(config, transport)
@@ -1007,10 +1016,10 @@ def test_a_sync_goes_on_after_a_refused_one():
     assert_same_bits(everything, work(InMemoryTransport(range(4))))
 
 
-@pytest.mark.parametrize("at_bucket", [0, 2])
-def test_an_error_at_one_site_in_the_middle_changes_nothing_anywhere(at_bucket):
+@pytest.mark.parametrize(("at_bucket", "layout"), [(0, "cyclic"), (2, "cyclic"), (2, "int8")])
+def test_an_error_at_one_site_in_the_middle_changes_nothing_anywhere(at_bucket, layout):
     """That site raises its own error; the others notice at once and name what they were doing."""
-    config = tiny_config()
+    config = tiny_config(FAILING[layout])
 
     def work(transport):
         run = make_run(config, transport)

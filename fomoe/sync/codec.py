@@ -1,11 +1,14 @@
 """Encoding and decoding of fp32 vectors of any length, on the CPU.
 
-A block with scale s has codes q with |q| <= 127 (int8) or 7 (int4); it decodes to q x s, and a value
-differs from that by at most s / 2. The scale is the largest value over the largest code, rounded up
-to bf16, so that q x s is exact in fp32. A block with a value that is not finite decodes to NaN.
+A block with scale s has codes q with |q| <= 127 (int8) or 7 (int4); it decodes to q x s, and a
+value differs from that by at most s / 2. The scale is the largest value over the largest code,
+rounded up to bf16, so that q x s is exact in fp32. A block with a value that is not finite decodes
+to NaN.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -42,17 +45,17 @@ def decode(encoded: Tensor, numel: int, codec: Codec) -> Tensor:
         return encoded.view(torch.bfloat16).float()
     out = torch.empty(numel)
     for part, coded in _pieces(out, encoded, codec):
-        scales = coded[:, :SCALE_BYTES].contiguous().view(torch.bfloat16).float()
-        part.copy_(_unpack(coded[:, SCALE_BYTES:], part.shape[1], codec)).mul_(scales)
+        scales = coded[:, :SCALE_BYTES].flatten().view(torch.bfloat16).float()
+        part.copy_(_unpack(coded[:, SCALE_BYTES:], part.shape[1], codec)).mul_(scales[:, None])
     return out
 
 
 def _pieces(values: Tensor, encoded: Tensor, codec: Codec) -> list[tuple[Tensor, Tensor]]:
-    """Views of both vectors, [blocks, elements] and [blocks, bytes]; the last block may be short."""
+    """Views of both vectors, [blocks, elements] and [blocks, bytes]; the last is the rest."""
     numel, found = values.numel(), []
     whole = numel - numel % BLOCK
     edges = [*range(0, whole, _PIECE), whole, numel]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         if start < stop:
             width = min(BLOCK, stop - start)
             own = encoded[codec.num_bytes(start) : codec.num_bytes(stop)]

@@ -1,9 +1,9 @@
 """Error feedback: what a codec leaves out of one sync is added to the next.
 
-A site keeps one fp32 vector for each bucket that it shares. In the chunk that it owns, the vector is
-what the means lacked that it sent; elsewhere, what its own contributions lacked. So the means of
+A site keeps one fp32 vector for each bucket that it shares. In the chunk that it owns, the vector
+is what the means lacked that it sent; elsewhere, what its own contributions lacked. So the means of
 many syncs together lack no more than one of them. What a site contributes to its own chunk crosses
-nothing and is not encoded.
+no link and is not encoded.
 """
 
 from __future__ import annotations
