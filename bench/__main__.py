@@ -13,6 +13,7 @@ import torch
 
 from bench import baseline
 from bench.answers import answer_rows
+from bench.codecs import sync_rows
 from bench.growth import growth_rows
 from bench.layers import Row, layer_rows, peak_rate
 from bench.machine import Machine, find_machine, load_average
@@ -33,6 +34,7 @@ TABLES = {
     "growth": "growth",
     "proxy": "proxy",
     "answers": "answers",
+    "sync": "sync",
 }
 PARTS = tuple(dict.fromkeys(TABLES.values()))
 
@@ -88,6 +90,7 @@ def measure(machine: Machine, parts: tuple[str, ...] | list[str]) -> dict[str, A
         "growth": lambda: growth_rows(machine),
         "proxy": lambda: proxy_rows(machine),
         "answers": lambda: answer_rows(machine),
+        "sync": lambda: sync_rows(machine),
     }
     for name, work in rest.items():
         if TABLES[name] in parts:

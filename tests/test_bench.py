@@ -13,6 +13,7 @@ from conftest import tiny_config
 pytest.importorskip("bench", reason="the bench folder is not beside the package")
 
 from bench import answers, baseline, peaks
+from bench.codecs import sync_rows
 from bench.growth import even_routing, growth_rows
 from bench.layers import layer_rows, product_candidates
 from bench.machine import LayerShape, Machine, StepShape
@@ -48,6 +49,14 @@ def test_layer_rows_cover_backends_shares_and_products() -> None:
     assert rows["products torch"]["share_of_products"] == pytest.approx(1.0) or (
         "products onednn" in rows
     )
+
+
+def test_every_codec_stands_beside_a_copy() -> None:
+    rows = {row["what"]: row for row in sync_rows(MACHINE, numel=1000)}
+    assert rows["copy"]["over_copy"] == 1.0
+    for name in ("fp32", "bf16", "int8", "int4"):
+        assert rows[f"mean {name}"]["gb_per_s"] > 0
+        assert (f"encode {name}" in rows) == (f"decode {name}" in rows) == (name != "fp32")
 
 
 def test_the_router_is_timed_beside_its_layer() -> None:

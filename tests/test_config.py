@@ -216,7 +216,10 @@ RULES = [
         ["method=diloco", "sync.average=gradients", "sync.codec=int8"],
         "sync.codec int8 must be fp32 with sync.average gradients",
     ),
-    (["method=ddp", "sync.codec=bf16"], "sync.codec bf16 contradicts method ddp, which sets fp32"),
+    (
+        ["method=ddp", "sync.codec=bf16"],
+        "sync.codec bf16 contradicts method ddp, which sets 'fp32'",
+    ),
     (["sync.average=gradients"], "needs every expert on every site"),
     (["router.route_scope=resident", "model.top_k=4"], "needs at least top_k = 4"),
     (["outer.optimizer=Adam", "outer.momentum=0.9"], "is an option of SGD, not of Adam"),

@@ -60,6 +60,22 @@ def test_a_trainable_plan_becomes_a_config(capsys, tmp_path):
     assert build_placement(config).num_sites == 3
 
 
+@pytest.mark.parametrize(("bits", "codec"), [("4", "int4"), ("8.125", "int8"), ("16", "bf16")])
+def test_a_plan_of_few_bits_names_its_codec(capsys, tmp_path, bits, codec):
+    out = tmp_path / "plan.yaml"
+    flags = ["--model", "proxy-54m", "--method", "fomoe", "--bits", bits, "--out", str(out)]
+    assert main(["plan", *flags]) == 0
+    assert load_config(out).sync.codec == codec
+    capsys.readouterr()
+    assert "sync at these bits" in refusal(capsys, *flags[:4], "--bits", "0.11", "--trainable")
+    every = ["--model", "proxy-54m", "--method", "ddp", "--max-local-steps", "1"]
+    assert "sync at these bits" in refusal(capsys, *every, "--bits", bits, "--trainable")
+
+
+def test_a_search_takes_the_bits_that_the_codecs_send():
+    assert {row["bits"] for row in found(trainable=True)} == {32.0, 8.125, 4.125}
+
+
 @pytest.mark.parametrize(("ours", "option"), [("full", "layers"), ("experts", "experts")])
 def test_recomputation_is_the_trainers_own(capsys, tmp_path, ours, option):
     out = tmp_path / "plan.yaml"

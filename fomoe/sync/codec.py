@@ -29,7 +29,7 @@ def encode(values: Tensor, codec: Codec) -> Tensor:
     out = torch.empty(codec.num_bytes(values.numel()), dtype=torch.uint8)
     for part, coded in _pieces(values, out, codec):
         scales = _scales(part, codec)
-        codes = torch.round(part / scales[:, None])
+        codes = (part / scales[:, None]).round_()
         if not scales.isfinite().all():
             codes.nan_to_num_(0)  # what a NaN is as a whole number depends on the machine
         coded[:, :SCALE_BYTES] = scales.to(torch.bfloat16).view(torch.uint8).view(-1, SCALE_BYTES)
@@ -65,8 +65,8 @@ def _pieces(values: Tensor, encoded: Tensor, codec: Codec) -> list[tuple[Tensor,
 
 def _scales(blocks: Tensor, codec: Codec) -> Tensor:
     """The scale of every block, fp32 [blocks] of bf16's precision."""
-    low, high = torch.aminmax(blocks, dim=1)
-    scales = torch.maximum(high, -low).div_(2 ** (codec.bits - 1) - 1).clamp_min_(_LEAST_SCALE)
+    largest = blocks.abs().amax(dim=1)  # NaN if any value is; aminmax takes ten times as long
+    scales = largest.div_(2 ** (codec.bits - 1) - 1).clamp_min_(_LEAST_SCALE)
     finite = torch.isfinite(scales)
     up = (scales.view(torch.int32) + 0xFFFF) & ~0xFFFF  # of a positive number: away from 0
     return torch.where(finite, up.view(torch.float32), torch.nan)
