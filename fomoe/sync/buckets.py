@@ -87,8 +87,8 @@ class Contribution:
 def weigh(chunk: Chunk, values: Tensor, weights: Tensor) -> Tensor:
     """Weight x value of a site's share of a chunk, in place; weights are those of the segments."""
     each = weights.tolist()
-    for index, part in chunk.parts(values):
-        if each[index] not in (0, 1):  # where the weight is 0, the values are
+    if any(weight not in (0, 1) for weight in each):  # where the weight is 0, the values are
+        for index, part in chunk.parts(values):
             part.mul_(each[index])
     return values
 

@@ -59,17 +59,16 @@ class Coder:
             return values
         key, part = (site, chunk.bucket.index), slice(chunk.start, chunk.stop)
         kept = self._kept[key][part]
-        left = self._staged.setdefault(key, torch.empty_like(self._kept[key]))[part]
-        torch.add(values, kept, out=left)
-        silent = [index for index, weight in enumerate(weights.tolist()) if weight == 0]
-        for index, own in chunk.parts(left):
-            if index in silent:
-                own.zero_()
+        if key not in self._staged:
+            self._staged[key] = torch.empty_like(self._kept[key])
+        left = torch.add(values, kept, out=self._staged[key][part])
+        idle = {index for index, weight in enumerate(weights.tolist()) if weight == 0}
+        for own in _of(chunk, idle, left):
+            own.zero_()
         encoded = encode(left, self.codec)
         left -= self.decode(chunk, encoded)
-        for (index, own), (_, before) in zip(chunk.parts(left), chunk.parts(kept), strict=True):
-            if index in silent:
-                own.copy_(before)
+        for own, before in zip(_of(chunk, idle, left), _of(chunk, idle, kept), strict=True):
+            own.copy_(before)
         return encoded
 
     def decode(self, chunk: Chunk, encoded: Tensor) -> Tensor:
@@ -99,3 +98,8 @@ class Coder:
         """Restore what `state_of` returned."""
         for name, kept in self.state_of(site).items():
             kept.copy_(tensors[name])
+
+
+def _of(chunk: Chunk, segments: set[int], flat: Tensor) -> list[Tensor]:
+    """Views of some segments' elements in a chunk's values."""
+    return [own for index, own in chunk.parts(flat) if index in segments] if segments else []
