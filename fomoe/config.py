@@ -134,7 +134,7 @@ class RouterConfig(Options):
     execute_rate: PositiveFloat = 0.01
     """Step of that bias per inner step."""
     skip_scale: Literal["none", "inverse"] = "none"
-    """Scale of the routed output. inverse: all experts over resident experts."""
+    """Scale of the routed output where tokens skip. inverse: all experts over resident ones."""
     balance: Literal["loss", "bias", "both"] = "loss"
     """What balances the load: the loss, a selection bias, or both."""
     bias_rate: PositiveFloat = 0.01
