@@ -49,7 +49,7 @@ def choose_device(name: str, local_rank: int) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError):
-        raise ConfigError("--device", name, "is no device of this machine") from None
+        raise ConfigError("--device", name, "is not a device of this machine") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device

@@ -171,7 +171,7 @@ def _add_merge(commands: Any) -> None:
 def _train(args: argparse.Namespace) -> int:
     if args.resume_round is not None:
         if args.mode not in ("new", "resume"):
-            rule = f"continues a run; it cannot stand beside --{args.mode}"
+            rule = f"continues a run; it cannot be combined with --{args.mode}"
             raise ConfigError("--resume-round", args.resume_round, rule)
         if args.resume_round < 1:
             raise ConfigError("--resume-round", args.resume_round, "must be at least 1")
@@ -223,7 +223,7 @@ def _compare(args: argparse.Namespace) -> int:
         if method not in METHODS:
             raise ConfigError("--methods", method, f"is not a method; {hint(method, METHODS)}")
         if methods.count(method) > 1:
-            raise ConfigError("--methods", method, "stands twice")
+            raise ConfigError("--methods", method, "is given twice")
     configs = []
     for method in methods:  # all are checked before the first one trains
         config = load(args.config, args.overrides, method=method, suffix="-compare")

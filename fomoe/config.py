@@ -1,7 +1,7 @@
 """Every option of an experiment, in one frozen tree (no torch).
 
 An experiment is one YAML file plus dotted overrides (`outer.lr=0.6`). All sites run the same file;
-what differs between sites (site id, addresses, device) is a launch argument and never stands here.
+what differs between sites (site id, addresses, device) is a launch argument and never an option.
 `load_config` merges, applies the method's settings, checks every rule once, and never changes a
 value afterwards: what the file leaves out has its default here or is derived by a property.
 """
@@ -244,7 +244,8 @@ class Config(Options):
         return size
 
     @property
-    def schedule_steps(self) -> int:
+    def schedule_horizon(self) -> int:
+        """Inner steps that the learning rate's schedule covers."""
         return self.inner.schedule_steps or self.rounds * self.local_steps
 
     @property

@@ -9,7 +9,7 @@ class FomoeError(Exception):
     """Base of every error that is shown as one line instead of a traceback."""
 
     def __str__(self) -> str:
-        """The message; a file's name in it may hold bytes that are no UTF-8, which it escapes."""
+        """The message; bytes of a file's name that are not UTF-8 are escaped."""
         return super().__str__().encode("utf-8", "backslashreplace").decode()
 
 

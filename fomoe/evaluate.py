@@ -146,7 +146,7 @@ def _expert_segments(plan: Plan) -> dict[int, list[Segment]]:
     by_layer: dict[int, list[Segment]] = {}
     for bucket in plan.buckets:
         for segment in bucket.segments:
-            if segment.expert_class:
+            if segment.is_expert:
                 assert segment.layer is not None
                 by_layer.setdefault(segment.layer, []).append(segment)
     for segments in by_layer.values():

@@ -32,7 +32,7 @@ def hint(name: str, names: Iterable[str]) -> str:
     """`did you mean X?` if a name is near, otherwise the list of names."""
     names = list(names)
     found = near(name, names)
-    return f"did you mean {found}?" if found else f"there are {', '.join(names)}"
+    return f"did you mean {found}?" if found else f"choose from {', '.join(names)}"
 
 
 def _allowed(own: str, *, section: str, here: bool) -> int:

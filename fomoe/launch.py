@@ -1,8 +1,8 @@
-"""What the launch environment says: which site this process is, and where the others meet.
+"""The launch environment: which site this process is, and where the sites join.
 
 torchrun, `launch/site.sh` and `launch/slurm.sbatch` set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR
-and MASTER_PORT. Everything is checked before any wait (no torch here): a wrong number would else
-leave the other sites waiting for a site that never comes.
+and MASTER_PORT. Everything is checked before any wait (no torch here): with a wrong number the
+other sites would wait for a site that never comes.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ _SLURM = "for a distributed run, use launch/slurm.sbatch or set them per task"
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """Where this process stands in a distributed run; launch arguments, never config.
+    """The role of this process in a distributed run: launch arguments, never config.
 
     Attributes:
         rank, world_size: this site and the number of sites; (0, 1) for a proxy run.
         local_rank: index on this machine, which chooses the accelerator.
-        address, port: where the sites meet; site 0's, or those of torchrun's agent.
-        agent_store: torchrun's agent listens there, so site 0 need not.
+        address, port: of the store through which the sites join: site 0's, or torchrun's.
+        agent_store: whether torchrun's agent runs the store, so that site 0 does not.
         attempt: how often torchrun has restarted the sites.
-        warning: one line about an environment that looks like a distributed launch and is none.
+        warning: one line if this is a proxy run although the environment looks like a
+            distributed launch.
     """
 
     rank: int = 0
@@ -47,7 +48,7 @@ class Launch:
 
     @property
     def where(self) -> str:
-        """The meeting point as a person writes it."""
+        """Address and port of the store, as a user writes them."""
         host = f"[{self.address}]" if ":" in self.address else self.address
         return f"{host}:{self.port}"
 
@@ -55,11 +56,11 @@ class Launch:
 def launch_from_environment(
     environment: Mapping[str, str] | None = None, *, num_sites: int | None = None
 ) -> Launch:
-    """Read and check what a launcher sets; without it the run is a proxy run.
+    """Read and check the variables that a launcher sets; without them the run is a proxy run.
 
     Args:
         environment: the process's own by default.
-        num_sites: sites of the experiment, which must be as many as were started.
+        num_sites: number of sites of the experiment; as many must have been started.
 
     Raises:
         ConfigError: naming the variable, its value and the rule.
@@ -79,7 +80,7 @@ def launch_from_environment(
         alone = f"WORLD_SIZE is 1 but num_sites is {num_sites}: {_PROXY}; {_USE}"
         return Launch(warning=alone if num_sites not in (None, 1) else "")
     if num_sites not in (None, world_size):
-        rule = f"must be num_sites, which is {num_sites}: start one process per site"
+        rule = f"must equal num_sites, which is {num_sites}: start one process per site"
         raise ConfigError("WORLD_SIZE", world_size, rule)
     address = given.get("MASTER_ADDR", "").strip()
     if not address:
@@ -101,7 +102,7 @@ def launch_from_environment(
 
 
 def site_label() -> str:
-    """Which site of a distributed run speaks, for a line on stderr; empty in a proxy run."""
+    """Names this site of a distributed run in a line on stderr; empty in a proxy run."""
     try:
         launch = launch_from_environment()
     except ConfigError:
@@ -117,7 +118,7 @@ def _integer(given: Mapping[str, str], name: str) -> int:
 
 
 def _looks_distributed(given: Mapping[str, str]) -> str:
-    """Why this proxy run may be meant as a distributed one; empty if nothing says so."""
+    """Why this proxy run may be meant as a distributed one; empty if nothing suggests it."""
     for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
         if name in given:
             return f"{name} is set to {given[name]!r} but {other} is not: {_PROXY}; {_USE}"

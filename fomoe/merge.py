@@ -107,7 +107,7 @@ def _read_whole(run_dir: Path, round_idx: int) -> tuple[Config, dict[str, Tensor
     for site in range(config.num_sites):
         if not has_manifest(run_dir, round_idx, site):
             load_part(run_dir, round_idx, site)  # says what is missing
-    plan = plan_run(config).plan
+    plan = plan_run(config).segment_plan
     shared = [bucket for bucket in plan.buckets if bucket.crosses]
     hashes: dict[int, bytes] = {}
     found: dict[str, Tensor] = {}
@@ -147,7 +147,7 @@ def _join_rows(plan: Plan, found: dict[str, Tensor]) -> dict[str, Tensor]:
     rows: dict[str, list[Segment]] = {}
     for bucket in plan.buckets:
         for segment in bucket.segments:
-            if segment.trainers and not segment.expert_class and segment.name != segment.parameter:
+            if segment.trainers and not segment.is_expert and segment.name != segment.parameter:
                 rows.setdefault(segment.parameter, []).append(segment)
     for parameter, segments in rows.items():
         segments.sort(key=lambda segment: segment.start)

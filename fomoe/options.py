@@ -53,8 +53,8 @@ class Options(BaseModel):
 class KindOptions(Options):
     """Base of the kinds of a section that has several: `kind` chooses, and each has its options.
 
-    A null for an option of another kind is no value. Other values for one are kept until
-    `refuse_other_kinds` refuses them, because a method may yet replace the section.
+    A null for an option of another kind is ignored. Any other value for one is kept until
+    `refuse_other_kinds` refuses it, because a method may still replace the section.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -69,7 +69,7 @@ class KindOptions(Options):
 
 
 def default_kind(kind: str) -> BeforeValidator:
-    """What a section is that does not say its kind."""
+    """The kind of a section that does not give one."""
     return BeforeValidator(lambda tree: {"kind": kind, **tree} if isinstance(tree, dict) else tree)
 
 
@@ -80,8 +80,8 @@ def parse_options(tree: dict[str, Any], kind: type[T]) -> T:
     """Build a section and those below it from nested dicts.
 
     Raises:
-        ConfigError: for the first mistake; an unknown key names the nearest valid one, wherever
-            that one stands.
+        ConfigError: for the first mistake; for an unknown key it names the nearest valid one,
+            in whatever section that is.
     """
     _refuse_unknown(tree, kind, "", sorted(option_names(kind)))
     try:
@@ -91,7 +91,7 @@ def parse_options(tree: dict[str, Any], kind: type[T]) -> T:
 
 
 def section_kinds(declared: Any) -> tuple[type[Options], ...]:
-    """The sections that a declared type names: none for an option, several where `kind` chooses."""
+    """The sections that a declared type allows: none for an option, several if `kind` chooses."""
     union = get_origin(declared) in (Union, UnionType)
     named = get_args(declared) if union else (declared,)
     return tuple(kind for kind in named if isinstance(kind, type) and issubclass(kind, Options))
@@ -117,7 +117,7 @@ def option_names(section: Any, prefix: str = "") -> Iterator[str]:
 
 
 def refuse_other_kinds(options: Options, prefix: str = "") -> None:
-    """Refuse a value for an option that only another kind of its section has.
+    """Refuse a value for an option that only other kinds of its section have.
 
     Raises:
         ConfigError: naming the option, its value and the kinds that have it.
@@ -156,7 +156,7 @@ def _unknown(
     # A section's name may be what is misspelled.
     found = near(field, sorted(sections)) if isinstance(value, dict) else None
     found = found or near(field, names)
-    rule = f"did you mean {found}?" if found else f"there are {', '.join(section)}"
+    rule = f"did you mean {found}?" if found else f"choose from {', '.join(section)}"
     where = f" of {prefix.rstrip('.')}" if prefix and not found else ""
     shown = field if field == field.strip() else repr(field)
     return ConfigError(shown or repr(field), "", f"is not an option{where}; {rule}")
@@ -197,7 +197,7 @@ def _first_problem(error: ValidationError, section: type[Options]) -> ConfigErro
 
 
 def _field(place: tuple[int | str, ...], declared: Any) -> str:
-    """The dotted name of a place; pydantic's own has the kind after a section that has several."""
+    """The dotted name of a location; pydantic's has the kind after a section with several kinds."""
     names, parts = [], iter(place)
     for part in parts:
         names.append(str(part))

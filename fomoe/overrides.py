@@ -1,7 +1,7 @@
 """Dotted overrides, `section.option=value`, read as the option's type says (no torch).
 
-Text is taken word by word, whatever characters are in it; numbers, truth words, lists of numbers
-and mappings are YAML.
+Text is taken as it is written, whatever characters it contains; numbers, true and false, lists of
+numbers, and mappings are YAML.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fomoe.errors import ConfigError
 from fomoe.options import Options, declared_options
 from fomoe.yamlfile import parse_yaml
 
-# An item of a list of text: in quotes as in YAML where it holds a comma, else up to the comma.
+# An item of a list of text: quoted as in YAML if it contains a comma, else up to the comma.
 _ITEM = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|[^,]*?)\s*(,|$)""", re.DOTALL)
 
 
@@ -28,7 +28,7 @@ def parse_override(override: str, options: type[Options]) -> tuple[str, Any]:
         options: the tree of sections that says which type the option has.
 
     Raises:
-        ConfigError: if the form is wrong, or the value is no YAML where it has to be.
+        ConfigError: if the form is wrong, or a value that must be YAML is not.
     """
     field, equals, text = override.partition("=")
     if not equals or not field.strip():
@@ -50,7 +50,7 @@ def parse_override(override: str, options: type[Options]) -> tuple[str, Any]:
 
 
 def set_option(tree: dict[str, Any], field: str, value: Any) -> None:
-    """Set an option by its dotted name; sections that are missing are made."""
+    """Set an option by its dotted name; missing sections are created."""
     *sections, option = field.split(".")
     node = tree
     for section in sections:
@@ -70,7 +70,7 @@ def _annotation(options: type[Options], field: str) -> Any:
 
 
 def _kinds(annotation: Any) -> set[Any]:
-    """What a declared type holds: `str` for text and for words of a list, `texts` for a tuple."""
+    """What a declared type allows: `str` for text and keywords, `texts` for a list of text."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
         return set().union(*(_kinds(argument) for argument in arguments))
@@ -84,13 +84,13 @@ def _kinds(annotation: Any) -> set[Any]:
 
 
 def _read_texts(field: str, text: str) -> list[str]:
-    """`a,b` or `[a,b]`; an item with a comma stands in quotes."""
+    """`a,b` or `[a,b]`; an item with a comma is quoted."""
     inner = text[1:-1] if _is_bracketed(text) else text
     items = []
     position, more = 0, True
     while more:
         match = _ITEM.match(inner, position)
-        assert match is not None  # the pattern's last choice matches everything
+        assert match is not None  # the pattern's last alternative matches anything
         item, position, more = match[1], match.end(), match[2] == ","
         quoted = len(item) > 1 and item[0] in "'\"" and item[-1] == item[0]
         items.append(_unquote(field, item) if quoted else item)
@@ -107,4 +107,4 @@ def _unquote(field: str, item: str) -> str:
     try:
         return yaml.safe_load(item)
     except yaml.YAMLError:
-        raise ConfigError(field, item, "is not in quotes as YAML has them") from None
+        raise ConfigError(field, item, "is not quoted as in YAML") from None

@@ -16,7 +16,7 @@ from fomoe.segments import (
     Traffic,
     build_plan,
     full_payload,
-    placement_rule,
+    rule_of,
     sync_traffic,
 )
 from fomoe.shapes import parameter_specs
@@ -27,13 +27,14 @@ class RunPlan:
     """Placement, buckets and costs of one experiment.
 
     Attributes:
+        segment_plan: who holds and who trains which rows.
         traffic: bytes of one sync per site (of one gradient average with `ddp`).
         syncs_per_round: 1, or local_steps where gradients are averaged every step.
     """
 
     config: Config
     placement: Placement
-    plan: Plan
+    segment_plan: Plan
     traffic: tuple[Traffic, ...]
     memory: tuple[SiteMemory, ...]
     syncs_per_round: int
@@ -48,13 +49,12 @@ class RunPlan:
 def plan_run(config: Config) -> RunPlan:
     """Work out who holds what and what it costs."""
     placement = build_placement(config)
-    rule = placement_rule(placement, router_rows=config.sync.router_rows)
-    plan = build_plan(parameter_specs(config), config.num_sites, rule)
+    plan = build_plan(parameter_specs(config), config.num_sites, rule_of(config, placement))
     sites = range(config.num_sites)
     return RunPlan(
         config=config,
         placement=placement,
-        plan=plan,
+        segment_plan=plan,
         traffic=tuple(sync_traffic(plan, site) for site in sites),
         memory=tuple(site_memory(config, plan, site) for site in sites),
         syncs_per_round=config.local_steps if config.sync.average == "gradients" else 1,
@@ -67,7 +67,7 @@ def planned_summary(run: RunPlan) -> dict[str, Any]:
     Scalars that differ between sites are means, with a `_by_site` list beside them. A ratio is the
     baseline's payload over this run's, null if this run sends nothing.
     """
-    config, plan = run.config, run.plan
+    config, plan = run.config, run.segment_plan
     sites = range(config.num_sites)
     payload = [run.payload_per_round(site) for site in sites]
     diloco = full_payload(plan.numel, config.num_sites)
@@ -82,8 +82,8 @@ def planned_summary(run: RunPlan) -> dict[str, Any]:
         "tokens": tokens_by_site * config.num_sites,
         "params_total": plan.numel,
         **spread("params_per_site", [plan.numel_at(site) for site in sites]),
-        **spread("params_shared_per_site", [plan.numel_at(s, expert_class=False) for s in sites]),
-        **spread("params_expert_per_site", [plan.numel_at(s, expert_class=True) for s in sites]),
+        **spread("params_shared_per_site", [plan.numel_at(s, is_expert=False) for s in sites]),
+        **spread("params_expert_per_site", [plan.numel_at(s, is_expert=True) for s in sites]),
         **spread("memory_bytes_per_site", [run.memory[site].total for site in sites]),
         **spread("payload_bytes_per_site_per_round", payload),
         **spread("wire_bytes_per_site_per_round", [run.wire_per_round(site) for site in sites]),

@@ -146,7 +146,7 @@ def print_dry_run(run: RunPlan) -> None:
 
 def _traffic_table(run: RunPlan) -> Table:
     """Bytes per site and round of this run, and of DiLoCo and DDP for the same model."""
-    config, numel = run.config, run.plan.numel
+    config, numel = run.config, run.segment_plan.numel
     sites = range(config.num_sites)
     own = (
         sum(run.payload_per_round(site) for site in sites) / len(sites),

@@ -49,7 +49,7 @@ def resume(run: Run, asked: int | None, *, show: bool) -> None:
         run.progress.say(choice.because)
         agreed(run.transport, lambda: remove_newer(run.run_dir, 0, run.sites))
         return
-    replicas = [b for b in run.plan.plan.buckets if b.crosses]
+    replicas = [b for b in run.plan.segment_plan.buckets if b.crosses]
     found = find_round(
         choice.rounds,
         run.run_dir,
@@ -198,16 +198,16 @@ def wrong_value(values: dict[str, Any], round_idx: int, site: int, expected: Exp
         if type(own) is not int or own != value:
             return f"{key} is {own!r:.40}, not {value}"
     if not _are_counts(values.get("data"), expected.stream):
-        return "data is no position in the text"
+        return "data is not a position in the text"
     if not _are_counts(values.get("totals"), Totals().state(), whole=False):
-        return "totals are no sums over rounds"
+        return "totals are not sums over rounds"
     if not values["totals"]["train_s"]:
         return "totals have no time of training"
     counts = values.get("counts")
     if not isinstance(counts, dict) or set(counts) != {"payload", "wire"}:
-        return "counts are no bytes by class"
+        return "counts are not bytes by class"
     if not all(isinstance(c, dict) and _are_counts(c, c) for c in counts.values()):
-        return "counts are no bytes by class"
+        return "counts are not bytes by class"
     loss = values.get("val_loss_local", "missing")
     if loss is not None and type(loss) is not float:
         return f"val_loss_local is {loss!r:.40}"
@@ -230,7 +230,7 @@ def _wrong_random_state(state: torch.Tensor) -> str:
     try:
         torch.Generator().set_state(state)
     except (RuntimeError, TypeError) as error:
-        return f"rng is no random state: {str(error).splitlines()[0]}"
+        return f"rng is not a random state: {str(error).splitlines()[0]}"
     return ""
 
 
@@ -278,16 +278,17 @@ def remove_newer(run_dir: Path, round_idx: int, sites: Iterable[int]) -> None:
 def horizon_change(values: dict[str, Any], config: Config) -> str:
     """Says how the learning rate jumps if the schedule's horizon has changed; otherwise empty."""
     saved, step = parse_saved(values["config"]), values["step_idx"]
-    if saved is None or saved.schedule_steps == config.schedule_steps:
+    if saved is None:
         return ""
-    before = learning_rate(saved.inner, step, saved.schedule_steps)
-    now = learning_rate(config.inner, step, config.schedule_steps)
+    old, new = saved.schedule_horizon, config.schedule_horizon
+    before = learning_rate(saved.inner, step, old)
+    now = learning_rate(config.inner, step, new)
     if before == now:
         return ""
     return (
-        f"the learning rate's schedule ends after {config.schedule_steps} steps, not after "
-        f"{saved.schedule_steps} as before: the next step takes {now:.3g} instead of {before:.3g}; "
-        f"inner.schedule_steps={saved.schedule_steps} keeps the old schedule"
+        f"the learning rate's schedule ends after {new} steps, not after {old} as before: the next "
+        f"step takes {now:.3g} instead of {before:.3g}; inner.schedule_steps={old} keeps the old "
+        f"schedule"
     )
 
 
@@ -300,7 +301,7 @@ def expected_state(run: Run, site: int) -> Expected:
     return Expected(
         tensors={
             **run.sites[site].state_layout(),
-            **run.sync.anchors.state_layout(site),
+            **run.sync.state_layout(site),
             "rng": (tuple(rng.shape), rng.dtype),
         },
         optional={"probe": (probe, torch.int16)},
@@ -316,13 +317,12 @@ def save_round(run: Run, rounds_done: int) -> None:
         CheckpointError: if a part cannot be written at a site.
         SyncError: if a site's state is not finite; such a round is never saved.
     """
-    anchors = run.sync.anchors
-    check_sites(run.transport, lambda s: run.sites[s].divergence() or anchors.divergence(s))
+    check_sites(run.transport, lambda s: run.sites[s].divergence() or run.sync.divergence(s))
 
     def save() -> None:
         for site_idx, site in run.sites.items():
             tensors, values = site.state()
-            tensors |= anchors.state_of(site_idx)
+            tensors |= run.sync.state_of(site_idx)
             tensors["rng"] = torch.get_rng_state()
             if site_idx in run.probes:
                 tensors["probe"] = run.probes[site_idx]
@@ -351,7 +351,7 @@ def load_round(run: Run, round_idx: int) -> dict[str, Any]:
         tensors = checkpoint.read_tensors(run.run_dir, round_idx, site_idx)
         values = checkpoint.read_values(run.run_dir, round_idx, site_idx)
         site.load_state(tensors, values)
-        run.sync.anchors.load_state_of(site_idx, tensors)
+        run.sync.load_state_of(site_idx, tensors)
         torch.set_rng_state(tensors["rng"])
         run.totals[site_idx].load_state(values["totals"])
         run.transport.counts[site_idx].load_state(values["counts"])

@@ -46,7 +46,7 @@ def _check_model(config: Config) -> None:
     model = config.model
     known = config.data.fixed_vocab_size
     if model.vocab_size is None and known is None:
-        rule = f"must be set beside data.tokenizer {config.data.tokenizer}"
+        rule = f"must be set for data.tokenizer {config.data.tokenizer}"
         raise ConfigError("model.vocab_size", "null", rule)
     if model.vocab_size is not None and known is not None and model.vocab_size < known:
         raise ConfigError(

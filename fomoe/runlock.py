@@ -130,13 +130,19 @@ def _try(path: Path, run_id: str, made: bool) -> RunLock | None:
 def _make_folder(run_dir: Path) -> bool:
     """Make the folder; true if it was not there."""
     try:
-        if run_dir.exists() and not run_dir.is_dir():
-            raise CheckpointError(f"run.dir {run_dir} is a file, not a folder")
-        made = not run_dir.exists()
-        run_dir.mkdir(parents=True, exist_ok=True)
+        if run_dir.is_dir():
+            return False
+        run_dir.mkdir(parents=True)
     except OSError as error:
+        if isinstance(error, FileExistsError) and Path(error.filename) == run_dir:
+            # Another run has made it; if it has removed it again, the lock cannot be opened and
+            # the caller comes back.
+            if run_dir.is_dir() or not os.path.lexists(run_dir):
+                return False
+            if run_dir.exists():
+                raise CheckpointError(f"run.dir {run_dir} is a file, not a folder") from None
         raise CheckpointError(f"run.dir {run_dir} cannot be made: {error.strerror}") from None
-    return made
+    return True
 
 
 def _lock(descriptor: int, kind: int) -> bool:

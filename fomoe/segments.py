@@ -48,7 +48,7 @@ class Segment:
         parameter: the parameter's name.
         shape: shape of the rows; for a routed expert, of its matrix without the stack's dimension.
         start, stop: rows of the parameter.
-        expert_class: whether it belongs to a routed expert (else to the shared parameters).
+        is_expert: whether the rows are a routed expert (else they are shared).
         layer, expert: of the routed expert (or of the router row); otherwise None.
         holders: sites that store it and receive its mean, ascending.
         trainers: holders whose updates may count, ascending.
@@ -59,7 +59,7 @@ class Segment:
     shape: tuple[int, ...]
     start: int
     stop: int
-    expert_class: bool
+    is_expert: bool
     layer: int | None
     expert: int | None
     holders: Sites
@@ -78,14 +78,14 @@ class Bucket:
         index: position in the plan; equal on all sites.
         holders: sites that store every segment of it, ascending.
         trainers: holders whose updates may count, ascending.
-        expert_class: whether its bytes count as expert bytes (else shared).
+        is_expert: whether its segments are routed experts; its bytes are counted accordingly.
         segments: in the model's order.
     """
 
     index: int
     holders: Sites
     trainers: Sites
-    expert_class: bool
+    is_expert: bool
     segments: tuple[Segment, ...]
 
     @cached_property
@@ -109,12 +109,12 @@ class Plan:
     def numel(self) -> int:
         return sum(bucket.numel for bucket in self.buckets)
 
-    def numel_at(self, site: int, *, expert_class: bool | None = None) -> int:
+    def numel_at(self, site: int, *, is_expert: bool | None = None) -> int:
         """Elements that a site stores, of one class or of both."""
         return sum(
             bucket.numel
             for bucket in self.buckets
-            if site in bucket.holders and expert_class in (None, bucket.expert_class)
+            if site in bucket.holders and is_expert in (None, bucket.is_expert)
         )
 
     def segments_at(self, site: int) -> list[Segment]:
@@ -138,19 +138,19 @@ def build_plan(specs: Iterable[ParameterSpec], num_sites: int, rule: Rule) -> Pl
         assert edges[:-1] == [p.start for p in pieces], f"the pieces of {spec.name} have gaps"
         for piece in pieces:
             segment = _segment(spec, piece)
-            key = (segment.expert_class, segment.holders, segment.trainers)
+            key = (segment.is_expert, segment.holders, segment.trainers)
             grouped.setdefault(key, []).append(segment)
     buckets = tuple(
-        Bucket(index=i, expert_class=key[0], holders=key[1], trainers=key[2], segments=tuple(group))
+        Bucket(index=i, is_expert=key[0], holders=key[1], trainers=key[2], segments=tuple(group))
         for i, (key, group) in enumerate(sorted(grouped.items(), key=lambda item: item[0]))
     )
     return Plan(num_sites=num_sites, buckets=buckets)
 
 
 def _segment(spec: ParameterSpec, piece: Piece) -> Segment:
-    expert_class = spec.kind == "expert"
+    is_expert = spec.kind == "expert"
     rows = (piece.start, piece.stop)
-    if expert_class:
+    if is_expert:
         assert rows == (piece.expert, piece.start + 1), "an expert is a segment of one row"
         name, shape = spec.row_name(piece.start), spec.shape[1:]
     else:
@@ -163,12 +163,17 @@ def _segment(spec: ParameterSpec, piece: Piece) -> Segment:
         shape=shape,
         start=piece.start,
         stop=piece.stop,
-        expert_class=expert_class,
+        is_expert=is_expert,
         layer=None if piece.expert is None else spec.layer,
         expert=piece.expert,
         holders=piece.holders,
         trainers=piece.trainers,
     )
+
+
+def rule_of(config: Config, placement: Placement) -> Rule:
+    """The rule that the config asks for; this is the only place that chooses one."""
+    return placement_rule(placement, router_rows=config.sync.router_rows)
 
 
 def placement_rule(placement: Placement, *, router_rows: str = "all") -> Rule:
@@ -226,7 +231,7 @@ def contribution_weight(segment: Segment, site: int, *, rule: str, counts: Round
     if rule == "uniform":
         return 1.0
     executed = counts.tokens
-    if segment.expert_class:
+    if segment.is_expert:
         assert segment.layer is not None
         assert segment.expert is not None
         executed = counts.executed.get((segment.layer, segment.expert), 0)
@@ -239,7 +244,7 @@ def trains(bucket: Bucket, site: int) -> bool:
     Only whole buckets of experts can be frozen at some sites: a router matrix is one parameter,
     even where only some sites' updates of a row count.
     """
-    return site in bucket.trainers or bool(bucket.trainers and not bucket.expert_class)
+    return site in bucket.trainers or bool(bucket.trainers and not bucket.is_expert)
 
 
 def takes_outer_step(config: Config, bucket: Bucket) -> bool:
@@ -298,7 +303,7 @@ def sync_traffic(plan: Plan, site: int, *, element_bytes: int = 4) -> Traffic:
     for bucket in plan.buckets:
         if site not in bucket.holders or not bucket.crosses:
             continue
-        name = "expert" if bucket.expert_class else "shared"
+        name = "expert" if bucket.is_expert else "shared"
         position = bucket.holders.index(site)
         elements = wire_elements(bucket.numel, len(bucket.holders), position)
         counts[f"payload_{name}"] += element_bytes * bucket.numel

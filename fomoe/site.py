@@ -69,7 +69,7 @@ class Site:
         placement = plan.placement
         self.model = Transformer(config, placement.residents(site), placement.trained(site))
         self.model.to(device)
-        self.segments = plan.plan.segments_at(site)
+        self.segments = plan.segment_plan.segments_at(site)
         self.parameters = dict(self.model.named_parameters())
         self.trainable = {n: p for n, p in self.parameters.items() if p.requires_grad}
         self.optimizer = build_inner_optimizer(config.inner, self.trainable)
@@ -127,7 +127,7 @@ class Site:
         # The norm is over this site's gradients only; sites do not share statistics.
         limit = inner.clip_norm or math.inf
         grad_norm = nn.utils.clip_grad_norm_(list(self.trainable.values()), limit)
-        lr = learning_rate(inner, self.step_idx, self.config.schedule_steps)
+        lr = learning_rate(inner, self.step_idx, self.config.schedule_horizon)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -157,7 +157,7 @@ class Site:
 
     def _place(self, segment: Segment) -> tuple[str, int | slice]:
         """The parameter that holds a segment, and its rows there; no other code knows this."""
-        if segment.expert_class:
+        if segment.is_expert:
             assert segment.layer is not None
             assert segment.expert is not None
             stack, _, part = segment.parameter.rpartition(".")

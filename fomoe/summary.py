@@ -72,7 +72,7 @@ def round_record(
     wire = _difference(counts_before["wire"], counts_after["wire"])
     selected = int(routing.selected_LE.sum())
     health = routing_health(routing.selected_LE, routing.skipped_L, routing.entropy_L)
-    held = {bucket.index for bucket in plan.plan.buckets if site in bucket.holders}
+    held = {bucket.index for bucket in plan.segment_plan.buckets if site in bucket.holders}
     return {
         "kind": "round",
         "round": round_idx,

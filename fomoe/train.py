@@ -151,7 +151,7 @@ def run_local_steps(
             "round": round_idx,
             "step": first_step + step,
             "site": site,
-            "lr": learning_rate(config.inner, first_step + step, config.schedule_steps),
+            "lr": learning_rate(config.inner, first_step + step, config.schedule_horizon),
             "tokens": config.tokens_per_step,
             **dict(zip(STEP_FIELDS, values, strict=True)),
         }
@@ -225,7 +225,7 @@ def evaluate_sites(run: Run, round_idx: int) -> dict[int, float]:
 def merged_loss(run: Run) -> MergedEvaluation:
     with unparked(run.parkings.values(), optimizer=False):
         return evaluate_merged(
-            run.config, run.sites, run.plan.plan, run.transport, run.data.held_out
+            run.config, run.sites, run.plan.segment_plan, run.transport, run.data.held_out
         )
 
 

@@ -65,7 +65,7 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in self._open:
-                raise _problem(f"*{event.anchor} stands within itself", event.start_mark)
+                raise _problem(f"*{event.anchor} contains itself", event.start_mark)
             return super().compose_node(parent, index)
         self._open.append(event.anchor or "")
         node = super().compose_node(parent, index)
@@ -82,10 +82,10 @@ class _Loader(yaml.SafeLoader):
         merged: dict[str, Any] = {}
         for key, value in node.value:
             if key.tag not in (_TEXT, _MERGE):
-                word = key.value if isinstance(key, yaml.ScalarNode) else "that is no word"
+                word = key.value if isinstance(key, yaml.ScalarNode) else "that is not a word"
                 raise _problem(f"key {word} must be text", key.start_mark)
             if key.value in own:
-                raise _problem(f"key {key.value!r} stands twice", key.start_mark)
+                raise _problem(f"key {key.value!r} appears twice", key.start_mark)
             own[key.value] = (key, value)
             if key.tag == _MERGE:
                 bases = value.value if isinstance(value, yaml.SequenceNode) else [value]

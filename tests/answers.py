@@ -1,8 +1,8 @@
-"""What about forty commands answer, recorded before a change of structure and compared after it.
+"""The results of about fifty commands, recorded before a change of structure and compared after it.
 
-`python -m tests.answers record FILE` runs the commands and writes what they answered;
-`python -m tests.answers compare FILE` runs them again and lists what differs: counts must be equal,
-losses may differ by 1e-6. Replica hashes are compared too, but only listed: another order of
+`python -m tests.answers record FILE` runs the commands and writes their results;
+`python -m tests.answers compare FILE` runs them again and lists the differences: counts must be
+equal, losses may differ by 1e-6. Replica hashes are compared too, but only listed: another order of
 additions changes them and nothing else. Both must run on one kind of CPU.
 """
 
@@ -26,7 +26,7 @@ from helpers_cli import Outcome, fomoe, records, write_config
 from fomoe.config import METHODS
 
 TOLERANCE = 1e-6
-# Neither a clock's reading nor a memory's size is an answer.
+# Times and memory sizes vary from run to run.
 _UNSTEADY = ("_s", "_s_by_site", "tokens_per_s", "peak_memory", "run_dir")
 
 FOMOE: tuple[str, ...] = ()

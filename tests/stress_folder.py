@@ -89,7 +89,7 @@ def save_and_prune(
     shapes = {spec.name: spec.shape for spec in parameter_specs(config)}
     held = {
         segment.parameter
-        for bucket in plan_run(config).plan.buckets
+        for bucket in plan_run(config).segment_plan.buckets
         if site in bucket.holders
         for segment in bucket.segments
     }

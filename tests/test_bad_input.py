@@ -84,7 +84,7 @@ OPTIONS = [
     (["rounds"], "override rounds must have the form section.option=value"),
     (["rounds=[1"], "rounds [1 is not valid YAML"),
     (["rounds = 3"], "override 'rounds = 3' has spaces around its name; did you mean rounds=3?"),
-    (["run.tensorboard=x"], "run.tensorboard is not an option of run; there are dir,"),
+    (["run.tensorboard=x"], "run.tensorboard is not an option of run; choose from dir,"),
     (["outer.optimizer=Muon"], "outer.optimizer Muon must be an elementwise class"),
     (["run.dir="], "run.dir '' must not be empty"),
     (["run.dir=a\0b"], "run.dir 'a\\x00b' must not hold a NUL"),
@@ -105,9 +105,9 @@ OPTIONS = [
     (["sync.timeout_s=1e30"], "sync.timeout_s 1e+30 must be at most 1000000"),
     (["--fast"], "argument --fast is not known"),
     (["--overwrite", "--resume"], "not allowed with argument"),
-    (["--device", "gpu"], "--device gpu is no device of this machine"),
-    (["--device", "cuda:99"], "--device cuda:99 is no device of this machine"),
-    (["--device", "meta"], "--device meta is no device of this machine"),
+    (["--device", "gpu"], "--device gpu is not a device of this machine"),
+    (["--device", "cuda:99"], "--device cuda:99 is not a device of this machine"),
+    (["--device", "meta"], "--device meta is not a device of this machine"),
 ]
 
 
@@ -165,7 +165,7 @@ def test_a_dry_run_at_a_site_needs_no_text_of_the_others(
         ([], "required"),
         (["trian", "x.yaml"], "trian is not a command; did you mean train?"),
         (["projct"], "projct is not a command; did you mean project?"),
-        (["tensorboard"], "tensorboard is not a command; there are train, compare, merge"),
+        (["tensorboard"], "tensorboard is not a command; choose from train, compare, merge"),
         (["train"], "CONFIG"),
         (["compare", "CONFIG"], "--methods"),
         (
@@ -174,9 +174,9 @@ def test_a_dry_run_at_a_site_needs_no_text_of_the_others(
         ),
         (
             ["compare", "CONFIG", "--methods", "fsdp"],
-            "fsdp is not a method; there are fomoe, diloco",
+            "fsdp is not a method; choose from fomoe, diloco",
         ),
-        (["compare", "CONFIG", "--methods", "ddp,ddp"], "--methods ddp stands twice"),
+        (["compare", "CONFIG", "--methods", "ddp,ddp"], "--methods ddp is given twice"),
         (["compare", "CONFIG", "--methods", "ddp", "rounds=0"], "rounds 0 must be at least 1"),
         (["merge", "SAVED/nothing"], "is not a run's folder"),
         (["merge", "SAVED/run", "--round", "x"], "invalid int value: 'x'"),
@@ -223,7 +223,7 @@ FILES: list[tuple[Callable[[Path], object], str]] = [
     (lambda path: None, "does not exist"),
     (Path.mkdir, "is a folder"),
     (broken, "is not valid YAML"),
-    (twice, "stands twice"),
+    (twice, "appears twice"),
     (listed, "must hold a mapping of options"),
     (binary, "is not UTF-8 text at offset 0 (byte 0x80)"),
     (control, "holds a NUL at offset 9"),

@@ -96,7 +96,7 @@ def test_a_name_that_is_near_to_none_gets_no_hint(tiny: Path, name: str) -> None
         load_config(tiny, [f"{name}=1"])
     section, _, _ = name.rpartition(".")
     where = f" of {section}" if section else ""
-    assert str(caught.value).startswith(f"{name} is not an option{where}; there are ")
+    assert str(caught.value).startswith(f"{name} is not an option{where}; choose from ")
     assert ("checkpoint_every, keep_checkpoints" in str(caught.value)) == (section == "run")
 
 
@@ -331,15 +331,15 @@ def test_merge_keys_are_read_and_overridden(tmp_path: Path) -> None:
 
 
 WRONG_YAML = [
-    ("inner:\n  lr: 0.1\n  lr: 0.2\n", "key 'lr' stands twice", "line 3"),
-    ("inner: {<<: {lr: 1}, <<: {lr: 2}}", "key '<<' stands twice", "line 1"),
+    ("inner:\n  lr: 0.1\n  lr: 0.2\n", "key 'lr' appears twice", "line 3"),
+    ("inner: {<<: {lr: 1}, <<: {lr: 2}}", "key '<<' appears twice", "line 1"),
     ("inner: {<<: 3}", "<< must name a mapping", "line 1"),
     ("inner: {<<: [{lr: 1}, 3]}", "<< must name a mapping, or a list", "line 1"),
-    ("outer: {options: &it {a: *it}}", "*it stands within itself", "line 1"),
-    ("outer: {options: {a: &it [1, [*it]]}}", "*it stands within itself", "line 1"),
-    ("&it\nmodel: *it", "*it stands within itself", "line 2"),
+    ("outer: {options: &it {a: *it}}", "*it contains itself", "line 1"),
+    ("outer: {options: {a: &it [1, [*it]]}}", "*it contains itself", "line 1"),
+    ("&it\nmodel: *it", "*it contains itself", "line 2"),
     ("1: 2", "key 1 must be text", "line 1"),
-    ("? [a]\n: 2", "key that is no word must be text", "line 1"),
+    ("? [a]\n: 2", "key that is not a word must be text", "line 1"),
     ("a: *b", "undefined alias", "line 1"),
     ("rounds: !!timestamp x", "could not determine a constructor", "line 1"),
     ("rounds: !!int x", "invalid literal", "'x'"),

@@ -180,7 +180,7 @@ def test_a_hub_stream_resumes_exactly(tmp_path: Path) -> None:
     [
         ('{"text": "fine"}\n' * 40 + '{"text": broken\n', "cannot be read"),
         ('{"text": "fine"}\n' * 40 + '{"text": null}\n' * 40, "is not a text column"),
-        ('{"words": "fine"}\n' * 40, "there are ['words']"),
+        ('{"words": "fine"}\n' * 40, "the columns are ['words']"),
         ('{"text": "fine"}\n' * 40, "one sequence needs data.seq_len + 1 = 17"),
     ],
 )

@@ -167,7 +167,7 @@ def test_every_step_and_round_has_the_same_record(runs):
 
 def test_replica_hashes_are_equal_at_all_holders_in_every_round(runs):
     config = load_config(runs["distributed"] / "config.yaml")
-    buckets = [b for b in plan_run(config).plan.buckets if len(b.holders) > 1]
+    buckets = [b for b in plan_run(config).segment_plan.buckets if len(b.holders) > 1]
     rounds = [r for r in records(runs["distributed"]) if r["kind"] == "round"]
     assert {(r["round"], r["site"]) for r in rounds} == {(i, s) for i in range(4) for s in range(4)}
     seen = set()

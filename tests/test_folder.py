@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -316,6 +317,16 @@ def test_the_lock_is_gone_with_the_last_process_of_its_run(tmp_path: Path) -> No
     lock_folder(tmp_path / "run", "two").release()
 
 
+def test_a_folder_that_another_run_makes_and_removes_meanwhile(tmp_path: Path, monkeypatch) -> None:
+    def meanwhile(path: Path, mode: int) -> None:
+        monkeypatch.undo()
+        raise FileExistsError(errno.EEXIST, "File exists", str(path))
+
+    monkeypatch.setattr(os, "mkdir", meanwhile)
+    lock_folder(tmp_path / "run", "one", patience_s=1.0).release()
+    assert listing(tmp_path) == []
+
+
 def test_a_file_system_without_locks(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -449,7 +460,7 @@ def test_a_damaged_record_is_dropped_and_counted(tmp_path: Path, damage: bytes) 
     assert path.read_bytes() == 2 * RECORD + b'{"kind": "round", "round": 1, "site": 1}\n'
 
 
-def test_damaged_records_are_told_of_on_resume(tiny: Path, tmp_path: Path) -> None:
+def test_damaged_records_are_reported_on_resume(tiny: Path, tmp_path: Path) -> None:
     trained(tiny, "rounds=1")
     path = tmp_path / "run" / "metrics.jsonl"
     path.write_bytes(b"\xff\xfe\n" + path.read_bytes())

@@ -66,9 +66,9 @@ def test_a_second_process_that_is_the_same_site_is_refused_at_once():
     second = member(store, 1)
     with pytest.raises(SyncError, match=r"site 1 \(node-1, 10.8.0.1\) has joined already: is ano"):
         second.join(600)
-    second.tell("it was refused")
+    second.record("it was refused")
     second.leave()
-    assert members[0].told() is None
+    assert members[0].first_failure() is None
 
 
 def test_of_two_processes_that_are_the_same_site_one_joins():
@@ -104,7 +104,7 @@ def test_a_site_that_stops_while_others_join_stops_them_at_once():
     leaving = member(store, 1)
     with pytest.raises(SyncError):
         leaving.join(0.01)
-    leaving.tell("interrupted")
+    leaving.record("interrupted")
     with pytest.raises(SyncError, match=r"site 1 \(node-1, 10.8.0.1\) stopped: interrupted"):
         member(store, 0).join(600)
 
@@ -116,18 +116,18 @@ def joined(count: int = 3, **options: Any) -> list[Membership]:
     return members
 
 
-def test_the_first_cause_is_told_to_all():
+def test_all_sites_learn_the_first_cause():
     """By the site that stopped, or by the first that lost one which says nothing itself."""
     a, b, c = joined()
-    c.tell("the disk is full")
-    b.tell("lost site 2")
+    c.record("the disk is full")
+    b.record("lost site 2")
     why = "site 2 (node-2, 10.8.0.2) stopped: the disk is full"
     assert a.explain("lost site 2", lost=[2], patient=True) == why
     assert a.explain("lost site 1", lost=[1], patient=True) == f"lost site 1; first, {why}"
     assert c.explain("lost site 1", lost=[1], patient=True) == "lost site 1"
 
 
-def test_what_only_survivors_have_seen_is_told_once():
+def test_what_only_survivors_have_seen_is_recorded_once():
     a, b, _ = joined()
     assert a.explain("lost site 2", lost=[2], patient=False) == "lost site 2"
     assert b.explain("lost site 2", lost=[2], patient=False) == "lost site 2"
@@ -145,12 +145,12 @@ class GoneStore:
         return fail
 
 
-def test_a_failure_is_told_without_the_store_as_it_was_seen():
+def test_without_the_store_a_failure_is_reported_as_it_was_seen():
     left = joined()[0]
     left._store = GoneStore()  # type: ignore[assignment]
-    left.tell("interrupted")
+    left.record("interrupted")
     left.leave()
-    assert left.told() is None
+    assert left.first_failure() is None
     assert left.explain("lost site 2", lost=[2], patient=True) == "lost site 2"
     with pytest.raises(SyncError, match="the store where the sites meet is gone: Connection res"):
         member(GoneStore(), 1).join(5)  # type: ignore[arg-type]
@@ -158,7 +158,7 @@ def test_a_failure_is_told_without_the_store_as_it_was_seen():
 
 def test_the_store_stays_until_the_others_have_read_why():
     a, b, c = joined(hosts_store=True)
-    a.tell("interrupted")
+    a.record("interrupted")
     order = []
 
     def leave(site: Membership) -> None:
@@ -418,7 +418,9 @@ def test_an_address_outside_the_interface_is_said(capsys):
     port = free_port()
     addresses = joining.resolve("127.0.0.2", port, 10)
     store, _ = joining.host_store(launch(0, port, "127.0.0.2"), addresses, "lo")
-    assert "MASTER_ADDR 127.0.0.2 is no address of --interface lo, so" in capsys.readouterr().err
+    assert (
+        "MASTER_ADDR 127.0.0.2 is not an address of --interface lo, so" in capsys.readouterr().err
+    )
     del store
 
 

@@ -73,8 +73,8 @@ WRONG: list[tuple[dict[str, str], str]] = [
     ({"RANK": "1.0"}, "RANK '1.0' must be an integer"),
     ({"WORLD_SIZE": "many"}, "WORLD_SIZE 'many' must be an integer"),
     ({"WORLD_SIZE": "0"}, "WORLD_SIZE 0 must be at least 1"),
-    ({"WORLD_SIZE": "2"}, "WORLD_SIZE 2 must be num_sites, which is 3"),
-    ({"WORLD_SIZE": "4"}, "WORLD_SIZE 4 must be num_sites, which is 3"),
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE 2 must equal num_sites, which is 3"),
+    ({"WORLD_SIZE": "4"}, "WORLD_SIZE 4 must equal num_sites, which is 3"),
     ({"RANK": "3", "WORLD_SIZE": "1"}, "RANK 3 must be from 0 to 0: WORLD_SIZE is 1"),
     ({"LOCAL_RANK": "gpu"}, "LOCAL_RANK 'gpu' must be an integer"),
     ({"LOCAL_RANK": "-1"}, "LOCAL_RANK -1 must be from 0 to 2"),
@@ -106,11 +106,11 @@ def test_a_name_that_is_no_address_is_refused(environment, tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--device", "gpu"], "--device gpu is no device of this machine"),
-        (["--interface", "none0"], "--interface none0 is no network interface of this machine"),
+        (["--device", "gpu"], "--device gpu is not a device of this machine"),
+        (["--interface", "none0"], "--interface none0 is not a network interface of this machine"),
     ],
 )
-def test_what_is_wrong_at_one_site_is_told_before_it_waits(
+def test_a_mistake_of_one_site_is_reported_before_it_waits(
     environment, tmp_path: Path, words: list[str], message: str
 ) -> None:
     environment({"RANK": "1", "WORLD_SIZE": "3", **SITE_0})

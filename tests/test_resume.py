@@ -433,7 +433,7 @@ def test_a_round_that_cannot_be_gone_back_to(done: Path, run_dir: Path) -> None:
         (["--resume-round", "1"], 1, "round 1: site 2: site-2.safetensors: it lacks rng"),
         (["--resume-round", "7"], 1, "has no checkpoint of round 7, only 2, 1"),
         (["--resume-round", "0"], 2, "--resume-round 0 must be at least 1"),
-        (["--resume-round", "2", "--overwrite"], 2, "it cannot stand beside --overwrite"),
+        (["--resume-round", "2", "--overwrite"], 2, "it cannot be combined with --overwrite"),
         (["--resume-round", "2", "seed=9"], 1, "is of another experiment"),
         (["--resume-round", "2", "rounds=1"], 2, "rounds 1 is below the 2 rounds"),
     ]
@@ -489,7 +489,7 @@ class Bench:
         self.said.clear()
         resume_run(self.run, None, show=False)
         for site, own in self.run.sites.items():
-            loaded = own.state()[0] | self.run.sync.anchors.state_of(site)
+            loaded = own.state()[0] | self.run.sync.state_of(site)
             kept, _ = load_part(self.run_dir, self.run.first_round, site)
             others = ("rng", "probe")
             assert_same_bits(loaded, {n: t for n, t in kept.items() if n not in others})
@@ -606,7 +606,7 @@ MISFITS = {
     ),
     "random state": (
         lambda t, _: t.update(rng=torch.zeros_like(t["rng"])),
-        "rng is no random state",
+        "rng is not a random state",
     ),
     "another seed": (change_values("config", "seed", value=4), "seed (was 4, now 0)"),
     "no config": (change_values("config"), "site-1.json: it holds no config"),
@@ -614,7 +614,7 @@ MISFITS = {
     "another site": (change_values("site", value=0), "site is 0, not 1"),
     "more steps": (change_values("step_idx", value=5), "step_idx is 5, not 4"),
     "a huge position": (change_values("data", "position", value=10**30), "no position in the text"),
-    "no sums": (change_values("totals", "tokens", value="x"), "totals are no sums over rounds"),
+    "no sums": (change_values("totals", "tokens", value="x"), "totals are not sums over rounds"),
 }
 
 

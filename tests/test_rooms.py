@@ -119,9 +119,18 @@ def uses(tree: ast.Module, attribute: str) -> bool:
 
 
 def test_only_the_sync_writes_anchors() -> None:
-    """`Anchors.values` is read by the sync and by nobody else outside its room."""
+    """Other rooms save and restore what the sync keeps without knowing what it is."""
     writers = {n for n, tree in ROOMS.items() if uses(tree, "anchors")}
-    assert writers <= {"fomoe.sync.sync", "fomoe.resume"}
+    assert writers == {"fomoe.sync.sync"}
+
+
+def test_one_room_chooses_the_rule() -> None:
+    """A new rule changes `segments.rule_of` and no room that builds a plan."""
+    for name, tree in ROOMS.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module == "fomoe.segments":
+                rules = [a.name for a in node.names if a.name.endswith("_rule")]
+                assert not rules, f"{name} imports {rules}"
 
 
 def test_only_the_site_cuts_parameters_by_rows() -> None:

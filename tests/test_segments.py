@@ -31,16 +31,14 @@ from fomoe.shapes import ParameterSpec, parameter_specs
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_element_stands_in_exactly_one_segment(layout):
     config = tiny_config(LAYOUTS[layout])
-    plan = plan_run(config).plan
+    plan = plan_run(config).segment_plan
     painted = {
         spec.name: torch.zeros(spec.shape, dtype=torch.int) for spec in parameter_specs(config)
     }
     for bucket in plan.buckets:
         for segment in bucket.segments:
             rows = painted[segment.parameter][segment.start : segment.stop]
-            assert (
-                rows.view(segment.shape).shape == (rows[0] if segment.expert_class else rows).shape
-            )
+            assert rows.view(segment.shape).shape == (rows[0] if segment.is_expert else rows).shape
             assert rows.numel() == segment.numel
             rows += 1
     for name, counts in painted.items():
@@ -56,11 +54,11 @@ def test_experts_are_held_by_the_placement_and_the_rest_by_all(layout):
     run = plan_run(config)
     everyone = tuple(range(config.num_sites))
     row_of = {layer: row for row, layer in enumerate(run.placement.moe_layers)}
-    for bucket in run.plan.buckets:
+    for bucket in run.segment_plan.buckets:
         for segment in bucket.segments:
             assert (segment.holders, segment.trainers) == (bucket.holders, bucket.trainers)
-            assert segment.expert_class == bucket.expert_class == (".experts." in segment.parameter)
-            if segment.expert_class:
+            assert segment.is_expert == bucket.is_expert == (".experts." in segment.parameter)
+            if segment.is_expert:
                 row = row_of[segment.layer]
                 prefix = f"layers.{segment.layer}.moe.experts."
                 assert segment.parameter in (f"{prefix}gate_up", f"{prefix}down")
@@ -106,8 +104,8 @@ def test_bucket_order_is_the_same_at_every_site():
     rule = placement_rule(placement)
     plan = build_plan(parameter_specs(config), 4, rule)
     shuffled = build_plan(reversed(parameter_specs(config)), 4, rule)
-    order = [(b.index, b.expert_class, b.holders, b.trainers) for b in plan.buckets]
-    assert order == [(b.index, b.expert_class, b.holders, b.trainers) for b in shuffled.buckets]
+    order = [(b.index, b.is_expert, b.holders, b.trainers) for b in plan.buckets]
+    assert order == [(b.index, b.is_expert, b.holders, b.trainers) for b in shuffled.buckets]
     assert [index for index, *_ in order] == list(range(len(plan.buckets)))
 
 
@@ -149,7 +147,7 @@ def test_payload_is_shared_plus_the_replicated_share_of_the_experts(r, element_b
     specs = parameter_specs(config)
     experts = sum(spec.numel for spec in specs if spec.kind == "expert")
     shared = sum(spec.numel for spec in specs) - experts
-    plan = plan_run(config).plan
+    plan = plan_run(config).segment_plan
     for site in range(4):
         traffic = sync_traffic(plan, site, element_bytes=element_bytes)
         assert traffic.payload_shared == element_bytes * shared
@@ -198,12 +196,14 @@ def test_a_site_builds_what_the_plan_says_it_holds_and_no_more(layout):
     for site in range(config.num_sites):
         placement = run.placement
         model = Transformer(config, placement.residents(site), placement.trained(site))
-        held = {s.parameter for b in run.plan.buckets if site in b.holders for s in b.segments}
+        held = {
+            s.parameter for b in run.segment_plan.buckets if site in b.holders for s in b.segments
+        }
         assert {n.replace("frozen_", "") for n, _ in model.named_parameters()} == held
         frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-        stored = [b for b in run.plan.buckets if site in b.holders and b.expert_class]
+        stored = [b for b in run.segment_plan.buckets if site in b.holders and b.is_expert]
         assert frozen == sum(b.numel for b in stored if site not in b.trainers)
-        assert sum(p.numel() for p in model.parameters()) == run.plan.numel_at(site)
+        assert sum(p.numel() for p in model.parameters()) == run.segment_plan.numel_at(site)
         # No absent expert may hide in a storage.
         storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in model.parameters()}
         sizes = [storage.nbytes() for storage in storages.values()]
@@ -211,9 +211,9 @@ def test_a_site_builds_what_the_plan_says_it_holds_and_no_more(layout):
 
 
 def test_shared_and_expert_elements_of_a_site_add_up():
-    plan = plan_run(tiny_config()).plan
+    plan = plan_run(tiny_config()).segment_plan
     for site in range(4):
-        parts = [plan.numel_at(site, expert_class=kind) for kind in (False, True)]
+        parts = [plan.numel_at(site, is_expert=kind) for kind in (False, True)]
         assert sum(parts) == plan.numel_at(site)
 
 
@@ -284,7 +284,7 @@ def test_absent_experts_have_no_bytes_anywhere(layout):
         run = make_run(config, transport)
         one_round(run)
         own = run.sites[site]
-        saved = own.state()[0] | run.sync.anchors.state_of(site)
+        saved = own.state()[0] | run.sync.state_of(site)
         built = own.model.state_dict() | dict(own.model.named_buffers())
         largest = max(config.model.num_experts, config.vocab_size) * config.model.d_model
         found = set()

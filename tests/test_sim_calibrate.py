@@ -183,7 +183,7 @@ def test_planned_payload_is_compared_with_the_counted_one(tmp_path):
             "placement": {"replication_factor": 1},
         }
     )
-    plan = plan_run(config).plan
+    plan = plan_run(config).segment_plan
     payload = sync_traffic(plan, 0).payload
     exact = write_run(tmp_path / "a", local_steps=8, wire_bytes=payload, config=config)
     off = write_run(tmp_path / "b", local_steps=8, wire_bytes=payload + 4, config=config)

@@ -47,7 +47,7 @@ def test_states_of_a_config_are_the_trainers(tmp_path, method):
     path = tmp_path / "small.yaml"
     path.write_text(CONFIG)
     config = load_config(path, [f"method={method}"])
-    plan = plan_run(config).plan
+    plan = plan_run(config).segment_plan
     row = answer_one(build(Ask(config=str(path)), method))
     parts = {name: part["bytes"] for name, part in row["memory_parts"].items()}
     trainers = [site_memory(config, plan, site) for site in range(3)]

@@ -19,7 +19,7 @@ def built(num_sites, placement, num_experts, num_layers):
     model = {**SMALL, "num_experts": num_experts, "num_layers": num_layers}
     config = build_config({"num_sites": num_sites, "placement": placement, "model": model})
     run = plan_run(config)
-    return shape_from_config(config, "small"), run.placement, run.plan
+    return shape_from_config(config, "small"), run.placement, run.segment_plan
 
 
 def hold_equal(shape, table, plan, holdings):

@@ -117,7 +117,7 @@ def test_rule_1_one_reduction_per_bucket_and_no_holder_set_twice(layout):
 
     run.sync.reduce = watch
     average_gradients_or_parameters(run)
-    keys = [(b.expert_class, b.holders, b.trainers) for b in reduced]
+    keys = [(b.is_expert, b.holders, b.trainers) for b in reduced]
     assert len(set(keys)) == len(keys)
     assert [b.index for b in reduced] == sorted(b.index for b in reduced)
     if config.placement.kind == "cyclic" and config.placement.capacity is None:
@@ -148,9 +148,9 @@ def test_rule_2_the_mean_is_over_contributors_and_everyone_who_holds_receives(la
     means = means_by_segment(run, counts)
     placement, rows = run.plan.placement, config.sync.router_rows == "holders"
     checked = 0
-    for segment in segments_of(run.plan.plan):
+    for segment in segments_of(run.plan.segment_plan):
         holders = range(config.num_sites)
-        if segment.expert_class:
+        if segment.is_expert:
             row = placement.moe_layers.index(segment.layer)
             holders = placement.holders[row][segment.expert]
         if len(holders) == 1 and config.sync.single_holder == "local":
@@ -162,10 +162,10 @@ def test_rule_2_the_mean_is_over_contributors_and_everyone_who_holds_receives(la
             if segment.expert is not None:
                 row = placement.moe_layers.index(segment.layer)
                 trains = site in placement.trainers[row][segment.expert]
-                if not trains and (segment.expert_class or rows):
+                if not trains and (segment.is_expert or rows):
                     continue
             executed = counts[site].tokens
-            if segment.expert_class:
+            if segment.is_expert:
                 executed = counts[site].executed[segment.layer, segment.expert]
             if rule == "presence":
                 weight = 1.0 if executed else 0.0
@@ -176,7 +176,7 @@ def test_rule_2_the_mean_is_over_contributors_and_everyone_who_holds_receives(la
             weights += weight
         expected = total / weights if weights else torch.zeros_like(total)
         torch.testing.assert_close(means[segment.name].double(), expected, rtol=1e-5, atol=1e-7)
-        if segment.expert_class and rule != "uniform" and (segment.layer, segment.expert) == unused:
+        if segment.is_expert and rule != "uniform" and (segment.layer, segment.expert) == unused:
             assert (means[segment.name] == 0).all()
         checked += segment.numel
     assert checked == sum(b.numel for b in run.sync.buckets)
@@ -199,8 +199,8 @@ def test_rule_2_a_site_whose_expert_saw_no_token_does_not_dilute_but_receives():
 
 def test_rule_2_a_value_of_weight_zero_is_never_read():
     """0 x NaN is NaN: what an idle holder stores must not reach the sum."""
-    segment = segments_of(plan_run(tiny_config()).plan)[0]
-    bucket = Bucket(index=0, holders=(0,), trainers=(0,), expert_class=True, segments=(segment,))
+    segment = segments_of(plan_run(tiny_config()).segment_plan)[0]
+    bucket = Bucket(index=0, holders=(0,), trainers=(0,), is_expert=True, segments=(segment,))
     size = bucket.numel
     own = Contribution(bucket, [0.0], lambda s, i, j: torch.full((j - i,), torch.nan))
     assert (own.values(0, size) == 0).all()
@@ -263,7 +263,7 @@ def test_rule_4_every_element_at_every_holder_is_reduced(layout):
                 parameter += 2.0**site
     alone = parameters_of(run)
     synchronize(run_with_counts(run))
-    for segment in segments_of(run.plan.plan):
+    for segment in segments_of(run.plan.segment_plan):
         local = len(segment.holders) == 1 and config.sync.single_holder == "local"
         for site in segment.holders:
             own = run.sites[site].view(segment)
@@ -279,11 +279,11 @@ def test_rule_4_the_plan_covers_the_model_and_counted_bytes_are_planned_bytes():
         config = tiny_config(options)
         run = make_run(config)
         elements = {s.name: s.numel for own in run.sites.values() for s in own.segments}
-        assert sum(elements.values()) == run.plan.plan.numel, layout
+        assert sum(elements.values()) == run.plan.segment_plan.numel, layout
         one_round(run)
         for site in run.sites:
             counted = run.transport.counts[site]
-            planned = sync_traffic(run.plan.plan, site)
+            planned = sync_traffic(run.plan.segment_plan, site)
             syncs = run.plan.syncs_per_round
             assert counted.payload["shared"] == syncs * planned.payload_shared, layout
             assert counted.payload["expert"] == syncs * planned.payload_expert, layout
@@ -319,7 +319,7 @@ def test_rule_6_replicas_are_bit_identical_at_all_holders_after_every_sync(layou
 
     results = all_good(over_gloo(config.num_sites, work))
     proxy_hashes, proxy_parameters = work(InMemoryTransport(range(config.num_sites)))
-    plan = plan_run(config).plan
+    plan = plan_run(config).segment_plan
     everything = {key: value for _, own in results for key, value in own.items()}
     assert_same_bits(everything, proxy_parameters)
     for segment in segments_of(plan):
@@ -361,7 +361,7 @@ def test_rule_7_anchor_and_momentum_are_fp32_copies_off_the_parameters_and_check
         for own in run.sites.values()
         for parameter in own.parameters.values()
     }
-    plan = run.plan.plan
+    plan = run.plan.segment_plan
     anchors = run.sync.anchors
     assert anchors.values.keys() == {s.name for s in segments_of(plan)}
     for anchor in anchors.values.values():
@@ -370,7 +370,7 @@ def test_rule_7_anchor_and_momentum_are_fp32_copies_off_the_parameters_and_check
             assert (tensor.dtype, tensor.device.type) == (torch.float32, "cpu")
             assert tensor.untyped_storage().data_ptr() not in storages
     for site in range(4):
-        saved = anchors.state_of(site)
+        saved = run.sync.state_of(site)
         held = {s.name for s in segments_of(plan) if site in s.holders}
         assert {entry("anchor", name) for name in held} <= saved.keys()
         assert {entry("outer", "momentum_buffer", name) for name in held} <= saved.keys()
@@ -603,10 +603,7 @@ def test_outer_state_and_anchor_come_back_to_the_bit(optimizer):
     run = make_run(config)
     move_randomly(run)
     synchronize(run_with_counts(run))
-    saved = {
-        site: {k: v.clone() for k, v in run.sync.anchors.state_of(site).items()}
-        for site in run.sites
-    }
+    saved = {site: {k: v.clone() for k, v in run.sync.state_of(site).items()} for site in run.sites}
     parameters = {
         site: {n: p.detach().clone() for n, p in own.parameters.items()}
         for site, own in run.sites.items()
@@ -617,7 +614,7 @@ def test_outer_state_and_anchor_come_back_to_the_bit(optimizer):
         for site, own in again.sites.items():
             for name, parameter in own.parameters.items():
                 parameter.copy_(parameters[site][name])
-            again.sync.anchors.load_state_of(site, saved[site])
+            again.sync.load_state_of(site, saved[site])
     assert_same_bits(second_round(again), expected)
 
 
@@ -656,7 +653,7 @@ def random_bucket(rng: random.Random, index: int, num_sites: int) -> Bucket:
         index=index,
         holders=holders,
         trainers=holders,
-        expert_class=rng.random() < 0.5,
+        is_expert=rng.random() < 0.5,
         segments=segments,
     )
 
@@ -731,7 +728,7 @@ def test_counted_wire_bytes_are_the_planned_ones_for_each_holder():
         mean_over_holders(transport, [bucket], random_contribution)
         return transport.counts[transport.sites[0]]
 
-    kind = "expert" if bucket.expert_class else "shared"
+    kind = "expert" if bucket.is_expert else "shared"
     for site, counts in enumerate(all_good(over_gloo(4, work))):
         if site in bucket.holders:
             position = bucket.holders.index(site)
@@ -747,7 +744,7 @@ def test_sites_may_have_any_numbers_and_groups_do_not_mix():
         index=0,
         holders=(2, 7),
         trainers=(2, 7),
-        expert_class=True,
+        is_expert=True,
         segments=(Segment("p", "p", (5,), 0, 5, True, 0, 0, (2, 7), (2, 7)),),
     )
 
@@ -804,7 +801,7 @@ class Snapshot:
         state = {
             (site, name): tensor.clone()
             for site in self.run.sites
-            for name, tensor in self.run.sync.anchors.state_of(site).items()
+            for name, tensor in self.run.sync.state_of(site).items()
         }
         return parameters_of(self.run) | state
 
@@ -1168,13 +1165,13 @@ def test_hashes_are_of_the_parameters_themselves():
         own.parameters["final_norm.weight"].data[3] += 1
     after = run.sync.check_replicas()
     changed = [index for index in before if before[index] != after[index]]
-    (bucket,) = (b for b in run.plan.plan.buckets if b.index in changed)
+    (bucket,) = (b for b in run.plan.segment_plan.buckets if b.index in changed)
     assert "final_norm.weight" in {s.parameter for s in bucket.segments}
 
 
 def test_means_are_given_only_for_buckets_held_here():
     config = tiny_config(placement__replication_factor=1)
-    plan = plan_run(config).plan
+    plan = plan_run(config).segment_plan
 
     def work(transport):
         def contribute(bucket, site):

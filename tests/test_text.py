@@ -162,7 +162,11 @@ ROWS = [
     ('{"text": "fine"}\n{"text": "cut', ", line 2: is not JSON"),
     ("plain words\n", ", line 1: is not JSON"),
     ('["text"]\n', ", line 1: is not a JSON object"),
-    ('\n\n{"body": "x", "id": 3}\n', ", line 3: has no field text", "there are ['body', 'id']"),
+    (
+        '\n\n{"body": "x", "id": 3}\n',
+        ", line 3: has no field text",
+        "its fields are ['body', 'id']",
+    ),
     ('{"text": null}\n', ", line 1: field text (data.text_field) is null, not text"),
     ('{"text": ["a"]}\n', """line 1: field text (data.text_field) is ["a"], not text"""),
     ('{"text": "a\\u0000b"}\n', ", line 1: field text holds a NUL"),

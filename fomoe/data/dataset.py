@@ -62,9 +62,9 @@ def build_data(
     Args:
         config: the experiment.
         sites: the sites of this process; only their part is tokenized.
-        tokenizer_dir: folder of the run that goes on: its trained tokenizer is taken, if it has
+        tokenizer_dir: folder of the run that is resumed: its trained tokenizer is used, if it has
             one. A new run trains its own.
-        share: runs a function at site 0 and gives its bytes to all sites.
+        share: runs a function at site 0 and returns its bytes at all sites.
 
     Raises:
         DataError, ConfigError: if a source, tokenizer or split cannot be used.
@@ -74,7 +74,7 @@ def build_data(
     parts: dict[str, _Part] = {}
     streams: dict[int, Stream] = {}
     sites = tuple(sites)
-    everywhere = config.data.held_out is None  # then every source gives some of the held-out part
+    everywhere = config.data.held_out is None  # then it comes from every source
     for source in sorted(set(names) if everywhere else {names[site] for site in sites}):
         parts[source] = _open_part(config, source, tokenizer, held_out=everywhere)
     for site in sites:
@@ -105,10 +105,10 @@ def needed_sources(config: Config, sites: Iterable[int]) -> list[str]:
 
 
 def _names(config: Config) -> tuple[str, ...]:
-    """The source of every part of the text, those included that no site trains on.
+    """The source of every part of the text, including parts that no site trains on.
 
-    They too are split, held out and tokenized, so that methods with fewer sites are evaluated on
-    the same text.
+    Those are split, held out and tokenized as well, so that methods with fewer sites are evaluated
+    on the same text.
     """
     num_shards = config.data.num_shards or config.num_sites
     return config.data.sites or (config.data.source,) * num_shards
@@ -166,7 +166,7 @@ def named_tokenizer(config: Config) -> Tokenizer:
 def _kept_bpe(folder: Path | None) -> bytes | None:
     """The tokenizer that a run keeps, or None: a damaged one is trained anew on the same text.
 
-    Whether it is the same is not taken on trust: a resume compares its hash with the checkpoint's.
+    A resume compares its hash with the checkpoint's, so another tokenizer is refused.
     """
     if folder is None:
         return None
@@ -197,7 +197,7 @@ def _open_part(config: Config, source: str, tokenizer: Tokenizer | None, held_ou
 def _split(config: Config, documents: list[Document]) -> tuple[list[Document], list[Document]]:
     """Held-out and training documents, by the hash of seed and content: equal texts stay together.
 
-    Nothing else decides, so every site finds the same split without talking.
+    Nothing else matters, so every site computes the same split without communication.
     """
     key = str(config.seed).encode()
     ordered = sorted(documents, key=lambda d: hashlib.sha256(key + d.digest).digest())
@@ -230,7 +230,7 @@ def _text_part(config: Config, source: str, tokenizer: Tokenizer, held_out: bool
 def _where_it_went(
     source: str, held: list[Document], train: list[Document], num_shards: int
 ) -> str:
-    """What became of a text that is too small, or too much alike, to give every part some."""
+    """How a text was divided that is too small, or too uniform, for every part to get some."""
     pieces = held + train
     different = len({document.digest for document in pieces})
     what = f"{len(pieces)} documents or pieces, {different} of them different"
@@ -243,7 +243,7 @@ def _where_it_went(
 
 
 def _deal(documents: list[Document], num_shards: int) -> list[list[Document]]:
-    """Each document to the shard with the least text so far, the first of equal ones."""
+    """Give each document to the shard with the least text so far; of equal ones, to the first."""
     shards: list[list[Document]] = [[] for _ in range(num_shards)]
     sizes = [(0, shard) for shard in range(num_shards)]
     for document in documents:
@@ -355,7 +355,7 @@ def _check_tokens(config: Config, tokens: np.ndarray, where: str) -> None:
 def _fingerprints(
     config: Config, tokenizer: Tokenizer | None, parts: dict[str, _Part], windows: np.ndarray
 ) -> dict[str, str]:
-    """With a held-out source of its own a site need not have the others' text: no split to hash."""
+    """Hashes that all sites compare; the split is left out if a site may lack the others' text."""
     everywhere = config.data.held_out is None or config.data.sites is None
     digests = [parts[source].digest for source in sorted(parts)] if everywhere else []
     return {

@@ -39,7 +39,7 @@ _BIN_DTYPES = {20240520: np.uint16, 20240801: np.uint32}
 
 @dataclass(frozen=True)
 class Document:
-    """A piece of text that goes whole to one side of the split."""
+    """A piece of text that the split does not divide."""
 
     text: str
 
@@ -55,7 +55,7 @@ def read_documents(source: str, *, text_field: str = "text") -> list[Document]:
         text_field: the field of JSON Lines that holds the text.
 
     Raises:
-        DataError: if nothing is there, or it cannot be read as text.
+        DataError: if there is no text, or it cannot be read as text.
     """
     texts = []
     for path in find_files(source):
@@ -75,10 +75,10 @@ def read_documents(source: str, *, text_field: str = "text") -> list[Document]:
 
 
 def check_source(source: str) -> None:
-    """Refuse a source that is not there, without reading its text or the network.
+    """Refuse a source that does not exist, without reading its text or using the network.
 
     Raises:
-        DataError: in the words of those who read it.
+        DataError: with the message that reading it would give.
     """
     if is_hub(source):
         hub_library(source)
@@ -91,8 +91,9 @@ def check_source(source: str) -> None:
 def find_files(source: str) -> list[Path]:
     """Files of a source of text or token shards, without reading them.
 
-    A name that is there is taken as it is, whatever characters are in it; else it is a pattern,
-    whose folders are skipped and whose files count once, however many links lead to them.
+    The name of an existing file is used as it is, whatever characters it contains. Any other name
+    is a pattern: folders that it matches are skipped, and a file counts once, however many links
+    lead to it.
 
     Raises:
         DataError: if there are none, or one cannot be read as text by its kind or name.
@@ -107,7 +108,7 @@ def find_files(source: str) -> list[Path]:
         real = os.path.realpath(name)
         if real in files:
             continue
-        # A link to a folder above it gives ever longer names, up to one that no longer opens.
+        # A link to a parent folder gives ever longer names, until one no longer opens.
         problem = why_no_file(real if os.path.exists(real) else name)
         if problem == "is a folder" and named is None:
             continue
@@ -140,7 +141,7 @@ def _why_nothing(pattern: str, matches: list[str]) -> str:
 
 
 def _suffix(path: Path) -> str:
-    """The last part of a file's name that says what is in it."""
+    """The suffix that says what a file holds; `.gz` is passed over."""
     name = path.name.lower().removesuffix(".gz")
     return os.path.splitext(name)[1]
 
@@ -185,7 +186,7 @@ def _field_of(line: str, field: str) -> str:
     if not isinstance(row, dict):
         raise ValueError("is not a JSON object")
     if field not in row:
-        raise ValueError(f"has no field {field} (data.text_field); there are {sorted(row)}")
+        raise ValueError(f"has no field {field} (data.text_field); its fields are {sorted(row)}")
     text = row[field]
     if not isinstance(text, str):
         raise ValueError(f"field {field} (data.text_field) is {json.dumps(text)[:40]}, not text")

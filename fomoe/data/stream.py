@@ -14,7 +14,7 @@ from fomoe.errors import DataError
 
 
 class Stream(Protocol):
-    """Endless sequences; its state is small and brings back the exact position."""
+    """Endless sequences, with a small state that restores the exact position."""
 
     def next_batch(self, batch_size: int) -> np.ndarray:
         """The next sequences, int64 [batch_size, seq_len + 1]: inputs and shifted targets."""
@@ -33,7 +33,7 @@ class TokenStream:
         seq_len: tokens per sequence; a window has one more, for the targets.
         seed: decides the order, with the shard's number and the epoch.
         shard: number of this part of the text.
-        name: what to call it in errors.
+        name: how errors name this text.
 
     Raises:
         DataError: if no block is as long as one window.
@@ -61,7 +61,7 @@ class TokenStream:
         return int(self.ends[-1])
 
     def window(self, index: int, shift: int = 0) -> np.ndarray:
-        """Window `index` of all blocks, moved on by `shift` tokens where its block has room."""
+        """Window `index` of all blocks, moved on by `shift` tokens, or fewer near a block's end."""
         block = int(np.searchsorted(self.ends, index, side="right"))
         first = int(self.ends[block - 1]) if block else 0
         tokens = self.blocks[block]
@@ -174,8 +174,10 @@ def hub_text(row: dict[str, Any], field: str) -> str:
     """The text column of a row.
 
     Raises:
-        DataError: naming the columns there are.
+        DataError: if there is none; it names the columns.
     """
     if not isinstance(row.get(field), str):
-        raise DataError(f"data.text_field {field} is not a text column; there are {sorted(row)}")
+        raise DataError(
+            f"data.text_field {field} is not a text column; the columns are {sorted(row)}"
+        )
     return row[field]

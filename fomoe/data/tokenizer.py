@@ -100,7 +100,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def local_path(name: str) -> Path | None:
-    """The file or folder that a tokenizer's name means, or None where it is a word or hub name."""
+    """The file or folder that a tokenizer's name means; None for a keyword or a hub name."""
     if name in ("byte", "bpe", "none"):
         return None
     for path in (name, os.path.expanduser(name)):

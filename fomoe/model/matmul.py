@@ -1,12 +1,12 @@
 """Matrix products on the fastest kernels that this machine has.
 
-In fp32 on CPU, torch multiplies with MKL, which keeps to 256-bit kernels on CPUs of other makers;
-oneDNN, which the same wheel carries, uses their 512-bit units and is twice as fast there
-(docs/performance.md). Elsewhere torch's own choice stands.
+In fp32 on CPU, torch multiplies with MKL, which uses only 256-bit kernels on CPUs that are not
+Intel's. oneDNN, which is part of the same wheel, uses their 512-bit units and is twice as fast
+there (docs/performance.md). On other machines torch's own choice is kept.
 
 oneDNN compiles a kernel for every number of rows that a product has, and keeps it: half a megabyte
-each, hundreds of megabytes for experts, whose rows differ at every step. So it gets rows in pieces
-of few sizes, and torch those that are left.
+each, hundreds of megabytes for experts, whose rows differ at every step. So oneDNN gets the rows in
+pieces of a few sizes, and torch computes the remaining rows.
 
 Shapes: N rows, I in, O out.
 """
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from fomoe.errors import ConfigError
 
-# Below this many rows, turning the narrower operand costs more than it saves.
+# Below this many rows, putting the narrower operand first costs more than it saves.
 _MANY_ROWS = 512
 
 # Smallest piece: for fewer rows a call of oneDNN costs more than its kernel saves.
@@ -73,10 +73,10 @@ def _mm(operand: Tensor) -> Callable[..., Tensor]:
 
 @functools.cache
 def pieces(rows: int) -> tuple[tuple[slice, ...], slice]:
-    """Rows as pieces of few sizes, the largest first, and the rows that are left.
+    """Cut rows into pieces of a few sizes, the largest first, and the remaining rows.
 
-    A piece takes what the two leading binary digits of the number of rows stand for: 64, 96, 128,
-    192, 256, 384 rows and so on.
+    The size of a piece is the number of rows that are left, rounded down to its two leading binary
+    digits: 64, 96, 128, 192, 256, 384 and so on.
     """
     found, start = [], 0
     while (left := rows - start) >= _PIECE_ROWS:
@@ -121,7 +121,7 @@ def _onednn_weight_grad(y_NO: Tensor, x_NI: Tensor, out: Tensor | None = None) -
 
 
 def _onednn_piece_grad(y_NO: Tensor, x_NI: Tensor) -> Tensor:
-    """oneDNN copies its first operand into rows: give it the narrower one where that pays."""
+    """oneDNN copies its first operand into rows, so the narrower one comes first where it pays."""
     if y_NO.shape[1] > x_NI.shape[1] and x_NI.shape[0] >= _MANY_ROWS:
         return _onednn(x_NI.t(), y_NO.t()).t()
     return _onednn(y_NO.t(), x_NI.t())
@@ -133,13 +133,14 @@ ONEDNN = Products(_onednn_forward, _onednn_input_grad, _onednn_weight_grad)
 
 @functools.cache
 def has_onednn() -> bool:
-    """Whether this torch has the oneDNN product that inductor, too, lowers linear maps to."""
+    """Whether this torch has the oneDNN product that inductor also uses for linear maps."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @functools.cache
 def onednn_is_faster() -> bool:
-    """A fact of the machine, not a timing: the same run must not take other kernels next time."""
+    """Whether it is, by the CPU's description and not by a timing: a run must use the same kernels
+    each time."""
     path = Path("/proc/cpuinfo")
     cpu = path.read_text(errors="replace") if path.exists() else platform.processor()
     wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
@@ -147,10 +148,13 @@ def onednn_is_faster() -> bool:
 
 
 def has_idle_wide_units(cpu: str) -> bool:
-    """Whether MKL leaves units of 512 bits idle; `cpu` is what the system says of an AVX-512 CPU.
+    """Whether MKL leaves 512-bit units idle.
 
-    It uses those of its own maker. Family 25 of AMD (Zen 4) runs an instruction of 512 bits in
-    two turns of a 256-bit unit, so that there is nothing to gain.
+    MKL uses those of Intel CPUs. AMD's family 25 (Zen 4) runs a 512-bit instruction as two passes
+    through a 256-bit unit, so there is nothing to gain.
+
+    Args:
+        cpu: the system's description of a CPU with AVX-512.
     """
     family = re.search(r"^cpu family\s*: (\d+)", cpu, re.M)
     halves = "AuthenticAMD" in cpu and family is not None and int(family[1]) <= 25
@@ -166,7 +170,7 @@ def choose_products(kind: str, x: Tensor) -> Products:
 
 
 def check_matmul(kind: str) -> None:
-    """Raises ConfigError if oneDNN is asked for and this torch is built without it."""
+    """Raises ConfigError if oneDNN is requested and this torch is built without it."""
     if kind == "onednn" and not has_onednn():
         raise ConfigError("model.matmul", kind, "needs a torch that is built with oneDNN")
 

@@ -21,7 +21,7 @@ class GradientSync(Sync):
         Raises:
             SyncError: if the exchange failed.
         """
-        buckets = [bucket for bucket in self.plan.plan.buckets if bucket.trainers]
+        buckets = [bucket for bucket in self.plan.segment_plan.buckets if bucket.trainers]
         means = self.reduce(buckets, self._gradients)
         for bucket in buckets:
             parts = split_bucket(bucket, means[bucket.index])

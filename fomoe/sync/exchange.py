@@ -70,7 +70,7 @@ def mean_over_holders(
 
 
 def _class(bucket: Bucket) -> str:
-    return "expert" if bucket.expert_class else "shared"
+    return "expert" if bucket.is_expert else "shared"
 
 
 def _sum_weights(

@@ -35,7 +35,7 @@ class GlooTransport:
         place, hosts_store: see `Membership`.
 
     Raises:
-        SyncError: if the members do not all join in time, or another process is this site.
+        SyncError: if the members do not all join in time, or this site has joined already.
         ConfigError: if there is no such interface.
     """
 
@@ -78,7 +78,7 @@ class GlooTransport:
                 timeout_s=end - time.monotonic(),
             )
         except BaseException as error:
-            self._membership.tell(failure_text(error))
+            self._membership.record(failure_text(error))
             self._membership.leave()
             if not isinstance(error, Exception):
                 raise
@@ -88,7 +88,7 @@ class GlooTransport:
     def _connect(
         self, connect: Callable[[], dist.ProcessGroupGloo], timeout_s: float
     ) -> dist.ProcessGroupGloo:
-        """Connect to every member, all of which are there."""
+        """Connect to every member; all have joined."""
         started, said = time.monotonic(), False
         names = self._membership.names(self._peers)
 
@@ -131,7 +131,7 @@ class GlooTransport:
         """Send and receive with all peers at once, and wait; empty tensors are not sent.
 
         Args:
-            messages: peer, tag, what is sent, what takes what is received.
+            messages: peer, tag, the tensor to send, the tensor to receive into.
         """
         if self._aborted:
             raise SyncError(f"{what} failed: an earlier exchange failed")
@@ -172,12 +172,12 @@ class GlooTransport:
         return SyncError(f"{what} failed: {why}")
 
     def _stopped(self, what: str) -> SyncError | None:
-        """A failure at a site whose messages for this exchange have come already."""
-        failure = self._membership.told()
+        """A failure at a site whose messages of this exchange have arrived already."""
+        failure = self._membership.first_failure()
         return None if failure is None else SyncError(f"{what} failed: {failure}")
 
     def _abort(self) -> None:
-        """Fail every pending message, here and at the peers: a timeout of one closes them all."""
+        """Make every pending message fail, here and at the peers: one timeout closes everything."""
         self._aborted = True
         for peer in self._peers:
             with suppress(RuntimeError):
@@ -187,11 +187,11 @@ class GlooTransport:
     def close(self, reason: str = "") -> None:
         """Leave the group: peers that still wait for this site fail now, not at their timeout."""
         if reason:
-            self._membership.tell(reason)
+            self._membership.record(reason)
             self._abort()
             self._membership.leave()
         self._waits.close()
-        # The connections close with the last reference to the group; shutdown alone leaves them.
+        # The connections close with the last reference to the group; shutdown leaves them open.
         self._group.shutdown()
         del self._group
 
@@ -210,10 +210,10 @@ def open_interface(interface: str | None) -> dist.ProcessGroupGloo.Device:
         if interface is None:
             rule = "must name a network interface: this machine's host name has no address here"
         else:
-            rule = "is no network interface of this machine"
+            rule = "is not a network interface of this machine"
         raise ConfigError("--interface", interface or "", rule) from None
 
 
 def _timed_out(error: BaseException) -> bool:
-    """gloo's words for a wait that was too long; it closes all connections then."""
+    """Whether gloo reports a wait that was too long; it has closed all connections then."""
     return "Timed out waiting" in str(error) or "Application timeout" in str(error)

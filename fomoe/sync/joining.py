@@ -1,7 +1,7 @@
-"""From a launch to a transport: reach the store at site 0's address, then join the others.
+"""Opening a transport: connect to the store at site 0's address, then join the other sites.
 
-Every wait here ends at the deadline of `sync.timeout_s` and at a signal; what can be wrong at this
-site alone is told before the first wait.
+Every wait ends at the deadline (`sync.timeout_s`) or at a signal. A mistake of this site alone is
+reported before the first wait.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from fomoe.sync.waiting import in_thread, one_line, say
 
 _CONNECT_S = 5.0  # longest wait for one attempt to connect
 _RETRY_S = 0.2
-_ANSWER_S = 10.0  # longest wait for the first answer of a store that is connected
+_ANSWER_S = 10.0  # longest wait for a store's first answer, once connected
 
 _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 
-# What getaddrinfo and connect call an address: family and socket address.
+# An address as getaddrinfo and connect use it: family and socket address.
 Address = tuple[int, Any]
 
 
@@ -72,10 +72,10 @@ def open_transport(
 
 
 def resolve(name: str, port: int, timeout_s: float) -> list[Address]:
-    """Addresses that a name stands for.
+    """Addresses of a host name.
 
     Raises:
-        ConfigError: if it stands for none.
+        ConfigError: if it has none.
     """
     try:
         found = in_thread(
@@ -90,7 +90,7 @@ def resolve(name: str, port: int, timeout_s: float) -> list[Address]:
 def host_store(
     launch: Launch, addresses: list[Address], interface: str | None
 ) -> tuple[dist.Store, str]:
-    """Listen for the other sites, on the interface alone if the address is the interface's.
+    """Listen for the other sites; only on the interface, if the address belongs to it.
 
     Returns:
         The store, and this site's address.
@@ -102,7 +102,7 @@ def host_store(
     if interface is not None and not inside:
         say(
             launch.rank,
-            f"MASTER_ADDR {launch.address} is no address of --interface {interface}, so the "
+            f"MASTER_ADDR {launch.address} is not an address of --interface {interface}, so the "
             f"sites' store listens on all addresses of this machine",
         )
     try:
@@ -126,7 +126,7 @@ def reach_store(
     """Connect to the store at site 0, which may start later than this site.
 
     Returns:
-        The store, and the address of this site that it is reached from.
+        The store, and the address from which this site reaches it.
 
     Raises:
         SyncError: at the timeout.
@@ -176,7 +176,7 @@ def _listen(address: Address | None, port: int) -> socket.socket:
 
 
 def _connect(addresses: list[Address]) -> tuple[str, str]:
-    """Try to connect once; returns the own address, or nothing and the reason."""
+    """Try to connect once; returns this site's address, or an empty one and the reason."""
     reason = ""
     for family, place in addresses:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -190,10 +190,10 @@ def _connect(addresses: list[Address]) -> tuple[str, str]:
 
 
 def _open_store(launch: Launch, listener: int | None) -> dist.Store:
-    """torch's store, of whose server it is known that it listens.
+    """Open torch's store at an address where something listens.
 
     Raises:
-        SyncError: if what listens there is no store.
+        SyncError: if it is not a store.
     """
     limit = timedelta(seconds=_ANSWER_S)
     try:

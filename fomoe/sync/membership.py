@@ -1,7 +1,7 @@
-"""Who takes part: each site claims its place in a store, and the first to fail says why there.
+"""Who takes part: each site claims its place in a store, and the first to fail records why.
 
 The store only brings the sites together and keeps the first failure; exchanges do not need it. It
-lives at site 0 or in torchrun's agent, so what that process takes with it is not known elsewhere.
+runs at site 0 or in torchrun's agent. If that process ends, no other site can read the failure.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ T = TypeVar("T")
 
 _POLL_S = 0.05
 _ANSWER_S = 1.0  # longest wait for the store's answer after a failure
-_GRACE_S = 1.0  # time given to a site that has closed its connections to have said why
-_LINGER_S = 0.5  # time given to the others to read it where the store ends with its process
+_GRACE_S = 1.0  # time for a site that closed its connections to record the reason
+_LINGER_S = 0.5  # time for the others to read it, if the store ends with this process
 _FIRST, _LEFT = "first failure", "left"
 
 
@@ -46,7 +46,7 @@ class Membership:
         members: sites that take part, ascending; the same at every member.
         site: this site.
         place: where this site is (host name, address), for messages at other sites.
-        hosts_store: the store ends with this process.
+        hosts_store: whether the store ends with this process.
     """
 
     def __init__(
@@ -71,8 +71,9 @@ class Membership:
         """Claim this site's place and wait until every member has claimed its own.
 
         Raises:
-            SyncError: at once, if another process is this site, if the members do not agree on who
-                they are, or if one of them fails; else at the timeout, naming who is missing.
+            SyncError: at once, if another process has claimed this site, if the members disagree
+                about who takes part, or if one of them fails; else at the timeout, naming the
+                missing sites.
         """
         started, said, seconds = time.monotonic(), False, f"{timeout_s:.0f} s"
         self._claim(timeout_s)
@@ -94,50 +95,50 @@ class Membership:
         self._places = {m: json.loads(c)[0] for m, c in zip(self.members, claims, strict=True)}
 
     def raise_if_stopped(self, timeout_s: float = _ANSWER_S) -> None:
-        """Raise if a member has failed, or the store has gone before all are connected.
+        """Raise if a member has failed, or the store is gone before all are connected.
 
         Raises:
-            SyncError: with the member's own words.
+            SyncError: with the member's own reason.
         """
-        failure = self._ask(self._told, timeout_s)
+        failure = self._ask(self._read, timeout_s)
         if failure is not None:
             raise SyncError(str(failure))
 
     def explain(self, seen: str, *, lost: Sequence[int], patient: bool) -> str:
-        """What stopped the run, as far as is known here.
+        """What stopped the run, as far as this site knows.
 
         Args:
-            seen: what this site saw; it is told to the others if nothing was told before.
-            lost: the sites that it names.
-            patient: give a site that has closed its connections a moment to have said why.
+            seen: what this site saw; it is recorded if no failure was recorded before.
+            lost: the sites that `seen` names.
+            patient: give a site that closed its connections a moment to record its reason.
         """
         failure = None
         end = time.monotonic() + (_GRACE_S if patient else 0.0)
         try:
             while failure is None and time.monotonic() < end:
-                failure = self._ask(self._told, _ANSWER_S)
+                failure = self._ask(self._read, _ANSWER_S)
                 time.sleep(_POLL_S)
-            failure = failure or self._tell(seen)
-        except SyncError:  # the store has gone with its process
+            failure = failure or self._record(seen)
+        except SyncError:  # the store ended with its process
             return seen
         if failure.site == self.site or failure.reason in seen:
             return seen
         return str(failure) if failure.site in lost else f"{seen}; first, {failure}"
 
-    def told(self) -> Failure | None:
-        """The first failure of another site, if one was told and the store is there."""
+    def first_failure(self) -> Failure | None:
+        """The first failure that a site recorded; None without one, or without the store."""
         with suppress(SyncError):
-            return self._ask(self._told, _ANSWER_S)
+            return self._ask(self._read, _ANSWER_S)
         return None
 
-    def tell(self, reason: str) -> None:
-        """Tell the others why this site stops before the run's end."""
+    def record(self, reason: str) -> None:
+        """Record for the others why this site stops before the run's end."""
         if self._claimed:
-            with suppress(SyncError):  # the store has gone with its process
-                self._tell(reason)
+            with suppress(SyncError):  # the store ended with its process
+                self._record(reason)
 
     def leave(self) -> None:
-        """Leave before the run's end; where the store lives, the others get a moment to read it."""
+        """Leave before the run's end; a site that hosts the store waits a moment for the others."""
         if not self._claimed:
             return
         with suppress(SyncError):
@@ -171,16 +172,16 @@ class Membership:
         )
         return self.names(member for member in self.members if member not in present)
 
-    def _tell(self, reason: str) -> Failure:
+    def _record(self, reason: str) -> Failure:
         own = [self.site, self.names([self.site]), reason[:1000]]
         return Failure(*json.loads(self._set_once(_FIRST, json.dumps(own), _ANSWER_S)))
 
-    def _told(self) -> Failure | None:
+    def _read(self) -> Failure | None:
         there = self._store.check([_FIRST])
         return Failure(*json.loads(self._store.get(_FIRST))) if there else None
 
     def _set_once(self, key: str, value: str, timeout_s: float) -> str:
-        """Set a key that nobody has set; returns the value that it has then."""
+        """Set a key unless it is set already; returns its value."""
         return self._ask(lambda: self._store.compare_set(key, "", value), timeout_s).decode()
 
     def _ask(self, call: Callable[[], T], timeout_s: float) -> T:

@@ -72,7 +72,7 @@ class Anchors:
         for anchor in self.values.values():
             anchor.grad = None
         for site in self.sites:
-            if problem := self.divergence(site):
+            if problem := divergence(self.state_of(site)):
                 raise SyncError(problem)
         for bucket in self.buckets:
             for site in set(bucket.holders) & set(self.sites):
@@ -99,10 +99,6 @@ class Anchors:
         return anchors | optimizer_layout(
             lambda trial: build_outer_optimizer(self.config, [trial]), shapes, "outer"
         )
-
-    def divergence(self, site: int) -> str:
-        """Says what in one site's anchors and outer state is not finite; empty if everything is."""
-        return divergence(self.state_of(site))
 
     @torch.no_grad()
     def load_state_of(self, site: int, tensors: Mapping[str, Tensor]) -> None:

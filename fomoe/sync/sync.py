@@ -26,6 +26,7 @@ from fomoe.segments import (
     takes_outer_step,
 )
 from fomoe.site import RoundRouting, Site
+from fomoe.state import Layout, divergence
 from fomoe.sync.buckets import Contribution
 from fomoe.sync.exchange import Contribute, check_sites, gather, mean_over_holders
 from fomoe.sync.outer import Anchors
@@ -72,7 +73,7 @@ class Sync:
         self, plan: RunPlan, sites: Mapping[int, Site], transport: Transport, *, pin: bool = False
     ) -> None:
         self.plan, self.sites, self.transport = plan, sites, transport
-        self.buckets = [b for b in plan.plan.buckets if takes_outer_step(plan.config, b)]
+        self.buckets = [b for b in plan.segment_plan.buckets if takes_outer_step(plan.config, b)]
         self.anchors = Anchors(plan.config, self.buckets, sites, pin=pin)
         self._unplanned = dict.fromkeys(sites, "")
 
@@ -168,6 +169,24 @@ class Sync:
         counts = [torch.frombuffer(bytearray(message), dtype=torch.int64) for message in messages]
         return torch.stack(counts).sum(0).view_as(next(iter(own.values())))
 
+    # ---------------------------------------------------------------------------- checkpoint
+
+    def state_of(self, site: int) -> dict[str, Tensor]:
+        """What the sync keeps for one site between rounds, by entry: anchors and outer state."""
+        return self.anchors.state_of(site)
+
+    def state_layout(self, site: int) -> Layout:
+        """Shapes and types of what `state_of` returns after the first sync."""
+        return self.anchors.state_layout(site)
+
+    def load_state_of(self, site: int, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what `state_of` returned."""
+        self.anchors.load_state_of(site, tensors)
+
+    def divergence(self, site: int) -> str:
+        """Says what in the state of one site is not finite; empty if everything is."""
+        return divergence(self.state_of(site))
+
     # ------------------------------------------------------------------------------ replicas
 
     def check_replicas(self) -> dict[int, str]:
@@ -179,7 +198,7 @@ class Sync:
         Raises:
             SyncError: naming the first bucket whose replicas differ, and its holders.
         """
-        shared = [bucket for bucket in self.plan.plan.buckets if bucket.crosses]
+        shared = [bucket for bucket in self.plan.segment_plan.buckets if bucket.crosses]
         own = {
             index: replica_hashes(shared, index, site.view) for index, site in self.sites.items()
         }

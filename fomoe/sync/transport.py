@@ -1,8 +1,8 @@
-"""Transports: what the rest of the system asks of one, and all sites in one process.
+"""Transports: what each of them does, and the one for all sites in one process.
 
 A transport is built from a store and a list of members, never from global state. It moves messages
-and counts what each site sends, per class of bytes; what they mean is `fomoe.sync.exchange`'s
-business, so that a proxy run and a distributed run get the same bits.
+and counts the bytes that each site sends, by class. What the messages mean is decided in
+`fomoe.sync.exchange` alone, so a proxy run and a distributed run give the same bits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ByteCounts:
         self.wire: Counter[str] = Counter()
 
     def add(self, kind: str, *, payload: int, wire: int) -> None:
-        # A class that never cost a byte is not listed, whatever the transport.
+        # A class without bytes is not listed, whatever the transport.
         if payload or wire:
             self.payload[kind] += payload
             self.wire[kind] += wire
@@ -47,7 +47,7 @@ class Message:
         tensor: what is sent, on the CPU; None where the source is in another process.
         shape, dtype: of the tensor, known at both ends.
         kind: class of bytes that it is counted in.
-        into: memory that takes it at the target, if it is to lie in a certain place.
+        into: memory of the target that receives it; None: new memory.
     """
 
     source: int
@@ -60,7 +60,7 @@ class Message:
 
 
 class Transport(Protocol):
-    """What the rest of the system asks of a transport: to move messages, and to count them.
+    """Moves messages between the members, and counts their bytes.
 
     Attributes:
         members: all sites that take part, ascending.
@@ -75,22 +75,22 @@ class Transport(Protocol):
     remote: bool
 
     def move(self, what: str, messages: Sequence[Message]) -> list[Tensor | None]:
-        """Move messages, all at once; every member gives the same list in the same order.
+        """Move messages, all at once; every member passes the same list in the same order.
 
         Args:
-            what: the words for it in an error.
+            what: how an error names the operation.
 
         Returns:
-            For each message its tensor, or None where the target is in another process. What a
-            site keeps or gets within one process is not copied.
+            For each message its tensor, or None where the target is in another process. A tensor
+            that stays in one process is not copied.
 
         Raises:
-            SyncError: naming the sites that were silent, or the first failure that is known.
+            SyncError: naming the sites that sent nothing, or the first failure that is known.
         """
         ...
 
     def close(self, reason: str = "") -> None:
-        """Leave; with a reason, peers that still wait for this process are told it."""
+        """Leave; peers that still wait for this process receive the reason, if there is one."""
         ...
 
 
@@ -101,7 +101,7 @@ def model_bytes(counts: ByteCounts) -> tuple[int, int]:
 
 
 class InMemoryTransport:
-    """All sites in one process; counts the bytes that the network would have carried."""
+    """All sites in one process; counts the bytes that a network would carry."""
 
     remote = False
 
@@ -127,7 +127,7 @@ def count_wire(counts: dict[int, ByteCounts], message: Message) -> None:
 
 
 def failure_text(error: BaseException) -> str:
-    """Why a process stops, for the other sites."""
+    """The reason why a process stops, as the other sites read it."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     return str(error) if isinstance(error, FomoeError) else f"{type(error).__name__}: {error}"

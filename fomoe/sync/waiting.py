@@ -1,7 +1,8 @@
-"""Waits that Ctrl-C and SIGTERM end, and that say whom they wait for.
+"""Waits that end at Ctrl-C and SIGTERM, and that print which sites they wait for.
 
-Python handles a signal between two steps of the main thread only, and a wait of torch is one step
-of up to `sync.timeout_s`. So these waits run in threads, and the main thread waits in Python.
+Python handles a signal only between two steps of the main thread, and a wait inside torch is a
+single step of up to `sync.timeout_s`. So torch waits in other threads, and the main thread waits in
+Python.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from fomoe.errors import say_line
 
 T = TypeVar("T")
 
-PATIENCE_S = 10.0  # a longer wait prints a line that names whom it waits for
-_LOOK_S = 1.0  # how often a wait looks whether the run has stopped elsewhere
+PATIENCE_S = 10.0  # a longer wait prints a line that names the missing sites
+_LOOK_S = 1.0  # how often a wait checks whether the run has stopped elsewhere
 _SETTLE_S = 2.0  # longest wait for threads whose messages were made to fail
 _CALL = "call that may block"
 
@@ -30,10 +31,11 @@ def in_thread(
     """Run a call that may block outside Python; a signal ends the wait at once.
 
     Args:
-        look: called now and then during the wait, to say something or to end it by an exception.
+        look: called at intervals during the wait; it may print a line, or end the wait with an
+            exception.
 
     Raises:
-        TimeoutError: if the call is not back in time. It goes on in its thread.
+        TimeoutError: if the call does not return in time. It continues in its thread.
         Exception: what the call raises.
     """
     answers: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
@@ -62,7 +64,7 @@ def in_thread(
 
 
 def is_blocked() -> bool:
-    """Whether a call of `in_thread` is not back."""
+    """Whether a call of `in_thread` has not returned yet."""
     return any(thread.name == _CALL for thread in threading.enumerate())
 
 
@@ -73,7 +75,7 @@ class Pending(Protocol):
 
 
 class PeerWaits:
-    """Waits for messages, with one thread per peer, so that each peer is known by its own failure.
+    """Waits for messages, with one thread per peer, so that a failure names its peer.
 
     Args:
         peers: sites that messages are exchanged with.
@@ -90,7 +92,7 @@ class PeerWaits:
     ) -> None:
         self._abort, self._timed_out = abort, timed_out
         self._patience_s = PATIENCE_S
-        # What ended for each peer stands in a table: a signal may take a wake-up, never a result.
+        # The results are in a table by peer: a signal may lose a wake-up, never a result.
         self._ended: dict[int, BaseException | None] = {}
         self._wake: SimpleQueue[None] = SimpleQueue()
         self._todo: dict[int, SimpleQueue[list[Pending] | None]] = {}
@@ -111,14 +113,14 @@ class PeerWaits:
         on_failure: Callable[[list[int], BaseException], BaseException],
         stopped: Callable[[], BaseException | None],
     ) -> None:
-        """Return when all messages have crossed.
+        """Return when all messages have been exchanged.
 
         Args:
             works: messages by peer.
-            on_slow: called once in a long wait, with the sites that are waited for.
+            on_slow: called once in a long wait, with the sites that are missing.
             on_failure: called with the sites that failed and the first error, while the other
-                connections are still open; returns what is raised.
-            stopped: called now and then; what it returns is raised.
+                connections are still open; returns the error to raise.
+            stopped: called at intervals; an error that it returns is raised.
 
         Raises:
             BaseException: what `on_failure` or `stopped` returned, or a signal's exception. All
@@ -144,7 +146,7 @@ class PeerWaits:
             self._abort()
             self._settle(peers)
             raise
-        # Another wait as long as this one, which ended well, is not worth a line.
+        # This wait was long and ended well, so another one as long prints no line.
         self._patience_s = max(self._patience_s, 1.5 * (time.monotonic() - started))
 
     def close(self) -> None:
@@ -165,7 +167,7 @@ class PeerWaits:
             raise on_failure(failed, error)
 
     def _settle(self, peers: list[int]) -> None:
-        """Wait for threads whose messages have all failed or crossed."""
+        """Wait for the threads to see that their messages failed or were exchanged."""
         end = time.monotonic() + _SETTLE_S
         while any(peer not in self._ended for peer in peers) and time.monotonic() < end:
             with suppress(Empty):
@@ -184,7 +186,7 @@ def _wait_for_peer(
             while works:
                 works.pop(0).wait()
         except BaseException as error:
-            # Frames would keep the messages, and so the connection, for as long as the error lives.
+            # Its frames would keep the messages, and so the connection, as long as the error lives.
             failure = error.with_traceback(None)
         works.clear()
         ended[peer] = failure
@@ -192,12 +194,12 @@ def _wait_for_peer(
 
 
 def say(site: int, text: str) -> None:
-    """One line of a site on stderr."""
+    """Write one line of a site to stderr."""
     say_line(f"site {site}: {text}")
 
 
 def one_line(error: BaseException) -> str:
-    """An error in one line: of gloo's and the store's, the line that says what happened."""
+    """An error as one line; from gloo and the store, the line that says what happened."""
     text = str(error).strip() or type(error).__name__
-    # gloo puts its source file before the reason and advice behind it.
+    # gloo puts its source file before the reason, and advice after it.
     return re.sub(r"^\[[^]]*\] *", "", text.splitlines()[0]).split(". This is")[0][:300]
