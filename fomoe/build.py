@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from fomoe.config import Config
-from fomoe.data.dataset import Data, build_data
+from fomoe.data.dataset import Data
 from fomoe.errors import ConfigError
 from fomoe.hostmemory import keep_freed_memory
 from fomoe.parking import Parking, parks
@@ -29,10 +29,9 @@ from fomoe.runlock import RunLock
 from fomoe.services import check_services, open_log
 from fomoe.site import Site
 from fomoe.summary import Totals
-from fomoe.sync.ddp import GradientSync
 from fomoe.sync.exchange import agreed, share
-from fomoe.sync.sync import Sync
 from fomoe.sync.transport import Transport
+from fomoe.systems import System, system_of
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
@@ -103,27 +102,27 @@ def build_run(
     """Build data and sites, and resume if asked; only then write to the folder."""
     run_dir = lock.run_dir
     plan = plan_run(config)
+    system = agreed(transport, lambda: system_of(config, device))
     if device.type == "cpu":
         keep_freed_memory()
 
     def read() -> Data:
         kept_in = run_dir if mode == "resume" else None
-        return build_data(
+        return system.read(
             config, transport.sites, tokenizer_dir=kept_in, share=partial(share, transport)
         )
 
     data = agreed(transport, read)
     compare_fingerprints(data.fingerprints, transport)
-    sites, parkings = build_sites(config, plan, data, transport.sites, device)
-    kind = GradientSync if config.sync.average == "gradients" else Sync
-    sync = kind(plan, sites, transport, pin=device.type == "cuda")
+    sites, parkings = build_sites(config, plan, data, transport.sites, device, system)
+    sync = system.sync(plan, sites, transport, pin=device.type == "cuda")
     progress = Progress(config, num_local_sites=len(sites), show=show and transport.sites[0] == 0)
     if config.model.moe_layers:
         progress.notes.append(f"experts: {sites[transport.sites[0]].expert_backend}")
     if parkings:
         progress.notes.append("waiting sites parked")
     totals = {site: Totals() for site in sites}
-    run = Run(config, run_dir, plan, transport, data, sites, sync, progress, totals)
+    run = Run(config, run_dir, plan, transport, data, system, sites, sync, progress, totals)
     run.parkings = parkings
     if mode == "resume":
         resume(run, resume_round, show=show)
@@ -138,13 +137,18 @@ def build_run(
 
 
 def build_sites(
-    config: Config, plan: RunPlan, data: Data, own: Sequence[int], device: torch.device
+    config: Config,
+    plan: RunPlan,
+    data: Data,
+    own: Sequence[int],
+    device: torch.device,
+    system: System,
 ) -> tuple[dict[int, Site], dict[int, Parking]]:
     """This process's sites; if sites are parked, each is parked before the next is built."""
     sites, parkings = {}, {}
     parking = parks(config, [plan.memory[site] for site in own], device)
     for site in own:
-        sites[site] = Site(plan, site, stream=data.streams[site], device=device)
+        sites[site] = system.make_site(plan, site, data.streams[site])
         if parking:
             parkings[site] = Parking(sites[site], pin=device.type == "cuda")
             parkings[site].park()

@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import Field
 
+from fomoe.adapters.base import read_base
+from fomoe.adapters.options import AdaptersConfig
 from fomoe.kinds import CyclicPlacement, PlacementConfig
 from fomoe.options import (
     MOST,
@@ -180,6 +182,11 @@ class DataConfig(Options):
     num_shards: Positive | None = None  # parts the training text is split into; null: num_sites
     text_field: Text = "text"  # column of a hub data set, field of JSON Lines
     hub_split: Text = "train"  # split of a hub data set
+    # prompt-completion: JSON Lines with these two fields; only the completion is learned (adapters).
+    format: Literal["text", "prompt-completion"] = "text"
+    client_field: Text | None = None  # field of the pairs that splits them over the clients
+    # Shares of every value of client_field over the clients are drawn with it; null: value by value.
+    dirichlet_alpha: PositiveFloat | None = None
 
     @property
     def fixed_vocab_size(self) -> int | None:
@@ -215,6 +222,16 @@ Method = Literal[
     "dense",
     "diloco-half",
     "single",
+    "prelort",
+    "fedit-min",
+    "fedit-max",
+    "segments",
+    "segments-svd",
+    "zero-pad-values",
+    "zero-pad-deltas",
+    "hetlora",
+    "flexlora",
+    "flora",
 ]
 METHODS: tuple[str, ...] = get_args(Method)
 
@@ -234,11 +251,14 @@ class Config(Options):
     outer: OuterConfig = OuterConfig()
     sync: SyncConfig = SyncConfig()
     data: DataConfig = DataConfig()
+    adapters: AdaptersConfig = AdaptersConfig()
     run: RunConfig = RunConfig()
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding: `model.vocab_size`, or the tokenizer's own size."""
+        """Rows of the embedding: the base's, `model.vocab_size`, or the tokenizer's own size."""
+        if self.adapters.base is not None:
+            return read_base(self.adapters.base).vocab_size
         size = self.model.vocab_size or self.data.fixed_vocab_size
         assert size is not None  # check_config refuses a config without either
         return size

@@ -21,6 +21,7 @@ _KINDS = {
     "router": "router biases are",
     "anchor": "anchors are",
     "outer": "outer optimizer state is",
+    "merged": "values merged into the base are",
 }
 
 

@@ -106,6 +106,7 @@ def merged_record(merged: MergedEvaluation, round_idx: int) -> dict[str, Any]:
         "round": round_idx,
         "val_loss_merged": merged.loss,
         "load": merged.load_LE,
+        **merged.more,
     }
 
 
@@ -142,6 +143,7 @@ def summarize(
     summary |= _measured(plan, rows, proxy=len(transport.sites) == len(rows) > 1)
     summary |= {
         "val_loss_merged": merged.loss,
+        **merged.more,
         "val_loss_local": [row["val_loss_local"] for row in rows],
         "unigram_entropy": data.unigram_entropy,
         "run_dir": str(run_dir),

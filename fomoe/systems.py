@@ -74,4 +74,4 @@ def system_of(config: Config, device: torch.device) -> System:
 def evaluate_merged_data(
     plan: RunPlan, sites: Mapping[int, Site], transport: Transport, data: Data
 ) -> MergedEvaluation:
-    return evaluate_merged(plan.config, sites, plan.plan, transport, data.held_out)
+    return evaluate_merged(plan.config, sites, plan.segment_plan, transport, data.held_out)

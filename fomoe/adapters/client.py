@@ -48,7 +48,7 @@ class Client(Site):
         self.config, self.site, self.stream, self.device = config, site, stream, device
         self.adapted, self.rank = adapted, config.adapters.ranks[site]
         self.expert_backend = "none"
-        self.segments = plan.plan.segments_at(site)
+        self.segments = plan.segment_plan.segments_at(site)
         widths = {segment.parameter: segment.shape[1] for segment in self.segments}
         self.parameters = {
             name: nn.Parameter(

@@ -66,7 +66,7 @@ def fetch_matrices(
 ) -> Matrices:
     """The server's matrices with all rows: each range from one of its holders."""
     segments: dict[str, Segment] = {
-        segment.name: segment for bucket in plan.plan.buckets for segment in bucket.segments
+        segment.name: segment for bucket in plan.segment_plan.buckets for segment in bucket.segments
     }
     items = [Item(s.name, s.shape, s.holders) for s in segments.values()]
     tensors = fetch(transport, items, lambda site, name: clients[site].view(segments[name]))

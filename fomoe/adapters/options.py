@@ -37,7 +37,7 @@ class AdaptersConfig(Options):
     scaling: Literal["constant", "alpha/r", "alpha/sqrt(r)"] = "constant"
     """Factor at rank r: scale for every rank, so that a truncation is a prefix; scale / r; or
     scale / sqrt(r)."""
-    nesting: Literal["none", "full+1", "sandwich", "all", "rows"] = "none"
+    nesting: Literal["none", "full+1", "sandwich", "all", "rows"] = "sandwich"
     """Ranks of the loss, from the distinct ranks up to the client's own: its own; and a random
     one; smallest, own and a random one; all; or one drawn for every sequence, in one pass."""
     aggregate: Aggregate = "segments"

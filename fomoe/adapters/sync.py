@@ -157,7 +157,7 @@ def part(matrices: Mapping[str, Tensor], which: str) -> Matrices:
 def whole_matrices(plan: RunPlan, read: Callable[[Segment], Tensor]) -> Matrices:
     """Every adapter matrix with all its rows, from its segments."""
     found: dict[str, list[Segment]] = {}
-    for bucket in plan.plan.buckets:
+    for bucket in plan.segment_plan.buckets:
         for segment in bucket.segments:
             found.setdefault(segment.parameter, []).append(segment)
     return {
