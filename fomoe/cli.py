@@ -212,7 +212,9 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from fomoe.config import METHODS
+    from fomoe.config import ADAPTER_METHODS, METHODS
+
+    known = METHODS + ADAPTER_METHODS
 
     launch = _launch()
     if launch.distributed:
@@ -220,8 +222,8 @@ def _compare(args: argparse.Namespace) -> int:
         raise ConfigError("WORLD_SIZE", launch.world_size, rule)
     methods = args.methods.split(",")
     for method in methods:
-        if method not in METHODS:
-            raise ConfigError("--methods", method, f"is not a method; {hint(method, METHODS)}")
+        if method not in known:
+            raise ConfigError("--methods", method, f"is not a method; {hint(method, known)}")
         if methods.count(method) > 1:
             raise ConfigError("--methods", method, "is given twice")
     configs = []

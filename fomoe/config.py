@@ -16,7 +16,7 @@ import yaml
 from pydantic import Field
 
 from fomoe.adapters.base import read_base
-from fomoe.adapters.options import AdaptersConfig
+from fomoe.adapters.options import AdapterMethod, AdaptersConfig
 from fomoe.kinds import CyclicPlacement, PlacementConfig
 from fomoe.options import (
     MOST,
@@ -182,10 +182,10 @@ class DataConfig(Options):
     num_shards: Positive | None = None  # parts the training text is split into; null: num_sites
     text_field: Text = "text"  # column of a hub data set, field of JSON Lines
     hub_split: Text = "train"  # split of a hub data set
-    # prompt-completion: JSON Lines with these two fields; only the completion is learned (adapters).
+    # prompt-completion: JSON Lines with these two fields; only the latter is learned (adapters).
     format: Literal["text", "prompt-completion"] = "text"
     client_field: Text | None = None  # field of the pairs that splits them over the clients
-    # Shares of every value of client_field over the clients are drawn with it; null: value by value.
+    # Every value of client_field is shared out by a draw with it; null: a value has one client.
     dirichlet_alpha: PositiveFloat | None = None
 
     @property
@@ -222,24 +222,15 @@ Method = Literal[
     "dense",
     "diloco-half",
     "single",
-    "prelort",
-    "fedit-min",
-    "fedit-max",
-    "segments",
-    "segments-svd",
-    "zero-pad-values",
-    "zero-pad-deltas",
-    "hetlora",
-    "flexlora",
-    "flora",
 ]
-METHODS: tuple[str, ...] = get_args(Method)
+METHODS: tuple[str, ...] = get_args(Method)  # of pre-training
+ADAPTER_METHODS: tuple[str, ...] = get_args(AdapterMethod)
 
 
 class Config(Options):
     """One experiment: everything that decides its numbers, and `run`, which does not."""
 
-    method: Method = "fomoe"
+    method: Literal[Method, AdapterMethod] = "fomoe"
     num_sites: Positive = 4
     local_steps: Positive = 32  # inner steps per round, H
     rounds: Positive = 10

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from fomoe.adapters.report import methods_table, ranks_table, server_rows
 from fomoe.config import Config
 from fomoe.errors import say_line
 from fomoe.planning import RunPlan, memory_by_kind, planned_summary
@@ -133,14 +134,18 @@ def print_dry_run(run: RunPlan) -> None:
     """The resolved config, who holds what, parameters, memory and bytes."""
     out = console(wide=True)
     out.print(run.config.to_yaml(), markup=False)
-    out.print(_holders_table(run))
+    fine_tunes = run.config.adapters.base is not None
+    out.print(ranks_table(run.config.adapters) if fine_tunes else _holders_table(run))
     out.print(_sites_table(run))
     summary = planned_summary(run)
-    out.print(
-        f"whole model {summary['params_total']:,} parameters; "
-        f"{summary['replication_factor']:g} of {summary['num_sites']} sites hold an expert "
-        f"on average"
-    )
+    if fine_tunes:
+        out.print(f"adapters at the largest rank {summary['params_total']:,} parameters")
+    else:
+        out.print(
+            f"whole model {summary['params_total']:,} parameters; "
+            f"{summary['replication_factor']:g} of {summary['num_sites']} sites hold an expert "
+            f"on average"
+        )
     out.print(_traffic_table(run))
 
 
@@ -220,6 +225,11 @@ def print_summary(summary: dict[str, Any], config: Config) -> None:
         "tokens/s per site": f"{summary['tokens_per_s']:,.0f}",
         "peak memory of a process": bytes_text(summary["peak_memory_bytes"]),
     }
+    if config.adapters.base is not None:
+        for name in ("merged validation loss (nats per token)", "holders per expert"):
+            del rows[name]
+        del rows["assignments skipped / executed"]
+        rows = server_rows(summary) | rows
     if summary["peak_accelerator_memory_bytes"]:
         rows["peak memory of its accelerator"] = bytes_text(
             summary["peak_accelerator_memory_bytes"]
@@ -235,6 +245,9 @@ def print_summary(summary: dict[str, Any], config: Config) -> None:
 
 def print_comparison(summaries: list[dict[str, Any]]) -> None:
     """One row per method."""
+    if "val_loss_by_rank" in summaries[0]:
+        console(wide=True).print(methods_table(summaries, bytes_text))
+        return
     columns = [
         "method",
         "merged val",

@@ -43,9 +43,7 @@ def test_new_adapters_give_the_logits_of_the_base(tokens: Tensor) -> None:
 
 @pytest.mark.parametrize("rank", [1, 2, 4])
 @pytest.mark.parametrize("scaling", ["constant", "alpha/r", "alpha/sqrt(r)"])
-def test_a_truncation_is_the_base_plus_its_product(
-    tokens: Tensor, rank: int, scaling: str
-) -> None:
+def test_a_truncation_is_the_base_plus_its_product(tokens: Tensor, rank: int, scaling: str) -> None:
     client = client_of(client_run(adapter_config(adapters__scaling=scaling)), 3)
     values = fill(client)
     client.adapted.put(client.parameters, rank)
@@ -300,6 +298,7 @@ def test_over_a_network_the_bits_are_the_same() -> None:
 
 def test_a_client_of_weight_zero_changes_nothing() -> None:
     """Whatever its rows hold: they are not read."""
+
     def means(value: float) -> dict[int, Tensor]:
         run, _, _ = trained_run()
         prepared = run.sync.prepare()
@@ -336,7 +335,5 @@ def test_who_does_not_take_part_only_receives() -> None:
         for segment in bucket.segments:
             own = [local[site, segment.name] for site in bucket.holders if site in there]
             for site in bucket.holders if own else ():
-                torch.testing.assert_close(
-                    run.sites[site].view(segment), torch.stack(own).mean(0)
-                )
+                torch.testing.assert_close(run.sites[site].view(segment), torch.stack(own).mean(0))
     assert {site.step_idx for site in run.sites.values()} == {config.local_steps}

@@ -15,7 +15,9 @@ from fomoe.adapters.nesting import participants, row_ranks, truncations
 from fomoe.data.stream import Stream
 from fomoe.evaluate import LocalEvaluation
 from fomoe.planning import RunPlan
+from fomoe.segments import Segment
 from fomoe.site import Site, build_inner_optimizer, uses_bf16
+from fomoe.state import Layout, entry
 
 
 class Client(Site):
@@ -103,6 +105,19 @@ class Client(Site):
         windows = torch.from_numpy(self.stream.next_batch(batch_size))
         self._check_tokens(torch.where(windows < 0, -1 - windows, windows))
         return windows.to(self.device, non_blocking=True)
+
+    # A state of the inner optimizer that ends with the round is not part of a checkpoint.
+
+    def inner_views(self, segment: Segment) -> dict[str, Tensor]:
+        """The inner optimizer's state of a segment by key, if it is kept between rounds."""
+        return super().inner_views(segment) if self.config.adapters.keep_optimizer else {}
+
+    def state_layout(self) -> Layout:
+        """Shapes and types of the tensors that `state` returns after the first step."""
+        layout = super().state_layout()
+        if self.config.adapters.keep_optimizer:
+            return layout
+        return {n: kind for n, kind in layout.items() if not n.startswith(entry("inner", ""))}
 
     @torch.no_grad()
     def losses(self, windows: np.ndarray, rank: int | None = None) -> tuple[float, int]:

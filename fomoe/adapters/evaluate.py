@@ -11,6 +11,7 @@ import torch
 
 from fomoe.adapters.client import Client, summed_loss
 from fomoe.adapters.nesting import cuts_of
+from fomoe.adapters.report import mean_passes
 from fomoe.adapters.server import Matrices, energy
 from fomoe.adapters.shapes import A, B
 from fomoe.adapters.sync import part, whole_matrices
@@ -30,8 +31,8 @@ def evaluate_server(
 
     Returns:
         The loss at the largest rank; `more` has `val_loss_by_rank`, `val_loss_by_client`, what
-        each client's own held-out part costs at the client's own rank, and `energy`, the share
-        of every rank dimension in the server's product.
+        each client's own held-out part costs at the client's own rank, `passes_per_step`, mean
+        over the clients, and `energy`, the share of every rank dimension in the server's product.
     """
     clients = {index: site for index, site in sites.items() if isinstance(site, Client)}
     matrices = fetch_matrices(plan, clients, transport)
@@ -56,14 +57,13 @@ def evaluate_server(
     more: dict[str, Any] = {
         "val_loss_by_rank": {str(rank): loss for rank, loss in by_rank.items()},
         "val_loss_by_client": [None if row[1] is None else row[1][0] / row[1][1] for row in rows],
+        "passes_per_step": mean_passes(plan.config.adapters),
         "energy": energy(part(matrices, A), part(matrices, B)),
     }
     return MergedEvaluation(loss=by_rank[cuts[-1]], load_LE=[], more=more)
 
 
-def fetch_matrices(
-    plan: RunPlan, clients: Mapping[int, Client], transport: Transport
-) -> Matrices:
+def fetch_matrices(plan: RunPlan, clients: Mapping[int, Client], transport: Transport) -> Matrices:
     """The server's matrices with all rows: each range from one of its holders."""
     segments: dict[str, Segment] = {
         segment.name: segment for bucket in plan.segment_plan.buckets for segment in bucket.segments

@@ -19,6 +19,7 @@ Aggregate = Literal[
     "flexlora",
     "flora",
 ]
+AdapterMethod = Literal["prelort", "fedit-min", "fedit-max", Aggregate]
 
 
 class AdaptersConfig(Options):

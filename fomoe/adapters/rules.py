@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 from fomoe.adapters.base import read_base
-from fomoe.adapters.options import AdaptersConfig, Aggregate
-from fomoe.config import Config, ModelConfig, RouterConfig
+from fomoe.adapters.options import AdaptersConfig
+from fomoe.config import ADAPTER_METHODS, Config, ModelConfig, RouterConfig
 from fomoe.errors import ConfigError
 
-# Methods that train adapters; every other one pre-trains.
-ADAPTER_METHODS = ("prelort", "fedit-min", "fedit-max", *get_args(Aggregate))
 _MOST_RANK = 65_536
 
 
@@ -90,6 +86,11 @@ def _check_server(config: Config) -> None:
     if adapters.participation < 1 and config.sync.weight == "uniform":
         rule = "counts clients that do not take part (adapters.participation); take presence"
         raise ConfigError("sync.weight", "uniform", rule)
+    if adapters.participation < 1 and adapters.keep_optimizer:
+        rule = (
+            "does not fit adapters.participation below 1: a client that rests would keep old state"
+        )
+        raise ConfigError("adapters.keep_optimizer", "true", rule)
     if config.sync.single_holder == "local":
         rule = "has no meaning for adapters: the largest rank may have one holder"
         raise ConfigError("sync.single_holder", "local", rule)

@@ -170,7 +170,7 @@ def product_error(uploads: Sequence[Upload], server: Server) -> float:
 
 
 def energy(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[float]:
-    """Share of every rank dimension in the sum of squared norms |b_i|^2 |a_i|^2, over all layers."""
+    """Share of every rank dimension in the sum of |b_i|^2 |a_i|^2 over all layers."""
     by_dimension: Any = sum(
         a[n].square().sum(1).double() * b[n].square().sum(1).double() for n in a
     )

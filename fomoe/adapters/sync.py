@@ -44,17 +44,12 @@ class ServerSync(Sync):
         new = {f"{n}.{A}": t for n, t in new_a.items()} | {f"{n}.{B}": t for n, t in new_b.items()}
         return {
             bucket.index: torch.cat(
-                [
-                    (self.anchor(s) - rows_of(new[s.parameter], s)).flatten()
-                    for s in bucket.segments
-                ]
+                [(self.anchor(s) - rows_of(new[s.parameter], s)).flatten() for s in bucket.segments]
             )
             for bucket in self.buckets
         }
 
-    def new_values(
-        self, uploads: list[Upload], server: Server
-    ) -> tuple[Matrices, Matrices]:
+    def new_values(self, uploads: list[Upload], server: Server) -> tuple[Matrices, Matrices]:
         return self.rule(uploads, server)
 
     def uploads(self, prepared: Prepared) -> list[Upload]:
@@ -100,9 +95,7 @@ class StackingSync(ServerSync):
         }
         self._next = self.merged
 
-    def new_values(
-        self, uploads: list[Upload], server: Server
-    ) -> tuple[Matrices, Matrices]:
+    def new_values(self, uploads: list[Upload], server: Server) -> tuple[Matrices, Matrices]:
         self._next = {}
         for name, before in self.merged.items():
             a, b = stack(uploads, name)
