@@ -613,7 +613,10 @@ MISFITS = {
     "another text": (change_values("fingerprints", "data split", value="x"), "data split"),
     "another site": (change_values("site", value=0), "site is 0, not 1"),
     "more steps": (change_values("step_idx", value=5), "step_idx is 5, not 4"),
-    "a huge position": (change_values("data", "position", value=10**30), "no position in the text"),
+    "a huge position": (
+        change_values("data", "position", value=10**30),
+        "not a position in the text",
+    ),
     "no sums": (change_values("totals", "tokens", value="x"), "totals are not sums over rounds"),
 }
 
