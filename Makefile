@@ -1,12 +1,14 @@
 # make quickstart   set up .venv, install, and train four sites on real text
 # make test         the tests           make check   format, lint, types
+# make compat       exported models on both majors of transformers
 # make bench        speed of experts and steps, beside transformers (docs/performance.md)
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 TOOLS := .venv/.installed-dev
+COMPAT := tests/test_export.py tests/test_transformers.py
 
-.PHONY: install quickstart test check format bench clean
+.PHONY: install quickstart test compat check format bench clean
 
 install: $(INSTALLED)
 
@@ -26,6 +28,16 @@ quickstart: $(INSTALLED)
 
 test: $(TOOLS)
 	$(BIN)/python -m pytest
+
+compat: $(TOOLS) build/transformers-4/.installed
+	PYTHONPATH=build/transformers-4 $(BIN)/python -m pytest $(COMPAT)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'transformers>=5,<6'
+	$(BIN)/python -m pytest $(COMPAT)
+
+build/transformers-4/.installed: # beside the environment, which has the newest
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) \
+	  'transformers==4.57.*' 'huggingface_hub>=0.34,<1' 'tokenizers>=0.22,<0.23' hf-xet
+	@touch $@
 
 check: $(TOOLS)
 	$(BIN)/ruff format --check .

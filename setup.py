@@ -23,8 +23,10 @@ setup(
     extras_require={
         # Hub data sets by name (brings pyarrow).
         "hub": ["datasets>=3,<6"],
-        # Tokenizers given as a transformers name or folder.
+        # `fomoe generate`, and tokenizers given as a transformers name or folder.
         "transformers": ["transformers>=4.57,<6"],
+        # Downstream tasks on an exported model (docs/export.md).
+        "eval": ["lm-eval[hf]>=0.4.9,<1"],
         # Optional expert backend; builds from source and needs CUDA.
         "megablocks": ["megablocks>=0.10,<0.11"],
         "dev": [

@@ -10,13 +10,14 @@ import torch
 
 from fomoe.config import Config
 from fomoe.data.dataset import Data
-from fomoe.errors import ConfigError
+from fomoe.errors import ConfigError, SiteMismatchError, SyncError
 from fomoe.hostmemory import keep_freed_memory
+from fomoe.initial import Initial, open_initial
 from fomoe.parking import Parking, parks
 from fomoe.planning import RunPlan, plan_run
 from fomoe.remains import check_resumable
 from fomoe.report import Progress
-from fomoe.resume import resume
+from fomoe.resume import resume, starts_anew
 from fomoe.run import Run
 from fomoe.rundir import (
     claim_run_dir,
@@ -30,6 +31,7 @@ from fomoe.services import check_services, open_log
 from fomoe.site import Site
 from fomoe.summary import Totals
 from fomoe.sync.exchange import agreed, share
+from fomoe.sync.sync import Sync
 from fomoe.sync.transport import Transport
 from fomoe.systems import System, system_of
 
@@ -114,8 +116,18 @@ def build_run(
 
     data = agreed(transport, read)
     compare_fingerprints(data.fingerprints, transport)
-    sites, parkings = build_sites(config, plan, data, transport.sites, device, system)
+    initial = None
+    # A run that goes on has its state in its checkpoints, and needs the folder no more.
+    if config.init_from is not None and (
+        mode != "resume" or starts_anew(run_dir, config, data.fingerprints, transport, resume_round)
+    ):
+        initial = agreed(transport, lambda: open_initial(config, data.fingerprints["tokenizer"]))
+    sites, parkings = agreed(
+        transport, lambda: build_sites(plan, data, transport.sites, device, system, initial)
+    )
     sync = system.sync(plan, sites, transport, pin=device.type == "cuda")
+    if initial is not None:
+        check_equal_start(config, sync)
     progress = Progress(config, num_local_sites=len(sites), show=show and transport.sites[0] == 0)
     if config.model.moe_layers:
         progress.notes.append(f"experts: {sites[transport.sites[0]].expert_backend}")
@@ -136,19 +148,38 @@ def build_run(
     return run
 
 
+def check_equal_start(config: Config, sync: Sync) -> None:
+    """Refuse sites that started from different files: their replicas would never be equal.
+
+    Raises:
+        SiteMismatchError: at every site.
+    """
+    try:
+        sync.check_replicas()
+    except SyncError:
+        rule = "is not the same model at all sites"
+        raise SiteMismatchError(f"init_from {config.init_from} {rule}") from None
+
+
 def build_sites(
-    config: Config,
     plan: RunPlan,
     data: Data,
     own: Sequence[int],
     device: torch.device,
     system: System,
+    initial: Initial | None = None,
 ) -> tuple[dict[int, Site], dict[int, Parking]]:
-    """This process's sites; if sites are parked, each is parked before the next is built."""
+    """This process's sites; if sites are parked, each is parked before the next is built.
+
+    Raises:
+        CheckpointError: if a file of the initial model turns out to be damaged.
+    """
     sites, parkings = {}, {}
-    parking = parks(config, [plan.memory[site] for site in own], device)
+    parking = parks(plan.config, [plan.memory[site] for site in own], device)
     for site in own:
         sites[site] = system.make_site(plan, site, data.streams[site])
+        if initial is not None:
+            sites[site].start_from(initial.read, initial.biases)
         if parking:
             parkings[site] = Parking(sites[site], pin=device.type == "cuda")
             parkings[site].park()

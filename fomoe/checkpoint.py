@@ -11,10 +11,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -127,20 +129,58 @@ def check_part(run_dir: Path, round_idx: int, site: int) -> str:
     return ""
 
 
-def load_part(run_dir: Path, round_idx: int, site: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read one site's part after checking it.
+class Part:
+    """One site's part, whose tensors are read one at a time.
 
-    Returns:
-        Its tensors, on the CPU, and its small values.
+    It stays readable where a live run removes its files.
+
+    Args:
+        check: compare its hash now; else at the first tensor that is read.
+
+    Attributes:
+        values: its small values.
+        kept: an empty tensor on the meta device for each tensor, by name: its shape and type.
 
     Raises:
         CheckpointError: if it is missing, torn, altered or not readable.
     """
-    problem = check_part(run_dir, round_idx, site)
-    if problem:
-        folder = round_folder(run_dir, round_idx)
-        raise CheckpointError(f"checkpoint {folder}, site {site}: {problem}")
-    return read_tensors(run_dir, round_idx, site), read_values(run_dir, round_idx, site)
+
+    def __init__(self, run_dir: Path, round_idx: int, site: int, *, check: bool = True) -> None:
+        self._path, self._site = round_folder(run_dir, round_idx) / _file_names(site)[0], site
+        self._problem = partial(check_part, run_dir, round_idx, site)
+        self._checked = False
+        try:
+            # Before the check: what was checked is then what is read.
+            self._file: Any = safe_open(self._path, framework="pt") if self._path.exists() else None
+        except _UNREADABLE:
+            self._file = None  # the check says more
+        if check or self._file is None:
+            self._check()
+        self.values = read_values(run_dir, round_idx, site)
+        try:
+            names = self._file.keys()
+            slices = {name: self._file.get_slice(name) for name in names}
+            self.kept = {
+                name: torch.empty(own.get_shape(), dtype=_DTYPES[own.get_dtype()], device="meta")
+                for name, own in slices.items()
+            }
+        except (*_UNREADABLE, AttributeError) as error:
+            raise _not_readable(self._path, site, error) from None
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU."""
+        if not self._checked:
+            self._check()
+        try:
+            tensor: Tensor = self._file.get_tensor(name)
+        except _UNREADABLE as error:
+            raise _not_readable(self._path, self._site, error) from None
+        return tensor
+
+    def _check(self) -> None:
+        if problem := self._problem():
+            raise CheckpointError(f"checkpoint {self._path.parent}, site {self._site}: {problem}")
+        self._checked = True
 
 
 def read_tensors(run_dir: Path, round_idx: int, site: int) -> dict[str, Tensor]:
@@ -172,6 +212,16 @@ def read_values(run_dir: Path, round_idx: int, site: int) -> dict[str, Any]:
     return values
 
 
+_DTYPES = {
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "U8": torch.uint8,
+}
 # Errors that the readers of JSON and of safetensors raise for a damaged file.
 _UNREADABLE = (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError)
 

@@ -1,4 +1,4 @@
-"""The command line: `fomoe train | compare | merge`, and the cost model's commands.
+"""The command line: `fomoe train | compare | merge`, commands on a finished run, the cost model.
 
 Heavy imports wait until they are needed.
 """
@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fomoe import __version__
+from fomoe import __version__, finished
 from fomoe.errors import ConfigError, FomoeError, say_line
 from fomoe.hints import hint
 from fomoe.launch import Launch, launch_from_environment, site_label
@@ -88,6 +88,7 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     _add_train(commands)
     _add_compare(commands)
     _add_merge(commands)
+    finished.add_commands(commands)
     # By name: the cost model imports from this package, not the other way round.
     import_module("fomoe_sim.cli").add_commands(commands, chosen)
     if chosen is not None and chosen not in commands.choices:

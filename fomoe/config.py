@@ -235,6 +235,9 @@ class Config(Options):
     local_steps: Positive = 32  # inner steps per round, H
     rounds: Positive = 10
     seed: Seed = 0
+    # Folder of a run or of an exported model whose parameters the sites start from, instead of
+    # random ones; shapes and function must be equal, the placement need not.
+    init_from: Text | None = None
     model: ModelConfig = ModelConfig()
     placement: PlacementConfig = CyclicPlacement()
     router: RouterConfig = RouterConfig()

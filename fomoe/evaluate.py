@@ -10,7 +10,7 @@ Shapes: L MoE layers, E experts, T probe tokens, K top-k.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -100,29 +100,74 @@ def evaluate_merged(
         for site in transport.sites
         if transport.members[index % len(transport.members)] == site
     }
+    segments = _expert_segments(plan)
+    losses, loads = _run_layers(
+        config,
+        {index: sites[site] for index, site in share.items()},
+        batches,
+        lambda layer: _fetch_layer(config, sites, transport, layer, segments[layer]),
+    )
+    return _combine(transport, share, losses, loads, [len(batch) for batch in batches])
+
+
+@torch.no_grad()
+def evaluate_stored(
+    site: Site, plan: Plan, read: Callable[[str], Tensor], held_out: np.ndarray
+) -> MergedEvaluation:
+    """Evaluate all experts together, with the shared parameters of one site.
+
+    Args:
+        plan: names the experts' tensors.
+        read: an expert's tensor by name, on any device.
+    """
+    batches = list(_batches(site.config, held_out))
+    segments = _expert_segments(plan)
+    losses, loads = _run_layers(
+        site.config,
+        dict.fromkeys(range(len(batches)), site),
+        batches,
+        lambda layer: _by_expert(
+            site.config,
+            {s.name: read(s.name) for s in segments[layer]},
+            segments[layer],
+            site.device,
+        ),
+    )
+    return _sum_up([[i, losses[i], loads[i]] for i in losses], [len(batch) for batch in batches])
+
+
+def _run_layers(
+    config: Config,
+    share: Mapping[int, Site],
+    batches: list[np.ndarray],
+    experts_of: Callable[[int], dict[int, Expert]],
+) -> tuple[dict[int, float], dict[int, list[list[int]]]]:
+    """Loss, and assignments per layer and expert, of the batches that run here, by index.
+
+    Args:
+        share: whose shared parameters run a batch, by its index.
+        experts_of: all experts of an MoE layer; called once per layer.
+    """
     hidden: dict[int, Tensor] = {}
     loads: dict[int, list[list[int]]] = {index: [] for index in share}
     for index, site in share.items():
-        sites[site].model.eval()
-        with sites[site].autocast:
-            tokens = torch.from_numpy(batches[index]).to(sites[site].device)
-            hidden[index] = sites[site].model.embed(tokens[:, :-1])
-    segments = _expert_segments(plan)
+        site.model.eval()
+        with site.autocast:
+            tokens = torch.from_numpy(batches[index]).to(site.device)
+            hidden[index] = site.model.embed(tokens[:, :-1])
     for layer in range(config.model.num_layers):
-        experts = None
-        if layer in config.model.moe_layers:
-            experts = _fetch_layer(config, sites, transport, layer, segments[layer])
+        experts = experts_of(layer) if layer in config.model.moe_layers else None
         for index, site in share.items():
-            with sites[site].autocast:
-                hidden[index], _, stats = sites[site].model.run_layer(layer, hidden[index], experts)
+            with site.autocast:
+                hidden[index], _, stats = site.model.run_layer(layer, hidden[index], experts)
             if stats is not None:
                 loads[index].append(stats.selected_E.tolist())
     losses = {}
     for index, site in share.items():
-        targets = torch.from_numpy(batches[index][:, 1:]).to(sites[site].device)
-        with sites[site].autocast:
-            losses[index] = float(sites[site].model.loss(hidden[index], targets))
-    return _combine(transport, share, losses, loads, [len(batch) for batch in batches])
+        targets = torch.from_numpy(batches[index][:, 1:]).to(site.device)
+        with site.autocast:
+            losses[index] = float(site.model.loss(hidden[index], targets))
+    return losses, loads
 
 
 def _combine(
@@ -139,6 +184,11 @@ def _combine(
         return json.dumps([[index, losses[index], loads[index]] for index in own]).encode()
 
     rows = sorted(row for part in gather(transport, message) for row in json.loads(part))
+    return _sum_up(rows, sizes)
+
+
+def _sum_up(rows: list[Any], sizes: list[int]) -> MergedEvaluation:
+    """From index, loss and assignments of every batch, and its number of sequences."""
     loss = sum(size * row[1] for size, row in zip(sizes, rows, strict=True)) / sum(sizes)
     load_LE = np.sum([row[2] for row in rows], axis=0).astype(int).tolist()
     return MergedEvaluation(loss=loss, load_LE=load_LE)
@@ -169,6 +219,13 @@ def _fetch_layer(
     by_name = {segment.name: segment for segment in segments}
     items = [Item(s.name, s.shape, s.holders) for s in segments]
     tensors = fetch(transport, items, lambda site, name: sites[site].view(by_name[name]))
+    return _by_expert(config, tensors, segments, device)
+
+
+def _by_expert(
+    config: Config, tensors: Mapping[str, Tensor], segments: list[Segment], device: torch.device
+) -> dict[int, Expert]:
+    """All experts of a layer as functions, from their tensors by name."""
     experts: dict[int, Expert] = {}
     for expert in range(config.model.num_experts):
         own = {s.parameter.rpartition(".")[2]: s.name for s in segments if s.expert == expert}

@@ -13,7 +13,7 @@ from pathlib import Path
 from fomoe.config import Config
 from fomoe.data.dataset import named_tokenizer, needed_sources
 from fomoe.data.sources import check_source
-from fomoe.data.tokenizer import local_path
+from fomoe.data.tokenizer import ByteTokenizer, local_path
 from fomoe.errors import CheckpointError
 
 
@@ -31,12 +31,25 @@ def check_ready(config: Config, *, site: int | None = None) -> None:
         check_source(source)
     if local_path(config.data.tokenizer) is not None:
         named_tokenizer(config)
+    if config.init_from is not None:
+        from fomoe.initial import open_initial  # it reads the headers of tensors
+
+        open_initial(config, _tokenizer_fingerprint(config))
     if config.outer.options:
         from fomoe.sync.outer import build_outer_optimizer  # only torch can check them
 
         build_outer_optimizer(config, [])
     assert config.run.dir is not None  # the command line gives one
     _check_folder(Path(config.run.dir))
+
+
+def _tokenizer_fingerprint(config: Config) -> str | None:
+    """None where only the text decides it, or it would have to be downloaded."""
+    if config.data.tokenizer == "byte":
+        return ByteTokenizer.fingerprint
+    if local_path(config.data.tokenizer) is None:
+        return None
+    return named_tokenizer(config).fingerprint
 
 
 def _check_folder(run_dir: Path) -> None:

@@ -280,6 +280,23 @@ def print_comparison(summaries: list[dict[str, Any]]) -> None:
     console(wide=True).print(table)
 
 
+def print_evaluation(result: dict[str, Any]) -> None:
+    """The losses of a saved round: of the merged model, then of every site's own."""
+    title = f"round {result['round']} on {result['text']}, {result['tokens']:,} tokens"
+    table = Table("", "loss (nats/token)", "perplexity", "bits per byte", title=title)
+    named = {"merged": result["merged"]}
+    named |= {f"site {site}": own for site, own in enumerate(result["sites"])}
+    for name, own in named.items():
+        bits = own["bits_per_byte"]
+        table.add_row(
+            name,
+            f"{own['loss']:.4f}",
+            f"{own['perplexity']:.3f}",
+            "-" if bits is None else f"{bits:.4f}",
+        )
+    console().print(table)
+
+
 def console(*, wide: bool = False, **options: Any) -> Console:
     """A console as wide as its terminal, or of the usual width if that is too narrow.
 

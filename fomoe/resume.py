@@ -76,6 +76,22 @@ def resume(run: Run, asked: int | None, *, show: bool) -> None:
     run.progress.resumed(found.round_idx)
 
 
+def starts_anew(
+    run_dir: Path,
+    config: Config,
+    fingerprints: dict[str, str],
+    transport: Transport,
+    asked: int | None,
+) -> bool:
+    """Whether a resume will start at round 0; the folder must be locked.
+
+    Raises:
+        CheckpointError: at every site, if a run is there and cannot be continued.
+    """
+    remains = look(run_dir, config, transport, fingerprints)
+    return not choose_rounds(remains, asked).rounds
+
+
 @dataclass(frozen=True, kw_only=True)
 class Expected:
     """What one site's part must hold.

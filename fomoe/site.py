@@ -6,7 +6,7 @@ A site never talks to another one; the sync does, between rounds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,6 +141,25 @@ class Site:
         """The memory of a segment held here, without a graph; writing to it changes the model."""
         name, rows = self._place(segment)
         return self.parameters[name].detach()[rows]
+
+    @torch.no_grad()
+    def start_from(self, read: Callable[[str], Tensor], biases: Collection[str]) -> None:
+        """Take the values of a trained model for everything that is held here, and nothing else.
+
+        Args:
+            read: a parameter, or one expert's matrix, by name.
+            biases: names of the selection biases that the model has; others stay 0.
+        """
+        for segment in self.segments:
+            if segment.is_expert:
+                self.view(segment).copy_(read(segment.name))
+            else:
+                rows = read(segment.parameter)[segment.start : segment.stop]
+                self.view(segment).copy_(rows)
+        for layer in self.config.model.moe_layers:
+            name = f"layers.{layer}.moe.router.balance_bias"
+            if name in biases:
+                self.model.moe(layer).router.balance_bias_E.copy_(read(name))
 
     def grad_view(self, segment: Segment) -> Tensor:
         """The memory of a trained segment's gradient."""

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor
 
+from fomoe.checkpoint import Part
 from fomoe.cli import main
 
 # Names that are not there must fail at once, whether or not there is a network.
@@ -105,6 +107,12 @@ def trained(*words: object) -> dict[str, Any]:
     outcome = fomoe("train", *words, "--json")
     assert outcome.status == 0, outcome.err
     return outcome.json
+
+
+def load_part(run_dir: Path, round_idx: int, site: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors and the small values of a site's part."""
+    part = Part(run_dir, round_idx, site)
+    return {name: part.read(name) for name in part.kept}, part.values
 
 
 def snapshot(folder: Path) -> dict[str, str]:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_cli import fomoe, records, snapshot, trained, write_config
+from helpers_cli import fomoe, load_part, records, snapshot, trained, write_config
 from safetensors.torch import load_file
 
 from fomoe import checkpoint
-from fomoe.checkpoint import load_part, round_folder, saved_rounds
+from fomoe.checkpoint import round_folder, saved_rounds
 from fomoe.errors import CheckpointError
 from fomoe.load import load_config
 from fomoe.train import train
@@ -493,7 +493,7 @@ def test_merge_skips_an_incomplete_round_and_refuses_none(tiny: Path, tmp_path: 
     assert "complete checkpoint" in outcome.err
 
 
-def test_load_part_names_what_is_wrong(tiny: Path, tmp_path: Path) -> None:
+def test_a_part_names_what_is_wrong(tiny: Path, tmp_path: Path) -> None:
     trained(tiny)
     with pytest.raises(CheckpointError, match=r"round-000009, site 0: .*manifest.json is missing"):
         load_part(tmp_path / "run", 9, 0)

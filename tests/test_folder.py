@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import all_good, over_gloo, tiny_config
-from helpers_cli import fomoe, records, snapshot, trained, write_config
+from helpers_cli import fomoe, load_part, records, snapshot, trained, write_config
 from safetensors.torch import load_file, save_file
 
 import fomoe.train as fomoe_train
@@ -167,17 +167,17 @@ def going_on(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
     round_folder(run, 3).rename(later)
 
     def prepare(number: int) -> Path:
-        kept, calls = checkpoint.load_part, count(1)
+        calls = count(1)
 
-        def live(run_dir: Path, round_idx: int, site: int) -> Any:
+        def live(run_dir: Path, round_idx: int, site: int, **options: Any) -> Any:
             if next(calls) == number:
                 later.rename(round_folder(run, 3))
                 remove_parts(run, 2, range(3))
                 # Gone between the check of the part and the reading of its file.
                 raise CheckpointError("site-0.json: No such file or directory")
-            return kept(run_dir, round_idx, site)
+            return checkpoint.Part(run_dir, round_idx, site, **options)
 
-        monkeypatch.setattr("fomoe.merge.load_part", live)
+        monkeypatch.setattr("fomoe.whole.Part", live)
         return run
 
     return prepare
@@ -192,7 +192,7 @@ def test_a_round_that_is_removed_while_it_is_merged(
     run, said = going_on(number), []
     path = merge(run, say=said.append)
     assert said[-1] == f"merged the checkpoint of round {merged}"
-    part, _ = checkpoint.load_part(run, merged, 0)
+    part, _ = load_part(run, merged, 0)
     shared = {n: t for n, t in part.items() if n.startswith("param/") and "experts" not in n}
     whole = load_file(path)
     assert shared

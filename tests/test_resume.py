@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import all_good, assert_same_bits, over_gloo
-from helpers_cli import Outcome, fomoe, records, snapshot, trained, write_config
+from helpers_cli import Outcome, fomoe, load_part, records, snapshot, trained, write_config
 from safetensors.torch import load_file, save_file
 
 from fomoe import checkpoint
 from fomoe.build import started
-from fomoe.checkpoint import load_part, remove_parts, round_folder, saved_rounds
+from fomoe.checkpoint import remove_parts, round_folder, saved_rounds
 from fomoe.errors import CheckpointError
 from fomoe.load import load_config
 from fomoe.resume import expected_state, wrong_value

@@ -92,7 +92,7 @@ def test_only_transports_talk_to_torch_distributed() -> None:
 
 LIGHT = [
     "errors", "config", "load", "methods", "rules", "placement", "shapes", "segments", "memory",
-    "planning", "report",
+    "planning", "report", "formats",
 ]  # fmt: skip
 
 

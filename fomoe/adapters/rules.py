@@ -77,6 +77,9 @@ def _check_no_model(config: Config) -> None:
             if value != getattr(plain, name):
                 rule = "has no meaning beside adapters.base, which is the model"
                 raise ConfigError(f"{section}.{name}", value, rule)
+    if config.init_from is not None:
+        rule = "has no meaning beside adapters.base, which is where training starts from"
+        raise ConfigError("init_from", config.init_from, rule)
     if config.run.park == "always":
         raise ConfigError("run.park", "always", "has no meaning for adapters, which are small")
 

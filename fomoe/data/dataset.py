@@ -17,6 +17,7 @@ from fomoe.data.sources import Document
 from fomoe.data.stream import HubStream, Stream, TokenStream, encode_document, hub_text
 from fomoe.data.tokenizer import Tokenizer, load_tokenizer, parse_bpe, train_bpe
 from fomoe.errors import ConfigError, DataError
+from fomoe.textfile import why_no_file
 
 _SHARD_BLOCK_WINDOWS = 64  # windows in one block of a token shard; a block is its "document"
 
@@ -162,6 +163,31 @@ def named_tokenizer(config: Config) -> Tokenizer:
     if tokenizer.vocab_size > config.vocab_size:
         rule = f"is below the tokenizer's {tokenizer.vocab_size} tokens"
         raise ConfigError("model.vocab_size", config.vocab_size, rule)
+    return tokenizer
+
+
+def run_tokenizer(config: Config, run_dir: Path, fingerprint: str | None) -> Tokenizer | None:
+    """The tokenizer that a run was trained with; None for a run on token shards.
+
+    Args:
+        fingerprint: the one that the run's checkpoint names; None: not compared.
+
+    Raises:
+        DataError, ConfigError: if it cannot be loaded, or is another one now.
+    """
+    if config.data.tokenizer == "none":
+        return None
+    if config.data.tokenizer == "bpe":
+        path = run_dir / "tokenizer.json"
+        if problem := why_no_file(path):
+            raise DataError(f"the run's tokenizer {path} {problem}; it is in the folder of site 0")
+        tokenizer = parse_bpe(path.read_bytes())
+    else:
+        tokenizer = named_tokenizer(config)
+    if fingerprint is not None and tokenizer.fingerprint != fingerprint:
+        raise DataError(
+            f"data.tokenizer {config.data.tokenizer} is not the one that {run_dir} was trained with"
+        )
     return tokenizer
 
 

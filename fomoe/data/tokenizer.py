@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,6 +33,10 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> np.ndarray: ...
 
+    def num_bytes(self, tokens: np.ndarray) -> int:
+        """UTF-8 bytes of the text that tokens stand for; an end-of-text token has none."""
+        ...
+
 
 class ByteTokenizer:
     """UTF-8 bytes, and 256 for the end of a text."""
@@ -43,6 +48,9 @@ class ByteTokenizer:
     def encode(self, text: str) -> np.ndarray:
         data = text.encode("utf-8", "surrogatepass")
         return np.frombuffer(data, dtype=np.uint8).astype(np.uint16)
+
+    def num_bytes(self, tokens: np.ndarray) -> int:
+        return int((tokens < 256).sum())
 
 
 class LibraryTokenizer:
@@ -59,6 +67,15 @@ class LibraryTokenizer:
         ids = self.inner.encode(text, add_special_tokens=False).ids
         return np.asarray(ids, dtype=np.uint32)
 
+    def num_bytes(self, tokens: np.ndarray) -> int:
+        ids = tokens.ravel().tolist()
+        tree = json.loads(self.inner.to_str())
+        if (tree["decoder"] or {}).get("type") == "ByteLevel":
+            # A character is a byte: exact, where decoding a part of a letter is not.
+            special = {token["id"] for token in tree["added_tokens"] if token["special"]}
+            return sum(len(self.inner.id_to_token(i) or "") for i in ids if i not in special)
+        return len(self.inner.decode(ids, skip_special_tokens=True).encode())
+
 
 class TransformersTokenizer:
     """A transformers tokenizer that has no `tokenizer.json`."""
@@ -72,6 +89,9 @@ class TransformersTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self.inner.encode(text, add_special_tokens=False), dtype=np.uint32)
+
+    def num_bytes(self, tokens: np.ndarray) -> int:
+        return len(self.inner.decode(tokens.ravel().tolist(), skip_special_tokens=True).encode())
 
 
 def load_tokenizer(name: str) -> Tokenizer:
