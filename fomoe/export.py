@@ -68,6 +68,8 @@ def export(
     out = Path(os.path.abspath(out))  # `.` has no name to put a folder beside
     refuse_in_the_way(out)
     whole = open_whole(run_dir, round_idx, say)
+    if whole.config.adapters.base is not None:
+        raise ConfigError("export", run_dir, "is a run with adapters; --adapter writes them")
     name = choose_format(whole.config, format_name)
     tokenizer = run_tokenizer(whole.config, run_dir, whole.fingerprints.get("tokenizer"))
     aside = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")

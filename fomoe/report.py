@@ -284,10 +284,15 @@ def print_evaluation(result: dict[str, Any]) -> None:
     """The losses of a saved round: of the merged model, then of every site's own."""
     title = f"round {result['round']} on {result['text']}, {result['tokens']:,} tokens"
     table = Table("", "loss (nats/token)", "perplexity", "bits per byte", title=title)
-    named = {"merged": result["merged"]}
-    named |= {f"site {site}": own for site, own in enumerate(result["sites"])}
+    if "ranks" in result:
+        named = {f"server at rank {rank}": own for rank, own in result["ranks"].items()}
+        clients = enumerate(result["clients"])
+        named |= {f"client {client}, own part": own for client, own in clients if own}
+    else:
+        named = {"merged": result["merged"]}
+        named |= {f"site {site}": own for site, own in enumerate(result["sites"])}
     for name, own in named.items():
-        bits = own["bits_per_byte"]
+        bits = own.get("bits_per_byte")
         table.add_row(
             name,
             f"{own['loss']:.4f}",

@@ -12,6 +12,7 @@ from conftest import RandomStream, Silent, tiny_config
 from torch import Tensor
 
 from fomoe.adapters.client import Client
+from fomoe.adapters.layers import AdaptedModel, load_adapted
 from fomoe.config import Config
 from fomoe.data.dataset import Data
 from fomoe.planning import plan_run
@@ -20,6 +21,7 @@ from fomoe.site import Site
 from fomoe.summary import Totals
 from fomoe.sync.transport import InMemoryTransport, Transport
 from fomoe.systems import system_of
+from fomoe.whole import open_whole
 
 RANKS = [1, 2, 2, 4]
 _KEPT = TemporaryDirectory(prefix="fomoe-base-")
@@ -118,3 +120,10 @@ def fill(client: Client, seed: int = 0) -> dict[str, Tensor]:
         for parameter in client.parameters.values():
             parameter.normal_(generator=draw).mul_(0.3)
     return {name: p.detach().clone() for name, p in client.parameters.items()}
+
+
+def load_server(run_dir: Path) -> tuple[AdaptedModel, dict[str, Tensor]]:
+    """The base of a run, and the server's matrices of its newest round."""
+    whole = open_whole(run_dir, None)
+    adapted = load_adapted(whole.config.adapters, torch.device("cpu"))
+    return adapted, {name: whole.read(name) for name in whole.shapes}

@@ -155,8 +155,8 @@ def load_adapted(adapters: AdaptersConfig, device: torch.device) -> AdaptedModel
     return AdaptedModel(adapters, model.to(device), base.targets(adapters.targets))
 
 
-def read_model(name: str, folder: Path, dtype: torch.dtype) -> nn.Module:
-    """A causal model of transformers from a folder.
+def read_model(name: str, folder: Path, dtype: torch.dtype | str) -> nn.Module:
+    """A causal model of transformers from a folder; dtype `auto` keeps the files' own.
 
     Raises:
         ConfigError: if transformers is missing or cannot read it.
