@@ -25,12 +25,15 @@ setup(
         "hub": ["datasets>=3,<6"],
         # `fomoe generate`, and tokenizers given as a transformers name or folder.
         "transformers": ["transformers>=4.57,<6"],
+        # Adapters exported for peft (docs/prelort.md), which brings transformers.
+        "peft": ["peft>=0.17,<1"],
         # Downstream tasks on an exported model (docs/export.md).
         "eval": ["lm-eval[hf]>=0.4.9,<1"],
         # Optional expert backend; builds from source and needs CUDA.
         "megablocks": ["megablocks>=0.10,<0.11"],
         "dev": [
             "datasets>=3,<6",
+            "peft>=0.17,<1",
             "transformers>=4.57,<6",
             "pytest>=8,<10",
             "ruff>=0.8,<1",

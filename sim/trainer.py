@@ -72,8 +72,16 @@ def stamp(path: str) -> int:
 
 
 def load(path: str, overrides: tuple[str, ...] = ()) -> Config:
-    """A config as `fomoe train` would run it, or refuse it."""
-    return _load_at(path, overrides, stamp(path))
+    """A config as `fomoe train` would run it, or refuse it.
+
+    Raises:
+        ConfigError: also for a run with adapters, whose cost is not that of pre-training.
+    """
+    config = _load_at(path, overrides, stamp(path))
+    if config.adapters.base is not None:
+        rule = "is fine-tuned with adapters: fomoe train CONFIG --dry-run says what they cost"
+        raise ConfigError("adapters.base", config.adapters.base, rule)
+    return config
 
 
 @lru_cache(maxsize=512)

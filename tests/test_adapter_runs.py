@@ -331,3 +331,17 @@ def test_a_wrong_pair_is_named(tmp_path: Path, line: str, reason: str) -> None:
     outcome: Outcome = fomoe("train", write_adapter_config(tmp_path), *words)
     assert outcome.status == 1
     assert reason in outcome.err
+
+
+def test_the_cost_model_says_where_the_bytes_are(tmp_path: Path) -> None:
+    outcome = fomoe("project", "--config", write_adapter_config(tmp_path))
+    assert (outcome.status, outcome.err.count("\n")) == (2, 1)
+    assert "--dry-run says what they cost" in outcome.err
+
+
+def test_a_merge_writes_the_servers_matrices(tmp_path: Path) -> None:
+    trained(write_adapter_config(tmp_path))
+    assert fomoe("merge", tmp_path / "run").status == 0
+    tensors = load_file(tmp_path / "run/merged/model.safetensors")
+    assert len(tensors) == 2 * 2 * 2
+    assert {tuple(tensor.shape) for tensor in tensors.values()} == {(4, 16)}
