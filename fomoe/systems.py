@@ -59,6 +59,8 @@ def system_of(config: Config, device: torch.device) -> System:
             evaluate_whole=evaluate_merged_data,
         )
     adapted = load_adapted(adapters, device)
+    # Reading the base draws numbers; the random state is part of a checkpoint, equal everywhere.
+    torch.manual_seed(config.seed)
     syncs = {"segments": Sync, "flora": StackingSync}
     return System(
         read=build_client_data,

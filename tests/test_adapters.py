@@ -275,7 +275,12 @@ def test_counted_bytes_are_those_planned() -> None:
 
 def test_over_a_network_the_bits_are_the_same() -> None:
     config = adapter_config(adapters__participation=0.5)
+    torch.manual_seed(123)
     proxy = client_run(config)
+    drawn = torch.get_rng_state()
+    torch.manual_seed(4)
+    client_run(config)
+    assert torch.equal(torch.get_rng_state(), drawn)
     for round_idx in range(2):
         run_local_steps(proxy, round_idx)
         synchronize(proxy)
