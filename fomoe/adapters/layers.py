@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from fomoe.adapters.shapes import A, B
 from fomoe.errors import ConfigError
 
 IGNORED = -100  # a target that is not learned
+# transformers replaces functions of its classes while it reads; two threads that read at once leave
+# them replaced, and later models lose their tied weights.
+_ONE_AT_A_TIME = threading.Lock()
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -169,7 +173,8 @@ def read_model(name: str, folder: Path, dtype: torch.dtype | str) -> nn.Module:
         raise ConfigError("adapters.base", name, rule) from None
     logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        with _ONE_AT_A_TIME:
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except Exception as error:  # transformers raises many kinds for a folder it cannot read
         reason = " ".join(str(error).split())[:200]
         raise ConfigError("adapters.base", name, f"cannot be read: {reason}") from None
