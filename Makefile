@@ -1,14 +1,17 @@
 # make quickstart   set up .venv, install, and train four sites on real text
 # make test         the tests           make check   format, lint, types
+# make docs         docs/options.md and its schema      make package   a wheel, tried out
+# make CPU=1 ...    torch's CPU build, for a machine without an accelerator
 # make compat       exported models on both majors of transformers
 # make bench        speed of experts and steps, beside transformers (docs/performance.md)
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 TOOLS := .venv/.installed-dev
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CPU),-c constraints-cpu.txt)
 COMPAT := tests/test_export.py tests/test_transformers.py
 
-.PHONY: install quickstart test compat check format bench clean
+.PHONY: install quickstart test compat check format docs package bench clean
 
 install: $(INSTALLED)
 
@@ -16,11 +19,11 @@ $(INSTALLED): setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "fomoe needs Python 3.11 or newer; name one with: make PYTHON=python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(INSTALL) -e .
 	@touch $@
 
 $(TOOLS): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(INSTALL) -e '.[dev]'
 	@touch $@
 
 quickstart: $(INSTALLED)
@@ -49,9 +52,15 @@ format: $(TOOLS)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(INSTALLED)
+	$(BIN)/fomoe options --write docs
+
+package: $(TOOLS)
+	$(BIN)/python -m tests.try_package # --from-index: with what pip fetches
+
 bench: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[transformers]'
+	$(INSTALL) -e '.[transformers]'
 	$(BIN)/python -m bench $(BENCH)
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build dist *.egg-info

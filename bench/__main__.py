@@ -17,9 +17,10 @@ from bench.growth import growth_rows
 from bench.layers import Row, layer_rows, peak_rate
 from bench.machine import Machine, find_machine, load_average
 from bench.peaks import peak_rows
-from bench.plot import growth_svg
+from bench.plot import growth
 from bench.proxy import proxy_rows
 from bench.steps import memory_rows, step_rows
+from fomoe.figures import SUFFIXES
 from fomoe.hostmemory import keep_freed_memory
 
 LATEST = Path(__file__).parent / "latest.json"
@@ -46,8 +47,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--only", choices=PARTS, action="append", help="one part; repeatable")
     parser.add_argument("--store", action="store_true", help="keep the ratios as the baseline")
-    parser.add_argument("--plot", type=Path, help="write the growth of cost as SVG")
+    parser.add_argument("--plot", type=Path, help="draw the growth of cost: .svg, .png or .pdf")
     args = parser.parse_args(argv)
+    if args.plot and args.plot.suffix not in SUFFIXES:
+        parser.error(f"--plot {args.plot} must end in .svg, .png or .pdf")
     if args.clock == "cpu" and (args.threads or torch.get_num_threads()) != 1:
         parser.error("--clock cpu counts the waiting of threads for each other; add --threads 1")
     machine = find_machine(args.device, args.threads, args.clock)
@@ -55,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     print_tables(result, args.only or PARTS)
     LATEST.write_text(json.dumps(result, indent=1) + "\n")
     if args.plot and result["growth"]:
-        args.plot.write_text(growth_svg(result["growth"]))
+        growth(result["growth"]).save(args.plot)
     if args.store:
         baseline.store(result, whole=not args.only)
     lines = baseline.compare(result, baseline.load(), whole=not args.only)

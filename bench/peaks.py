@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-import fomoe.train
+import fomoe.training
 from bench.layers import Row
 from bench.machine import Machine
 from fomoe.hostmemory import resident_peak_bytes
@@ -107,12 +107,12 @@ def train_apart(experiment: dict[str, Any], clock: str) -> dict[str, float]:
 def train_here(experiment: dict[str, Any], clock: str) -> dict[str, float]:
     """Train; returns the process's peak above what it held before, and the seconds of a step."""
     if clock == "cpu":  # the trainer's records then hold this process's CPU time
-        fomoe.train.time = SimpleNamespace(perf_counter=time.process_time)  # type: ignore[attr-defined]
+        fomoe.training.time = SimpleNamespace(perf_counter=time.process_time)  # type: ignore[attr-defined]
     before = resident_peak_bytes()
     with TemporaryDirectory() as folder:
         run = {**experiment["run"], "dir": f"{folder}/run"}
         config = build_config({**experiment, "run": run})
-        fomoe.train.train(config, device="cpu", show=False)
+        fomoe.training.train(config, device="cpu", show=False)
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
     rounds = [record for record in map(json.loads, lines) if record["kind"] == "round"]
     return {

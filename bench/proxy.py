@@ -16,7 +16,7 @@ from bench.layers import Row
 from bench.machine import Machine
 from fomoe.config import Config
 from fomoe.load import load_config
-from fomoe.train import train
+from fomoe.training import train
 
 CONFIG = Path(__file__).parent.parent / "configs" / "proxy_54m.yaml"
 # Bytes instead of a tokenizer that is trained first; the shapes stay those of the config.

@@ -16,8 +16,7 @@ from fomoe.config import Config
 from fomoe.load import build_config
 from fomoe.planning import plan_run
 from fomoe.site import Site
-from fomoe_sim.shape import shape_from_config
-from fomoe_sim.work import token_work
+from fomoe_sim.shape import shape_from_config, token_work
 
 RESIDENTS = {"1": 1.0, "1/2": 0.5, "1/4": 0.25, "0": 0.0}
 

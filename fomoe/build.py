@@ -13,6 +13,7 @@ from fomoe.data.dataset import Data
 from fomoe.errors import ConfigError, SiteMismatchError, SyncError
 from fomoe.hostmemory import keep_freed_memory
 from fomoe.initial import Initial, open_initial
+from fomoe.logs import open_logs
 from fomoe.parking import Parking, parks
 from fomoe.planning import RunPlan, plan_run
 from fomoe.remains import check_resumable
@@ -27,7 +28,7 @@ from fomoe.rundir import (
     write_run_files,
 )
 from fomoe.runlock import RunLock
-from fomoe.services import check_services, open_log
+from fomoe.services import check_services
 from fomoe.site import Site
 from fomoe.summary import Totals
 from fomoe.sync.exchange import agreed, share
@@ -140,7 +141,14 @@ def build_run(
         resume(run, resume_round, show=show)
         for parking in parkings.values():
             parking.park()
-    run.log = open_log(config, run_dir, transport)
+    run.log = open_logs(
+        config,
+        run_dir,
+        transport,
+        run_id=lock.run_id,
+        first_round=run.first_round,
+        resumed=mode == "resume",
+    )
     lock.began = True
     if mode == "overwrite":  # before any site writes
         agreed(transport, lambda: remove_run(run_dir))

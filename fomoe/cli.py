@@ -1,4 +1,4 @@
-"""The command line: `fomoe train | compare | merge`, commands on a finished run, the cost model.
+"""The command line: the commands of training, and those of the cost model.
 
 Heavy imports wait until they are needed.
 """
@@ -21,6 +21,7 @@ from fomoe import __version__, finished
 from fomoe.errors import ConfigError, FomoeError, say_line
 from fomoe.hints import hint
 from fomoe.launch import Launch, launch_from_environment, site_label
+from fomoe.study.command import add_study
 from fomoe.sync.waiting import is_blocked
 
 _EXIT_FAILED, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 2, 130
@@ -88,6 +89,9 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     _add_train(commands)
     _add_compare(commands)
     _add_merge(commands)
+    add_study(commands)
+    _add_report(commands)
+    _add_options(commands)
     finished.add_commands(commands)
     # By name: the cost model imports from this package, not the other way round.
     import_module("fomoe_sim.cli").add_commands(commands, chosen)
@@ -97,9 +101,16 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="the experiment's YAML file")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.option=value", help="options to change"
+        "config",
+        metavar="CONFIG",
+        help="the experiment's YAML file, or the name of one that comes with the package",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.option=value",
+        help="options to change; 'fomoe options' lists them all",
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     group = parser.add_mutually_exclusive_group()
@@ -118,13 +129,6 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
         const="next-free",
         help="use run.dir-2, -3, ... if a run is in run.dir",
     )
-    parser.set_defaults(group=group)
-
-
-def _add_train(commands: Any) -> None:
-    parser = commands.add_parser("train", help="train; under torchrun, one site per rank")
-    _add_config(parser)
-    group = parser.get_default("group")
     group.add_argument(
         "--resume",
         dest="mode",
@@ -133,6 +137,11 @@ def _add_train(commands: Any) -> None:
         help="continue run.dir from the newest checkpoint that all sites can use; start at round 0 "
         "only where there is none to lose",
     )
+
+
+def _add_train(commands: Any) -> None:
+    parser = commands.add_parser("train", help="train; under torchrun, one site per rank")
+    _add_config(parser)
     parser.add_argument(
         "--resume-round",
         type=int,
@@ -154,8 +163,20 @@ def _add_compare(commands: Any) -> None:
     parser.add_argument(
         "--methods", required=True, metavar="NAME,NAME", help="such as ddp,diloco,fomoe"
     )
+    parser.add_argument(
+        "--seeds", metavar="N,N", help="run every method with each seed; the table shows the spread"
+    )
+    parser.add_argument("--report", metavar="FILE", help="also write the page of 'fomoe report'")
     parser.add_argument("--json", action="store_true", help="print the summaries as JSON")
     parser.set_defaults(run=_compare)
+
+
+def _add_report(commands: Any) -> None:
+    parser = commands.add_parser("report", help="draw runs into one self-contained HTML page")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, finished or not")
+    parser.add_argument("--out", default="report.html", help="the page (default: report.html)")
+    parser.add_argument("--figures", metavar="FOLDER", help="also write each figure as PNG and PDF")
+    parser.set_defaults(run=_report)
 
 
 def _add_merge(commands: Any) -> None:
@@ -164,6 +185,17 @@ def _add_merge(commands: Any) -> None:
     parser.add_argument("--round", type=int, help="rounds done (default: the newest complete)")
     parser.add_argument("--out", help="folder to write (default: RUN/merged)")
     parser.set_defaults(run=_merge)
+
+
+def _add_options(commands: Any) -> None:
+    parser = commands.add_parser("options", help="list the options of an experiment")
+    parser.add_argument("section", nargs="?", default="", help="a section or an option")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--json", action="store_true", help="print them as JSON")
+    group.add_argument(
+        "--write", metavar="FOLDER", help="write options.md and options.schema.json (all options)"
+    )
+    parser.set_defaults(run=_options)
 
 
 # --------------------------------------------------------------------------------------- commands
@@ -192,7 +224,7 @@ def _train(args: argparse.Namespace) -> int:
             print_dry_run(run)
         return 0
     launch = _launch(config.num_sites)
-    from fomoe.train import train
+    from fomoe.training import train
 
     summary = train(
         config,
@@ -213,46 +245,61 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from fomoe.config import ADAPTER_METHODS, METHODS
-
-    known = METHODS + ADAPTER_METHODS
+    from fomoe import comparison
 
     launch = _launch()
     if launch.distributed:
         rule = "must be 1 for compare, which trains all sites of a method in one process"
         raise ConfigError("WORLD_SIZE", launch.world_size, rule)
-    methods = args.methods.split(",")
-    for method in methods:
-        if method not in known:
-            raise ConfigError("--methods", method, f"is not a method; {hint(method, known)}")
-        if methods.count(method) > 1:
-            raise ConfigError("--methods", method, "is given twice")
-    configs = []
-    for method in methods:  # all are checked before the first one trains
-        config = load(args.config, args.overrides, method=method, suffix="-compare")
-        assert config.run.dir is not None
-        settings = config.run.model_copy(update={"dir": str(Path(config.run.dir) / method)})
-        configs.append(config.model_copy(update={"run": settings}))
-    from fomoe.ready import check_ready
-    from fomoe.train import train
-
-    for config in configs:
-        check_ready(config)
-    summaries = []
-    for config in configs:
-        say_line(f"== {config.method}")
-        summaries.append(train(config, mode=args.mode, device=args.device, launch=launch))
+    methods = comparison.read_methods(args.methods)
+    seeds = comparison.read_seeds(args.seeds) if args.seeds is not None else []
+    configs = comparison.settings(
+        lambda method: load(args.config, args.overrides, method=method, suffix="-compare"),
+        methods,
+        seeds,
+    )
+    if args.report:
+        _check_report(args.report)
+    summaries = comparison.compare(configs, mode=args.mode, device=args.device, launch=launch)
+    folders = [Path(summary["run_dir"]) for summary in summaries]
     if args.json:
         print(json.dumps(summaries))
     else:
         from fomoe.report import print_comparison
 
         print_comparison(summaries)
+    if args.report:
+        from fomoe.reportpage import write_report
+
+        say_line(f"report: {write_report(folders, Path(args.report))[0]}")
     return 0
 
 
+def _report(args: argparse.Namespace) -> int:
+    from fomoe.reportpage import write_report
+
+    _check_report(args.out)
+    images = Path(args.figures) if args.figures else None
+    for path in write_report([Path(run) for run in args.runs], Path(args.out), images=images):
+        print(path)
+    return 0
+
+
+def _check_report(out: str) -> None:
+    """Refuse a page that could not be written, before anything is computed for it."""
+    from fomoe.figures import need_matplotlib
+
+    need_matplotlib("a report")
+    if Path(out).is_dir():
+        raise ConfigError("report", out, "is a folder; name a file")
+    if not Path(out).parent.is_dir():
+        raise ConfigError(
+            "report", out, f"cannot be written: there is no folder {Path(out).parent}"
+        )
+
+
 def _merge(args: argparse.Namespace) -> int:
-    from fomoe.merge import merge
+    from fomoe.merging import merge
 
     out = Path(args.out) if args.out else None
     path = merge(
@@ -262,6 +309,23 @@ def _merge(args: argparse.Namespace) -> int:
         say=say_line,
     )
     print(path)
+    return 0
+
+
+def _options(args: argparse.Namespace) -> int:
+    from fomoe import catalogue
+
+    if args.write is not None:
+        if args.section:
+            raise ConfigError("section", args.section, "cannot stand beside --write")
+        for path in catalogue.write(Path(args.write)):
+            print(path)
+        return 0
+    listed = catalogue.options(args.section)
+    if args.json:
+        print(catalogue.as_json(listed))
+    else:
+        catalogue.print_options(listed)
     return 0
 
 

@@ -36,38 +36,59 @@ from fomoe.options import (
 class ExpertsConfig(Options):
     """How the resident experts are computed; every choice gives the same numbers to rounding."""
 
-    # auto: grouped_mm in bf16 on compute capability 9 and newer, else split.
     backend: Literal["auto", "split", "grouped_mm", "megablocks"] = "auto"
+    """How the products are computed. auto: grouped_mm in bf16 on compute capability 9 and
+    newer, else split."""
 
 
 class ModelConfig(Options):
     """Shapes of the network; every name is the field's usual one."""
 
-    vocab_size: Positive | None = None  # null: the tokenizer's; may exceed the tokenizer's
+    vocab_size: Positive | None = None
+    """[tokens] Rows of the embedding; null: the tokenizer's size, which it may exceed."""
     num_layers: Positive = 4
+    """[layers] Depth of the decoder."""
     d_model: Positive = 256
+    """[elements] Width of the residual stream."""
     num_heads: Positive = 4
-    num_kv_heads: Positive | None = None  # null: num_heads
-    head_dim: Positive | None = None  # null: d_model / num_heads
+    """[heads] Heads of the queries."""
+    num_kv_heads: Positive | None = None
+    """[heads] Heads of keys and values; null: num_heads."""
+    head_dim: Positive | None = None
+    """[elements] Width of a head; null: d_model / num_heads."""
     qk_norm: Literal["none", "head", "full"] = "none"
+    """RMS norm of queries and keys: none, over each head, or over the full width."""
     rope_theta: PositiveFloat = 10_000.0
+    """Base of the rotary position embedding."""
     norm_eps: PositiveFloat = 1e-5
+    """Added to the mean square in every RMS norm."""
     init_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weights."""
     tie_embeddings: bool = False
-    ffn: Literal["moe", "dense"] = "moe"  # dense: one FFN of the same active width, no experts
+    """Whether the output layer uses the embedding's weights."""
+    ffn: Literal["moe", "dense"] = "moe"
+    """moe: routed experts. dense: one FFN of the same active width, no experts."""
     num_experts: Positive = 8
+    """[experts] Routed experts of a layer, over all sites."""
     top_k: Positive = 2
-    expert_ffn_dim: Positive = 256  # hidden width of one routed expert
-    expert_ffn_scale: PositiveFloat = 1.0  # multiplies expert_ffn_dim (0.5: half-width experts)
-    shared_expert_ffn_dim: NonNegative = 0  # always-on FFN beside the routed experts; 0: none
-    num_dense_layers: NonNegative = 0  # the first layers that have a dense FFN
-    dense_ffn_dim: Positive | None = None  # null: the active width of an MoE layer
+    """[experts] Experts that a token chooses in a layer."""
+    expert_ffn_dim: Positive = 256
+    """[elements] Hidden width of one routed expert."""
+    expert_ffn_scale: PositiveFloat = 1.0
+    """Multiplies expert_ffn_dim; 0.5 gives experts of half the width."""
+    shared_expert_ffn_dim: NonNegative = 0
+    """[elements] Hidden width of the always-on FFN beside the routed experts; 0: none."""
+    num_dense_layers: NonNegative = 0
+    """[layers] The first layers, which have a dense FFN instead of experts."""
+    dense_ffn_dim: Positive | None = None
+    """[elements] Hidden width of that dense FFN; null: the active width of an MoE layer."""
     experts: ExpertsConfig = ExpertsConfig()
-    # Activations computed again in the backward pass, for memory: the experts' hidden ones, or all
-    # of every layer.
+    """How the resident experts are computed."""
     recompute: Literal["none", "experts", "layers"] = "none"
-    # Products in fp32 on CPU. auto: oneDNN where torch's own keep to half of the vector width.
+    """Activations that the backward pass computes again to save memory: none, the experts'
+    hidden ones, or all of every layer."""
     matmul: Literal["auto", "torch", "onednn"] = "auto"
+    """Products in fp32 on CPU. auto: oneDNN where torch's own keep to half of the vector width."""
 
     @property
     def kv_heads(self) -> int:
@@ -102,48 +123,79 @@ class RouterConfig(Options):
     """How tokens choose experts, and what happens when a chosen one is absent."""
 
     score: Literal["softmax", "sigmoid"] = "softmax"
+    """How logits become scores: softmax over all experts, or a sigmoid of each."""
     gate_norm: Literal["selected", "none", "survivors"] = "selected"
-    route_scope: Literal["all", "resident"] = "all"  # resident: absent experts masked before top-k
-    at_least_one: bool = True  # a token whose choices are all absent takes its best resident
-    execute_target: Fraction | None = None  # executed share to hold by a selection bias
-    execute_rate: PositiveFloat = 0.01  # step of that bias per inner step
-    skip_scale: Literal["none", "inverse"] = "none"  # inverse: routed output x E/R
+    """Gates are divided by the sum over the token's selected experts, by nothing, or by the
+    sum over the selected ones that are resident (survivors)."""
+    route_scope: Literal["all", "resident"] = "all"
+    """Experts that the top-k is taken from. resident: absent experts are masked before it."""
+    at_least_one: bool = True
+    """Whether a token whose choices are all absent takes its best resident expert."""
+    execute_target: Fraction | None = None
+    """[share] Executed share of assignments to hold by a selection bias; null: no bias."""
+    execute_rate: PositiveFloat = 0.01
+    """Step of that bias per inner step."""
+    skip_scale: Literal["none", "inverse"] = "none"
+    """Scale of the routed output. inverse: all experts over resident experts."""
     balance: Literal["loss", "bias", "both"] = "loss"
-    bias_rate: PositiveFloat = 0.01  # step of the balance bias per round (balance: bias or both)
-    lb_loss: NonNegativeFloat = 0.01  # coefficient of the load-balancing loss
-    z_loss: NonNegativeFloat = 0.001  # coefficient of the router z-loss
+    """What balances the load: the loss, a selection bias, or both."""
+    bias_rate: PositiveFloat = 0.01
+    """Step of the balance bias per round, where balance is bias or both."""
+    lb_loss: NonNegativeFloat = 0.01
+    """Coefficient of the load-balancing loss."""
+    z_loss: NonNegativeFloat = 0.001
+    """Coefficient of the router z-loss."""
 
 
 class InnerConfig(Options):
     """Local training at one site."""
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Optimizer of the local steps."""
     lr: PositiveFloat = 1e-3
+    """Learning rate after the warm-up."""
     beta1: Decay = 0.9
+    """AdamW's decay of the mean gradient."""
     beta2: Decay = 0.95
+    """AdamW's decay of the mean squared gradient."""
     eps: PositiveFloat = 1e-8
-    momentum: Fraction = 0.0  # of inner SGD
-    weight_decay: NonNegativeFloat = 0.1  # matrices only; norms are not decayed
-    warmup_fraction: Fraction = 0.05  # of the schedule's steps
-    min_lr_fraction: Fraction = 0.1  # of lr, at the end of the cosine
+    """AdamW's term in the denominator."""
+    momentum: Fraction = 0.0
+    """Momentum of inner SGD."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Weight decay of matrices; norms are not decayed."""
+    warmup_fraction: Fraction = 0.05
+    """[share] Part of the schedule's steps in which the learning rate rises."""
+    min_lr_fraction: Fraction = 0.1
+    """[share] Learning rate at the end of the cosine, as a part of lr."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    # Horizon of the schedule; null: rounds x local_steps. May change on --resume, so that more
-    # rounds can keep the old one.
+    """Learning rate after the warm-up: a cosine to its minimum, or constant."""
     schedule_steps: Positive | None = None
-    clip_norm: NonNegativeFloat = 1.0  # of this site's gradients; 0: off
-    batch_size: Positive = 8  # sequences per micro-batch at one site
-    accumulation_steps: Positive = 1  # micro-batches per inner step
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on accelerators
+    """[steps] Horizon of the schedule; null: rounds x local_steps. It may change on --resume,
+    so that more rounds can keep the old one."""
+    clip_norm: NonNegativeFloat = 1.0
+    """Largest norm of a site's gradients; 0: they are not clipped."""
+    batch_size: Positive = 8
+    """[sequences] Micro-batch of one site."""
+    accumulation_steps: Positive = 1
+    """[micro-batches] Gradients that are summed for one inner step."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 autocast on accelerators, fp32 on CPU."""
 
 
 class OuterConfig(Options):
     """The optimizer that steps the anchor with the averaged pseudo-gradient, once per round."""
 
-    optimizer: Text = "SGD"  # any elementwise class of torch.optim
+    optimizer: Text = "SGD"
+    """Any elementwise class of torch.optim, by name."""
     lr: NonNegativeFloat = 0.7
-    momentum: Fraction | None = None  # SGD only; null: 0.9
-    nesterov: bool | None = None  # SGD only; null: true if there is momentum
-    options: dict[str, Any] = Field(default_factory=dict)  # further arguments of the class
+    """Learning rate of the outer step."""
+    momentum: Fraction | None = None
+    """Momentum of outer SGD; null: 0.9."""
+    nesterov: bool | None = None
+    """Whether outer SGD uses Nesterov momentum; null: true if there is momentum."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the class."""
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -159,34 +211,56 @@ class OuterConfig(Options):
 class SyncConfig(Options):
     """What crosses between sites and how it is averaged."""
 
-    average: Literal["parameters", "gradients"] = "parameters"  # gradients: every step (DDP)
+    average: Literal["parameters", "gradients"] = "parameters"
+    """parameters: their pseudo-gradients, once per round. gradients: at every step (DDP)."""
     weight: Literal["presence", "tokens", "uniform"] = "presence"
-    router_rows: Literal["all", "holders"] = "all"  # whose updates count for an expert's router row
-    single_holder: Literal["outer", "local"] = "outer"  # local: no outer step without a peer
-    # Longest wait for a peer that sends nothing, and for all sites to join.
+    """A site's part in the mean: equal among those that trained the segment (presence), by
+    its tokens, or equal always (uniform)."""
+    router_rows: Literal["all", "holders"] = "all"
+    """Sites whose updates count for an expert's row of the router: all, or its holders."""
+    single_holder: Literal["outer", "local"] = "outer"
+    """A segment with one holder takes the outer step, or stays as trained (local)."""
     timeout_s: Annotated[float, Field(ge=1, le=1_000_000, allow_inf_nan=False)] = 600.0
-    verify_replicas: bool = True  # compare replica hashes over the holders after every sync
+    """[seconds] Longest wait for a peer that sends nothing, and for all sites to join."""
+    verify_replicas: bool = True
+    """Whether the holders compare hashes of their replicas after every sync."""
 
 
 class DataConfig(Options):
     """Text, tokens and their split over sites."""
 
-    source: Text = "python-stdlib"  # or a file or glob, *.bin / *.npy, or hf:NAME
-    sites: TextTuple | None = None  # one source per site (or per part), instead of `source`
-    held_out: Text | None = None  # a source of its own for the held-out part; null: a fraction
-    held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05  # of the documents
-    held_out_sequences: Positive = 64  # sequences that every evaluation reads
-    tokenizer: Text = "byte"  # byte, bpe, none (token shards), or a tokenizer's file or name
+    source: Text = "python-stdlib"
+    """python-stdlib, a text file or glob, package:NAME/GLOB (files of an installed package), token
+    shards (*.bin, *.npy), or hf:NAME."""
+    sites: TextTuple | None = None
+    """One source per site, or per part, instead of `source`."""
+    held_out: Text | None = None
+    """Source of the held-out part; null: held_out_fraction of the text."""
+    held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """[share] Part of the documents that is held out."""
+    held_out_sequences: Positive = 64
+    """[sequences] How many held-out sequences every evaluation reads."""
+    tokenizer: Text = "byte"
+    """byte, bpe (trained on the text), none (token shards), or a tokenizer's file, folder or
+    name."""
     bpe_vocab_size: Annotated[int, Field(ge=257, le=MOST)] = 4096
+    """[tokens] Size of the vocabulary that bpe trains."""
     seq_len: Annotated[int, Field(ge=2, le=MOST)] = 256
-    num_shards: Positive | None = None  # parts the training text is split into; null: num_sites
-    text_field: Text = "text"  # column of a hub data set, field of JSON Lines
-    hub_split: Text = "train"  # split of a hub data set
-    # prompt-completion: JSON Lines with these two fields; only the latter is learned (adapters).
+    """[tokens] Length of a training sequence."""
+    num_shards: Positive | None = None
+    """[parts] Parts that the training text is split into; null: num_sites."""
+    text_field: Text = "text"
+    """Column of a hub data set, or field of JSON Lines, that holds the text."""
+    hub_split: Text = "train"
+    """Split of a hub data set."""
     format: Literal["text", "prompt-completion"] = "text"
-    client_field: Text | None = None  # field of the pairs that splits them over the clients
-    # Every value of client_field is shared out by a draw with it; null: a value has one client.
+    """text, or JSON Lines with the fields prompt and completion, of which only the completion is
+    learned; needs adapters.base."""
+    client_field: Text | None = None
+    """Field of the pairs that splits them over the clients; null: they are dealt evenly."""
     dirichlet_alpha: PositiveFloat | None = None
+    """Concentration of the Dirichlet draw by which each value of client_field is shared out over
+    the clients; null: each value has one client."""
 
     @property
     def fixed_vocab_size(self) -> int | None:
@@ -199,17 +273,27 @@ class DataConfig(Options):
 class RunConfig(Options):
     """Where a run writes and how often; the numbers that training produces do not depend on it."""
 
-    dir: Text | None = None  # null: runs/<name of the config file>
-    checkpoint_every: NonNegative = 1  # rounds; 0: only at the end
-    keep_checkpoints: Annotated[int, Field(ge=2, le=MOST)] = 3  # newest rounds kept
-    eval_every: NonNegative = 1  # rounds between evaluations of each site's own model; 0: at end
-    eval_merged_every: NonNegative = 0  # rounds between evaluations of the merged model; 0: at end
-    log_every: Positive = 10  # steps between plain progress lines
-    # Waiting sites of a proxy run in pinned host memory. auto: where the state of all sites would
-    # take more than half of the accelerator's free memory.
+    dir: Text | None = None
+    """Folder of the run; null: runs/<name of the config file>."""
+    checkpoint_every: NonNegative = 1
+    """[rounds] Between checkpoints; 0: only at the end."""
+    keep_checkpoints: Annotated[int, Field(ge=2, le=MOST)] = 3
+    """[rounds] Newest checkpoints that are kept."""
+    eval_every: NonNegative = 1
+    """[rounds] Between evaluations of each site's own model; 0: only at the end."""
+    eval_merged_every: NonNegative = 0
+    """[rounds] Between evaluations of the merged model; 0: only at the end."""
+    log_every: Positive = 10
+    """[steps] Between plain progress lines."""
     park: Literal["auto", "never", "always"] = "auto"
+    """Whether the waiting sites of a proxy run lie in pinned host memory. auto: where the
+    state of all sites would take more than half of the accelerator's free memory."""
     wandb: Literal["off", "offline", "online"] = "off"
+    """Whether wandb gets the records too; needs the extra fomoe[wandb]."""
+    tensorboard: bool = False
+    """Whether TensorBoard gets the records too; needs the extra fomoe[tensorboard]."""
     wandb_project: Text = "fomoe"
+    """Project of the wandb runs."""
 
 
 Method = Literal[
@@ -222,6 +306,7 @@ Method = Literal[
     "dense",
     "diloco-half",
     "single",
+    "copies",
 ]
 METHODS: tuple[str, ...] = get_args(Method)  # of pre-training
 ADAPTER_METHODS: tuple[str, ...] = get_args(AdapterMethod)
@@ -231,22 +316,36 @@ class Config(Options):
     """One experiment: everything that decides its numbers, and `run`, which does not."""
 
     method: Literal[Method, AdapterMethod] = "fomoe"
+    """FoMoE, or a baseline; its name sets other options (README, Configuration)."""
     num_sites: Positive = 4
-    local_steps: Positive = 32  # inner steps per round, H
+    """[sites] Weakly connected places that train."""
+    local_steps: Positive = 32
+    """[steps] Inner steps of a round, H."""
     rounds: Positive = 10
+    """[rounds] Rounds of local steps and a sync."""
     seed: Seed = 0
-    # Folder of a run or of an exported model whose parameters the sites start from, instead of
-    # random ones; shapes and function must be equal, the placement need not.
+    """Of the initial weights, the split of the text and the order of the batches."""
     init_from: Text | None = None
+    """Folder of a run or of an exported model whose parameters the sites start from; null: random
+    ones. Shapes and function must be equal, the placement need not."""
     model: ModelConfig = ModelConfig()
+    """Shapes of the network."""
     placement: PlacementConfig = CyclicPlacement()
+    """Which site holds which expert."""
     router: RouterConfig = RouterConfig()
+    """How tokens choose experts, and what happens when a chosen one is absent."""
     inner: InnerConfig = InnerConfig()
+    """Local training at one site."""
     outer: OuterConfig = OuterConfig()
+    """The optimizer that steps the anchor, once per round."""
     sync: SyncConfig = SyncConfig()
+    """What crosses between sites and how it is averaged."""
     data: DataConfig = DataConfig()
+    """Text, tokens and their split over sites."""
     adapters: AdaptersConfig = AdaptersConfig()
+    """Fine-tuning of a frozen base with adapters of different ranks (docs/prelort.md)."""
     run: RunConfig = RunConfig()
+    """Where a run writes and how often."""
 
     @property
     def vocab_size(self) -> int:

@@ -68,6 +68,7 @@ def evaluate_run(
         if text is not None:
             raise ConfigError("--text", text, "has no meaning for a run with adapters")
         return evaluate_adapters(whole, where)
+    whole.refuse_copies("is evaluated by the run itself (val_loss_merged)")
     tokenizer = run_tokenizer(whole.config, run_dir, whole.fingerprints.get("tokenizer"))
     windows = _held_out(whole) if text is None else _windows(whole.config, text, tokenizer)
     targets = windows[:, 1:]

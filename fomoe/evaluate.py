@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from fomoe.config import Config
+from fomoe.copies import num_sets, set_of_site
 from fomoe.model.experts import Expert, swiglu
 from fomoe.segments import Plan, Segment
 from fomoe.site import Site
 from fomoe.sync.exchange import Item, fetch, gather
 from fomoe.sync.transport import Transport
+from fomoe.textchoice import NUM_COUNTERS, choosable_experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +102,18 @@ def evaluate_merged(
         for site in transport.sites
         if transport.members[index % len(transport.members)] == site
     }
-    segments = _expert_segments(plan)
+    segments, rows = _expert_segments(plan), _router_segments(plan)
+
+    def experts_of(layer: int) -> tuple[dict[int, Expert], Tensor | None]:
+        experts = _fetch_layer(config, sites, transport, layer, segments[layer])
+        return experts, _fetch_rows(sites, transport, rows[layer]) if layer in rows else None
+
     losses, loads = _run_layers(
         config,
         {index: sites[site] for index, site in share.items()},
         batches,
-        lambda layer: _fetch_layer(config, sites, transport, layer, segments[layer]),
+        experts_of,
+        gather_text_counts(config, sites, transport) if num_sets(config) > 1 else None,
     )
     return _combine(transport, share, losses, loads, [len(batch) for batch in batches])
 
@@ -126,11 +134,14 @@ def evaluate_stored(
         site.config,
         dict.fromkeys(range(len(batches)), site),
         batches,
-        lambda layer: _by_expert(
-            site.config,
-            {s.name: read(s.name) for s in segments[layer]},
-            segments[layer],
-            site.device,
+        lambda layer: (
+            _by_expert(
+                site.config,
+                {s.name: read(s.name) for s in segments[layer]},
+                segments[layer],
+                site.device,
+            ),
+            None,
         ),
     )
     return _sum_up([[i, losses[i], loads[i]] for i in losses], [len(batch) for batch in batches])
@@ -140,26 +151,37 @@ def _run_layers(
     config: Config,
     share: Mapping[int, Site],
     batches: list[np.ndarray],
-    experts_of: Callable[[int], dict[int, Expert]],
+    experts_of: Callable[[int], tuple[dict[int, Expert], Tensor | None]],
+    counts_GN: Tensor | None = None,
 ) -> tuple[dict[int, float], dict[int, list[list[int]]]]:
     """Loss, and assignments per layer and expert, of the batches that run here, by index.
 
     Args:
         share: whose shared parameters run a batch, by its index.
-        experts_of: all experts of an MoE layer; called once per layer.
+        experts_of: all experts of an MoE layer, and their router's rows where no site has all of
+            them; called once per layer.
+        counts_GN: n-grams of every set of copies; None without copies.
     """
     hidden: dict[int, Tensor] = {}
+    scopes: dict[int, Tensor | None] = {}
     loads: dict[int, list[list[int]]] = {index: [] for index in share}
     for index, site in share.items():
         site.model.eval()
         with site.autocast:
             tokens = torch.from_numpy(batches[index]).to(site.device)
             hidden[index] = site.model.embed(tokens[:, :-1])
+        scopes[index] = None
+        if counts_GN is not None:
+            scopes[index] = choosable_experts(config, counts_GN, tokens[:, :-1])
     for layer in range(config.model.num_layers):
-        experts = experts_of(layer) if layer in config.model.moe_layers else None
+        experts, router_ED = None, None
+        if layer in config.model.moe_layers:
+            experts, router_ED = experts_of(layer)
         for index, site in share.items():
             with site.autocast:
-                hidden[index], _, stats = site.model.run_layer(layer, hidden[index], experts)
+                hidden[index], _, stats = site.model.run_layer(
+                    layer, hidden[index], experts, scope_TE=scopes[index], router_ED=router_ED
+                )
             if stats is not None:
                 loads[index].append(stats.selected_E.tolist())
     losses = {}
@@ -168,6 +190,21 @@ def _run_layers(
         with site.autocast:
             losses[index] = float(site.model.loss(hidden[index], targets))
     return losses, loads
+
+
+def gather_text_counts(config: Config, sites: Mapping[int, Site], transport: Transport) -> Tensor:
+    """n-grams counted at the sites of each set of copies, int64 [G, N], at every site."""
+
+    def message(site: int) -> bytes:
+        counts_N = sites[site].text_counts_N
+        assert counts_N is not None
+        return counts_N.numpy().tobytes()
+
+    counts_GN = torch.zeros(num_sets(config), NUM_COUNTERS, dtype=torch.int64)
+    for site, received in enumerate(gather(transport, message)):
+        own_N = torch.frombuffer(bytearray(received), dtype=torch.int64)
+        counts_GN[set_of_site(config, site)] += own_N
+    return counts_GN
 
 
 def _combine(
@@ -207,6 +244,36 @@ def _expert_segments(plan: Plan) -> dict[int, list[Segment]]:
     return by_layer
 
 
+def _router_segments(plan: Plan) -> dict[int, list[Segment]]:
+    """Router rows by layer, in their order, where no site has all of them."""
+    by_layer: dict[int, list[Segment]] = {}
+    for bucket in plan.buckets:
+        if not bucket.is_expert and len(bucket.holders) < plan.num_sites:
+            for segment in bucket.segments:
+                assert segment.layer is not None
+                by_layer.setdefault(segment.layer, []).append(segment)
+    for segments in by_layer.values():
+        segments.sort(key=lambda s: s.start)
+    return by_layer
+
+
+def _fetch_segments(
+    sites: Mapping[int, Site], transport: Transport, segments: list[Segment]
+) -> dict[str, Tensor]:
+    """Some segments by name, on the sites' device; local ones are not copied."""
+    device = next(iter(sites.values())).device
+    by_name = {segment.name: segment for segment in segments}
+    items = [Item(s.name, s.shape, s.holders) for s in segments]
+    tensors = fetch(transport, items, lambda site, name: sites[site].view(by_name[name]))
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def _fetch_rows(sites: Mapping[int, Site], transport: Transport, segments: list[Segment]) -> Tensor:
+    """All router rows of one layer, [E, D]."""
+    tensors = _fetch_segments(sites, transport, segments)
+    return torch.cat([tensors[segment.name] for segment in segments])
+
+
 def _fetch_layer(
     config: Config,
     sites: Mapping[int, Site],
@@ -215,11 +282,8 @@ def _fetch_layer(
     segments: list[Segment],
 ) -> dict[int, Expert]:
     """All experts of one layer; local ones are not copied."""
-    device = next(iter(sites.values())).device
-    by_name = {segment.name: segment for segment in segments}
-    items = [Item(s.name, s.shape, s.holders) for s in segments]
-    tensors = fetch(transport, items, lambda site, name: sites[site].view(by_name[name]))
-    return _by_expert(config, tensors, segments, device)
+    tensors = _fetch_segments(sites, transport, segments)
+    return _by_expert(config, tensors, segments, next(iter(sites.values())).device)
 
 
 def _by_expert(
@@ -229,7 +293,7 @@ def _by_expert(
     experts: dict[int, Expert] = {}
     for expert in range(config.model.num_experts):
         own = {s.parameter.rpartition(".")[2]: s.name for s in segments if s.expert == expert}
-        gate_up, down = (tensors[own[part]].to(device) for part in ("gate_up", "down"))
+        gate_up, down = (tensors[own[part]] for part in ("gate_up", "down"))
         experts[expert] = partial(swiglu, gate_up=gate_up, down=down)
     return experts
 

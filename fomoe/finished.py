@@ -87,7 +87,7 @@ def _export(args: argparse.Namespace) -> int:
     for field, value in (("--rank", args.rank), ("--merge", args.merge or None)):
         if value is not None:
             raise ConfigError(field, value, "needs --adapter")
-    from fomoe.export import export
+    from fomoe.exporting import export
 
     export(
         args.run_dir,
@@ -102,7 +102,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _export_adapter(args: argparse.Namespace) -> int:
-    from fomoe.adapters.export import export_adapter
+    from fomoe.adapters.exporting import export_adapter
 
     if args.format is not None or args.dtype != "fp32":
         field = "--format" if args.format is not None else "--dtype"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fomoe.errors import DataError, ServiceError
-from fomoe.export import export
+from fomoe.exporting import export
 
 
 def generate(

@@ -21,7 +21,7 @@ from torch import Tensor
 from fomoe.config import Config
 from fomoe.data.tokenizer import load_tokenizer
 from fomoe.errors import CheckpointError, ConfigError, FomoeError
-from fomoe.export import to_ours
+from fomoe.exporting import to_ours
 from fomoe.formats import (
     ALIASES,
     DEFAULTS,
@@ -101,6 +101,7 @@ def _check_tokenizer(config: Config, theirs: str | None, ours: str | None, take:
 def _from_run(config: Config, folder: Path, tokenizer: str | None) -> Initial:
     try:
         whole = open_whole(folder, None, check=False)
+        whole.refuse_copies("cannot be started from")
     except CheckpointError as error:
         raise CheckpointError(f"init_from: {error}") from None
     theirs, ours = function_of(whole.config), function_of(config)

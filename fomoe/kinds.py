@@ -12,7 +12,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fomoe.errors import ConfigError
-from fomoe.options import AnyTuple, IntTuple, KindOptions, NonNegative, Positive, default_kind
+from fomoe.options import (
+    AnyTuple,
+    Fraction,
+    IntTuple,
+    KindOptions,
+    NonNegative,
+    Positive,
+    default_kind,
+)
 
 Sites = tuple[int, ...]
 Table = tuple[tuple[Sites, ...], ...]  # per MoE layer, per expert: sites in ascending order
@@ -21,8 +29,9 @@ Table = tuple[tuple[Sites, ...], ...]  # per MoE layer, per expert: sites in asc
 class PlacementKind(KindOptions):
     """Which site holds which expert: what every kind has."""
 
-    # all: every site stores every expert, and the table says only who trains it (SPES).
     store: Literal["holders", "all"] = "holders"
+    """holders: a site stores the experts that it trains. all: every site stores every expert,
+    and the placement says only who trains it (SPES)."""
 
     @abstractmethod
     def assign(self, num_layers: int, num_experts: int, num_sites: int) -> Table:
@@ -36,13 +45,19 @@ class PlacementKind(KindOptions):
         """An upper bound on the sites of one expert, known before any table is made."""
         return num_sites
 
+    def num_sets(self, num_sites: int) -> int:
+        """Sets of experts that are copies of one another, of which a site holds one; 1: none."""
+        return 1
+
 
 class CyclicPlacement(PlacementKind):
     """Every expert on r consecutive sites, or as many on every site as it can hold."""
 
     kind: Literal["cyclic"] = "cyclic"
-    replication_factor: Positive | None = None  # holders per expert, r
-    capacity: IntTuple | None = None  # most experts per layer that each site can hold
+    replication_factor: Positive | None = None
+    """[sites] Holders per expert, r; null: as `capacity` allows."""
+    capacity: IntTuple | None = None
+    """[experts per layer] Most experts that each site can hold; null: no limit."""
 
     def assign(self, num_layers: int, num_experts: int, num_sites: int) -> Table:
         field, r = "placement.replication_factor", self.replication_factor
@@ -65,7 +80,8 @@ class CommonPlacement(PlacementKind):
     """Some experts on every site, the others on one site each."""
 
     kind: Literal["common"] = "common"
-    num_common: NonNegative | None = None  # experts that every site holds
+    num_common: NonNegative | None = None
+    """[experts] Experts that every site holds."""
 
     def assign(self, num_layers: int, num_experts: int, num_sites: int) -> Table:
         field, num_common = "placement.num_common", self.num_common
@@ -81,7 +97,8 @@ class TablePlacement(PlacementKind):
     """The sites of every expert as the user lists them."""
 
     kind: Literal["table"] = "table"
-    table: AnyTuple | None = None  # sites per expert, for all layers or per MoE layer
+    table: AnyTuple | None = None
+    """Sites per expert, for all layers or per MoE layer."""
 
     def assign(self, num_layers: int, num_experts: int, num_sites: int) -> Table:
         if self.table is None:
@@ -91,8 +108,40 @@ class TablePlacement(PlacementKind):
         )
 
 
+class CopiesPlacement(PlacementKind):
+    """Every site holds one set of experts; the sets are copies that start equal and part later."""
+
+    kind: Literal["copies"] = "copies"
+    replication_factor: Positive = 1
+    """[sites] That hold the same set, r."""
+    grow_at: Fraction = 0.5
+    """Share of the schedule's steps after which the copies part."""
+    couple: Fraction = 0.5
+    """Weight of the mean over all copies in a copy's update, once they part."""
+
+    def num_sets(self, num_sites: int) -> int:
+        return max(1, num_sites // self.replication_factor)
+
+    def assign(self, num_layers: int, num_experts: int, num_sites: int) -> Table:
+        r, sets = self.replication_factor, self.num_sets(num_sites)
+        if num_sites % r:
+            rule = f"does not divide the {num_sites} sites (num_sites) into sets of copies"
+            raise ConfigError("placement.replication_factor", r, rule)
+        if num_experts % sets:
+            rule = (
+                f"must be a multiple of the {sets} sets of copies (num_sites / replication_factor)"
+            )
+            raise ConfigError("model.num_experts", num_experts, rule)
+        size = num_experts // sets
+        holders = [tuple(range(i * r, (i + 1) * r)) for i in range(sets)]
+        return (tuple(holders[expert // size] for expert in range(num_experts)),) * num_layers
+
+    def most_sites(self, num_sites: int) -> int:
+        return min(self.replication_factor, num_sites)
+
+
 PlacementConfig = Annotated[
-    CyclicPlacement | CommonPlacement | TablePlacement,
+    CyclicPlacement | CommonPlacement | TablePlacement | CopiesPlacement,
     Field(discriminator="kind"),
     default_kind("cyclic"),
 ]

@@ -43,6 +43,7 @@ def method_settings(config: Config) -> dict[str, Any]:
         "dense": {**everywhere, "model.ffn": "dense"},
         "diloco-half": {**everywhere, "model.expert_ffn_scale": 0.5},
         "single": alone,
+        "copies": {"placement.kind": "copies"},
         "prelort": no_experts,
         "fedit-min": {
             **baseline,

@@ -15,7 +15,7 @@ from typing import Any
 from fomoe.errors import CheckpointError
 from fomoe.files import not_written, remove_temporaries, write_text_atomically
 from fomoe.jsonlines import read_lines
-from fomoe.services import WandbLog
+from fomoe.logs import Logs
 
 
 def metrics_path(run_dir: Path, site: int) -> Path:
@@ -46,7 +46,7 @@ class Metrics:
         sites: tuple[int, ...],
         *,
         first_round: int,
-        log: WandbLog | None = None,
+        log: Logs | None = None,
     ) -> None:
         self.path = metrics_path(run_dir, sites[0])
         remove_temporaries(run_dir, self.path.name)

@@ -47,7 +47,9 @@ AnyTuple = Annotated[tuple[Any, ...], Field(strict=False)]
 class Options(BaseModel):
     """Base of every section: unknown keys are errors, values are strict and frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
 
 
 class KindOptions(Options):

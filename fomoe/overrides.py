@@ -61,6 +61,17 @@ def set_option(tree: dict[str, Any], field: str, value: Any) -> None:
     node[option] = value
 
 
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options as dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def _annotation(options: type[Options], field: str) -> Any:
     """The declared type of an option, or None where there is no such option."""
     declared: Any = options

@@ -21,12 +21,14 @@ class Placement:
         moe_layers: index in the model of each MoE layer; the tables' first index follows it.
         holders: per MoE layer and expert, the sites that store it.
         trainers: per MoE layer and expert, the sites whose updates count; a subset of the holders.
+        num_sets: sets of experts that are copies of one another; 1: no expert has a copy.
     """
 
     num_sites: int
     moe_layers: tuple[int, ...]
     holders: Table
     trainers: Table
+    num_sets: int = 1
 
     def residents(self, site: int) -> dict[int, tuple[int, ...]]:
         """Expert ids that a site stores, per MoE layer."""
@@ -72,4 +74,10 @@ def build_placement(config: Config) -> Placement:
     everyone = tuple(range(num_sites))
     stored_by_all = config.placement.store == "all"
     holders = ((everyone,) * num_experts,) * len(layers) if stored_by_all else trainers
-    return Placement(num_sites=num_sites, moe_layers=layers, holders=holders, trainers=trainers)
+    return Placement(
+        num_sites=num_sites,
+        moe_layers=layers,
+        holders=holders,
+        trainers=trainers,
+        num_sets=config.placement.num_sets(num_sites),
+    )

@@ -9,17 +9,34 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fomoe.config import Config
+from fomoe.copies import build_families, coupling, exchanged, rounds_by_coupling
 from fomoe.memory import SiteMemory, site_memory
 from fomoe.placement import Placement, build_placement
 from fomoe.segments import (
+    Bucket,
     Plan,
     Traffic,
+    buckets_traffic,
     build_plan,
     full_payload,
     rule_of,
-    sync_traffic,
 )
 from fomoe.shapes import parameter_specs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """Rounds whose syncs exchange the same: all of a run, or those before and after copies part.
+
+    Attributes:
+        coupling: how far copies of experts are tied to one another; 1 without copies.
+        rounds: how many there are in the run.
+        traffic: bytes of one sync per site (of one gradient average with `ddp`).
+    """
+
+    coupling: float
+    rounds: int
+    traffic: tuple[Traffic, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,37 +45,77 @@ class RunPlan:
 
     Attributes:
         segment_plan: who holds and who trains which rows.
-        traffic: bytes of one sync per site (of one gradient average with `ddp`).
+        families: buckets of experts' copies with the same origin; none without copies.
+        phases: one, or that of tied copies and that of copies that have parted.
         syncs_per_round: 1, or local_steps where gradients are averaged every step.
     """
 
     config: Config
     placement: Placement
     segment_plan: Plan
-    traffic: tuple[Traffic, ...]
+    families: tuple[Bucket, ...]
+    phases: tuple[Phase, ...]
     memory: tuple[SiteMemory, ...]
     syncs_per_round: int
 
-    def payload_per_round(self, site: int) -> int:
-        return self.traffic[site].payload * self.syncs_per_round
+    @property
+    def traffic(self) -> tuple[Traffic, ...]:
+        """Bytes of one sync per site, in the first phase that has rounds."""
+        return next(phase for phase in self.phases if phase.rounds).traffic
 
-    def wire_per_round(self, site: int) -> int:
-        return self.traffic[site].wire * self.syncs_per_round
+    def traffic_of_sync(self, site: int, steps: int) -> Traffic:
+        """Bytes at one site of the sync that follows `steps` local steps."""
+        share = coupling(self.config, steps)
+        return next(p.traffic[site] for p in self.phases if p.coupling == share)
+
+    def payload_per_round(self, site: int) -> float:
+        """Mean over the rounds of the run; an integer if it is whole."""
+        return self._mean([(p.rounds, p.traffic[site].payload) for p in self.phases])
+
+    def wire_per_round(self, site: int) -> float:
+        """Mean over the rounds of the run; an integer if it is whole."""
+        return self._mean([(p.rounds, p.traffic[site].wire) for p in self.phases])
+
+    def _mean(self, counted: list[tuple[int, int]]) -> float:
+        total = self.syncs_per_round * sum(rounds * number for rounds, number in counted)
+        whole, rest = divmod(total, self.config.rounds)
+        return total / self.config.rounds if rest else whole
+
+    def replicas(self, steps: int) -> tuple[Bucket, ...]:
+        """Buckets whose holders have equal values after the sync that follows `steps` local steps.
+
+        Copies are equal until they part, also where a sync of theirs crosses no link.
+        """
+        tied = coupling(self.config, steps) == 1
+        buckets = exchanged(self.segment_plan.buckets, self.families if tied else (), 1.0)
+        return tuple(bucket for bucket in buckets if bucket.crosses)
 
 
 def plan_run(config: Config) -> RunPlan:
     """Work out who holds what and what it costs."""
     placement = build_placement(config)
     plan = build_plan(parameter_specs(config), config.num_sites, rule_of(config, placement))
+    families = build_families(config, plan)
     sites = range(config.num_sites)
     return RunPlan(
         config=config,
         placement=placement,
         segment_plan=plan,
-        traffic=tuple(sync_traffic(plan, site) for site in sites),
+        families=families,
+        phases=_phases(config, plan, families),
         memory=tuple(site_memory(config, plan, site) for site in sites),
         syncs_per_round=config.local_steps if config.sync.average == "gradients" else 1,
     )
+
+
+def _phases(config: Config, plan: Plan, families: tuple[Bucket, ...]) -> tuple[Phase, ...]:
+    """In their order; a phase without rounds is among them, for a run that is continued."""
+    phases = []
+    for share, rounds in rounds_by_coupling(config).items():
+        buckets = exchanged(plan.buckets, families, share)
+        traffic = tuple(buckets_traffic(buckets, site) for site in range(config.num_sites))
+        phases.append(Phase(coupling=share, rounds=rounds, traffic=traffic))
+    return tuple(phases)
 
 
 def planned_summary(run: RunPlan) -> dict[str, Any]:
@@ -75,6 +132,7 @@ def planned_summary(run: RunPlan) -> dict[str, Any]:
     tokens_by_site = config.rounds * config.local_steps * config.tokens_per_step
     return {
         "method": config.method,
+        "seed": config.seed,
         "num_sites": config.num_sites,
         "replication_factor": int(replication) if replication.is_integer() else replication,
         "local_steps": config.local_steps,
@@ -89,6 +147,18 @@ def planned_summary(run: RunPlan) -> dict[str, Any]:
         **spread("wire_bytes_per_site_per_round", [run.wire_per_round(site) for site in sites]),
         "ratio_vs_ddp": _ratio(diloco * config.local_steps, payload),
         "ratio_vs_diloco": _ratio(diloco, payload),
+        **({"phases": [_phase_row(run, phase) for phase in run.phases]} if run.families else {}),
+    }
+
+
+def _phase_row(run: RunPlan, phase: Phase) -> dict[str, Any]:
+    """One phase of a run with copies; bytes are means over sites."""
+    sites = len(phase.traffic)
+    return {
+        "coupling": phase.coupling,
+        "rounds": phase.rounds,
+        "payload_bytes_per_site_per_round": sum(t.payload for t in phase.traffic) / sites,
+        "wire_bytes_per_site_per_round": sum(t.wire for t in phase.traffic) / sites,
     }
 
 
@@ -104,6 +174,6 @@ def spread(name: str, values: list[Any]) -> dict[str, Any]:
     return {name: int(mean) if whole else mean, f"{name}_by_site": values}
 
 
-def _ratio(baseline: int, payload: list[int]) -> float | None:
+def _ratio(baseline: int, payload: list[float]) -> float | None:
     mean = sum(payload) / len(payload)
     return baseline / mean if mean else None

@@ -19,7 +19,7 @@ from fomoe import checkpoint
 from fomoe.config import Config
 from fomoe.errors import CheckpointError, ConfigError
 from fomoe.metrics import metrics_path
-from fomoe.rundir import flatten
+from fomoe.overrides import flatten
 from fomoe.sync.exchange import agreed, gather
 from fomoe.sync.transport import Transport
 from fomoe.yamlfile import read_yaml

@@ -14,9 +14,11 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from fomoe.adapters.report import methods_table, ranks_table, server_rows
+from fomoe.amounts import bytes_text, duration_text, mean_of, spread_text, times_text
 from fomoe.config import Config
 from fomoe.errors import say_line
 from fomoe.planning import RunPlan, memory_by_kind, planned_summary
+from fomoe.records import site_speed
 from fomoe.segments import full_payload, wire_elements
 
 _NARROWEST, _USUAL, _WIDE = 40, 80, 160  # columns
@@ -31,7 +33,8 @@ class Progress:
         self.console = console(stderr=True, quiet=not show)
         self.live = show and self.console.is_terminal and not self.console.is_dumb_terminal
         self.started = self._last_line = time.monotonic()
-        self._steps_done = self._tokens = 0
+        self._steps_done = 0
+        self._sums: dict[int, list[float]] = {}  # per site: tokens, train_s, sync_s
         # A process knows the figures of its own sites only.
         self._whose = "  site 0" if num_local_sites < config.num_sites else ""
         # Choices made for this machine, printed once, on the first round's line: a start that fails
@@ -79,7 +82,6 @@ class Progress:
 
         def on_step(values: Any) -> None:
             self._steps_done += 1
-            self._tokens += config.tokens_per_step
             if self._steps_done % config.run.log_every or not self.show:
                 return
             now = time.monotonic()
@@ -105,14 +107,18 @@ class Progress:
         steps = [r for r in records if r["kind"] == "step"]
         rounds = [r for r in records if r["kind"] == "round"]
         merged = [r["val_loss_merged"] for r in records if r["kind"] == "merged"]
+        for record in rounds:
+            sums = self._sums.setdefault(record["site"], [0.0, 0.0, 0.0])
+            for index, name in enumerate(("tokens", "train_s", "sync_s")):
+                sums[index] += record[name]
         local = [r["val_loss_local"] for r in rounds if r["val_loss_local"] is not None]
         self.say(
             f"round {round_idx + 1}/{self.config.rounds}{self._whose}"
-            f"  train loss {_mean([r['loss'] for r in steps]):.3f}"
-            + (f"  local val {_mean(local):.3f}" if local else "")
+            f"  train loss {mean_of([r['loss'] for r in steps]):.3f}"
+            + (f"  local val {mean_of(local):.3f}" if local else "")
             + (f"  merged val {merged[0]:.3f}" if merged else "")
-            + f"  skipped {_mean([r['skipped_fraction'] for r in rounds]):.3f}"
-            f"  executed {_mean([r['executed_fraction'] for r in rounds]):.3f}"
+            + f"  skipped {mean_of([r['skipped_fraction'] for r in rounds]):.3f}"
+            f"  executed {mean_of([r['executed_fraction'] for r in rounds]):.3f}"
             f"  sync {rounds[0]['sync_s']:.2f} s, {bytes_text(rounds[0]['payload_bytes'])}"
             f"  {self._speed()}" + "".join(f"  {note}" for note in self.notes)
         )
@@ -120,11 +126,13 @@ class Progress:
         self._last_line = time.monotonic()
 
     def _speed(self) -> str:
-        """Speed of this process and time left."""
+        """Speed of a site in the rounds that are done, as in the summary, and time left."""
         elapsed = max(time.monotonic() - self.started, 1e-9)
         done = min(self._steps_done / max(self._steps_to_do, 1), 1.0)
         left = elapsed / done * (1 - done) if done else 0.0
-        return f"{self._tokens / elapsed:,.0f} tokens/s, {duration_text(left)} left"
+        speed = mean_of([site_speed(*sums) for sums in self._sums.values()])
+        known = f"{speed:,.0f} tokens/s per site, " if self._sums else ""
+        return f"{known}{duration_text(left)} left"
 
 
 # ----------------------------------------------------------------------------------------- tables
@@ -163,15 +171,27 @@ def _traffic_table(run: RunPlan) -> Table:
     )
     rows = {
         f"this run ({config.method})": own,
+        **_phase_rows(run),
         "DiLoCo": whole,
         "DDP": tuple(config.local_steps * count for count in whole),
     }
     columns = ("", "payload", "wire", "payload ratio", "wire ratio")
     table = Table(*columns, title="Bytes per site and round, against the same model elsewhere")
     for name, counts in rows.items():
-        ratios = (_times(n / o if o else None) for n, o in zip(counts, own, strict=True))
+        ratios = (times_text(n / o if o else None) for n, o in zip(counts, own, strict=True))
         table.add_row(name, *(bytes_text(count) for count in counts), *ratios)
     return table
+
+
+def _phase_rows(run: RunPlan) -> dict[str, tuple[float, float]]:
+    """Payload and wire of each phase of a run with copies, means over sites."""
+    return {
+        f"  {phase.rounds} rounds, copies coupled by {phase.coupling:g}": (
+            sum(traffic.payload for traffic in phase.traffic) / len(phase.traffic),
+            sum(traffic.wire for traffic in phase.traffic) / len(phase.traffic),
+        )
+        for phase in (run.phases if run.families else ())
+    }
 
 
 def _holders_table(run: RunPlan) -> Table:
@@ -212,15 +232,15 @@ def print_summary(summary: dict[str, Any], config: Config) -> None:
     rows = {
         "merged validation loss (nats per token)": f"{summary['val_loss_merged']:.4f}",
         "unigram entropy of the same text": f"{summary['unigram_entropy']:.4f}",
-        "local validation loss, mean over sites": f"{_mean(local):.4f}" if local else "-",
+        "local validation loss, mean over sites": f"{mean_of(local):.4f}" if local else "-",
         "holders per expert": f"{summary['replication_factor']:g} of {summary['num_sites']}",
         "assignments skipped / executed": f"{summary['skipped_fraction']:.3f} / "
         f"{summary['executed_fraction']:.3f}",
         "parameters per site / whole model": f"{summary['params_per_site']:,.0f} / "
         f"{summary['params_total']:,}",
         "payload per site and round": bytes_text(summary["payload_bytes_per_site_per_round"]),
-        "less than DiLoCo / DDP": f"{_times(summary['ratio_vs_diloco'])} / "
-        f"{_times(summary['ratio_vs_ddp'])}",
+        "less than DiLoCo / DDP": f"{times_text(summary['ratio_vs_diloco'])} / "
+        f"{times_text(summary['ratio_vs_ddp'])}",
         "tokens, all sites": f"{summary['tokens']:,}",
         "tokens/s per site": f"{summary['tokens_per_s']:,.0f}",
         "peak memory of a process": bytes_text(summary["peak_memory_bytes"]),
@@ -244,9 +264,14 @@ def print_summary(summary: dict[str, Any], config: Config) -> None:
 
 
 def print_comparison(summaries: list[dict[str, Any]]) -> None:
-    """One row per method."""
+    """One row per method: means over its seeds, with the standard deviation of several."""
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for summary in summaries:
+        by_method.setdefault(summary["method"], []).append(summary)
+    seeds = max(len(runs) for runs in by_method.values())
+    over = f", mean and deviation of {seeds} seeds" if seeds > 1 else ""
     if "val_loss_by_rank" in summaries[0]:
-        console(wide=True).print(methods_table(summaries, bytes_text))
+        console(wide=True).print(methods_table(by_method, over))
         return
     columns = [
         "method",
@@ -261,21 +286,22 @@ def print_comparison(summaries: list[dict[str, Any]]) -> None:
         "vs DiLoCo",
         "memory/site",
     ]
-    table = Table(*columns, title="Equal tokens per site, same text")
-    for summary in summaries:
-        local = [loss for loss in summary["val_loss_local"] if loss is not None]
+    table = Table(*columns, title=f"Equal tokens per site, same text{over}")
+    for method, runs in by_method.items():
+        first = runs[0]
+        local = [[loss for loss in run["val_loss_local"] if loss is not None] for run in runs]
         table.add_row(
-            summary["method"],
-            f"{summary['val_loss_merged']:.4f}",
-            f"{_mean(local):.4f}" if local else "-",
-            f"{summary['executed_fraction']:.3f}",
-            f"{summary['skipped_fraction']:.3f}",
-            f"{summary['expert_flops_fraction']:.2f}",
-            f"{summary['tokens_per_s']:,.0f}",
-            bytes_text(summary["payload_bytes_per_site_per_round"]),
-            _times(summary["ratio_vs_ddp"]),
-            _times(summary["ratio_vs_diloco"]),
-            bytes_text(summary["memory_bytes_per_site"]),
+            method,
+            spread_text([run["val_loss_merged"] for run in runs], ".4f"),
+            spread_text([mean_of(losses) for losses in local], ".4f") if all(local) else "-",
+            spread_text([run["executed_fraction"] for run in runs], ".3f"),
+            spread_text([run["skipped_fraction"] for run in runs], ".3f"),
+            f"{mean_of([run['expert_flops_fraction'] for run in runs]):.2f}",
+            f"{mean_of([run['tokens_per_s'] for run in runs]):,.0f}",
+            bytes_text(first["payload_bytes_per_site_per_round"]),
+            times_text(first["ratio_vs_ddp"]),
+            times_text(first["ratio_vs_diloco"]),
+            bytes_text(first["memory_bytes_per_site"]),
         )
     console(wide=True).print(table)
 
@@ -324,26 +350,3 @@ def ranges_text(numbers: tuple[int, ...]) -> str:
         else:
             parts.append([number])
     return ",".join("-".join(str(end) for end in part) for part in parts) or "none"
-
-
-def bytes_text(count: float) -> str:
-    """Bytes in units of 1000, as for network links."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def duration_text(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-def _times(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f}x"
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else float("nan")

@@ -7,9 +7,10 @@ at all of them or at none. A newer round that is refused is reported, with the s
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 
 from fomoe import checkpoint
 from fomoe.config import Config
+from fomoe.copies import coupling
 from fomoe.errors import CheckpointError, ConfigError, say_line
 from fomoe.remains import WAYS_OUT, by_site, choose_rounds, differences, look, parse_saved
 from fomoe.run import Run
@@ -49,7 +51,12 @@ def resume(run: Run, asked: int | None, *, show: bool) -> None:
         run.progress.say(choice.because)
         agreed(run.transport, lambda: remove_newer(run.run_dir, 0, run.sites))
         return
-    replicas = [b for b in run.plan.segment_plan.buckets if b.crosses]
+    agreed(run.transport, lambda: refuse_moved_parting(run, choice.rounds))
+
+    def replicas(round_idx: int) -> Sequence[Bucket]:
+        checked = config.sync.verify_replicas
+        return run.plan.replicas(round_idx * config.local_steps) if checked else ()
+
     found = find_round(
         choice.rounds,
         run.run_dir,
@@ -57,7 +64,7 @@ def resume(run: Run, asked: int | None, *, show: bool) -> None:
         run.transport,
         fingerprints=fingerprints,
         expected={site: expected_state(run, site) for site in run.sites},
-        replicas=replicas if config.sync.verify_replicas else [],
+        replicas=replicas,
     )
     if found.round_idx > config.rounds:
         rule = f"is below the {found.round_idx} rounds that {run.run_dir} has done"
@@ -129,14 +136,14 @@ def find_round(
     *,
     fingerprints: dict[str, str],
     expected: Mapping[int, Expected],
-    replicas: Sequence[Bucket],
+    replicas: Callable[[int], Sequence[Bucket]],
 ) -> Found:
     """The first of these rounds whose parts are whole, of this run and finite at all sites.
 
     Args:
         rounds: to try, newest first; the same at all sites.
         expected: by site of this process.
-        replicas: buckets whose replicas must be equal at all their holders.
+        replicas: buckets whose replicas must be equal at all their holders, by round.
 
     Raises:
         CheckpointError: at every site, if there is none; it says what is wrong at which site.
@@ -144,17 +151,18 @@ def find_round(
     refused: dict[int, dict[int, str]] = {}
     for round_idx in rounds:
         own: dict[int, dict[str, Any]] = {}
+        equal = replicas(round_idx)
         for site in transport.sites:
             try:
                 own[site] = _inspect(
-                    run_dir, round_idx, site, config, fingerprints, expected[site], replicas
+                    run_dir, round_idx, site, config, fingerprints, expected[site], equal
                 )
             except CheckpointError as error:
                 own[site] = {"problem": str(error), "replicas": {}}
         messages = gather(transport, partial(_as_json, own))
         answers = dict(zip(transport.members, map(json.loads, messages), strict=True))
         problems = {site: a["problem"] for site, a in answers.items() if a["problem"]}
-        problems = problems or _differing(replicas, {s: a["replicas"] for s, a in answers.items()})
+        problems = problems or _differing(equal, {s: a["replicas"] for s, a in answers.items()})
         if not problems:
             return Found(round_idx=round_idx, refused=refused)
         refused[round_idx] = problems
@@ -289,6 +297,32 @@ def remove_newer(run_dir: Path, round_idx: int, sites: Iterable[int]) -> None:
             except OSError as error:
                 reason = f"cannot be removed: {error.strerror or error}"
                 raise CheckpointError(f"{error.filename} {reason}") from None
+
+
+def refuse_moved_parting(run: Run, rounds: Sequence[int]) -> None:
+    """Copies of experts that have parted cannot be tied again, nor the other way round.
+
+    Args:
+        rounds: that may be loaded, newest first.
+
+    Raises:
+        ConfigError: if the schedule's new horizon moves the parting over rounds that are done.
+    """
+    config = run.config
+    for round_idx, site in product(rounds, run.sites):
+        try:
+            saved = parse_saved(checkpoint.read_values(run.run_dir, round_idx, site)["config"])
+        except CheckpointError:
+            continue
+        syncs = [(done + 1) * config.local_steps for done in range(round_idx)]
+        if saved and any(coupling(saved, steps) != coupling(config, steps) for steps in syncs):
+            field, value = "inner.schedule_steps", config.inner.schedule_steps
+            rule = (
+                f"moves the round after which the copies part (placement.grow_at) over rounds that "
+                f"are done; inner.schedule_steps={saved.schedule_horizon} keeps it"
+            )
+            raise ConfigError(*((field, value) if value else ("rounds", config.rounds)), rule)
+        return
 
 
 def horizon_change(values: dict[str, Any], config: Config) -> str:

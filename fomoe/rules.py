@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from fomoe.adapters.rules import check_adapters
 from fomoe.config import Config, OuterConfig
+from fomoe.copies import set_size
 from fomoe.errors import ConfigError
 from fomoe.hints import hint
+from fomoe.kinds import CopiesPlacement
 from fomoe.placement import build_placement
 
 # Classes of torch.optim whose step works element by element, as anchors of segments require. The
@@ -37,11 +39,31 @@ def check_config(config: Config) -> None:
         if fewest < config.model.top_k:
             rule = f"needs at least top_k = {config.model.top_k} experts per layer and site; "
             raise ConfigError("router.route_scope", "resident", rule + f"a site holds {fewest}")
+    _check_copies(config)
     if config.sync.average == "gradients" and not placement.full:
         rule = "needs every expert on every site (replication_factor = num_sites)"
         raise ConfigError("sync.average", "gradients", rule)
     if config.sync.average == "gradients" and config.run.park == "always":
         raise ConfigError("run.park", "always", "has no waiting sites where gradients are averaged")
+
+
+def _check_copies(config: Config) -> None:
+    """What has no meaning where every site holds one set of copies and steps all of it."""
+    if not isinstance(config.placement, CopiesPlacement):
+        return
+    needed = {
+        "placement.store": (config.placement.store, "holders"),
+        "model.ffn": (config.model.ffn, "moe"),
+        "router.balance": (config.router.balance, "loss"),
+        "sync.average": (config.sync.average, "parameters"),
+        "sync.single_holder": (config.sync.single_holder, "outer"),
+    }
+    for field, (value, wanted) in needed.items():
+        if value != wanted:
+            raise ConfigError(field, value, f"must be {wanted} with placement.kind copies")
+    if config.model.top_k > set_size(config):
+        rule = f"exceeds the {set_size(config)} experts of a set of copies, which a site holds"
+        raise ConfigError("model.top_k", config.model.top_k, rule)
 
 
 def _check_model(config: Config) -> None:

@@ -10,10 +10,10 @@ import torch
 from fomoe.config import Config
 from fomoe.data.dataset import Data
 from fomoe.evaluate import MergedEvaluation
+from fomoe.logs import Logs
 from fomoe.parking import Parking
 from fomoe.planning import RunPlan
 from fomoe.report import Progress
-from fomoe.services import WandbLog
 from fomoe.site import Site
 from fomoe.summary import Counts, Totals
 from fomoe.sync.sync import Sync
@@ -41,7 +41,7 @@ class Run:
     first_round: int = 0
     parkings: dict[int, Parking] = field(default_factory=dict)  # of sites that park while waiting
     counts_before: dict[int, Counts] = field(default_factory=dict)  # at the round's start
-    log: WandbLog | None = None
+    log: Logs | None = None
 
     def parkings_of(self, site: int) -> list[Parking]:
         return [self.parkings[site]] if site in self.parkings else []

@@ -23,6 +23,7 @@ from fomoe.files import (
     remove_temporaries,
     write_text_atomically,
 )
+from fomoe.overrides import flatten
 from fomoe.runlock import LOCK_NAME, FolderInUseError, RunLock, lock_folder
 from fomoe.sync.exchange import agreed, gather
 from fomoe.sync.transport import Transport
@@ -84,17 +85,6 @@ def _shown(value: Any) -> str:
     return text[:12] if len(text) == 64 else text
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options as dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 # ------------------------------------------------------------------------------------- the folder
 
 
@@ -130,6 +120,7 @@ def claim_run_dir(
         if not lock.held:
             text = "is on a file system without locks: nothing keeps a second run out of it"
             say_line(f"run.dir {lock.run_dir} {text}")
+        lock.run_id = run_id
         settings = config.run.model_copy(update={"dir": str(lock.run_dir)})
         yield config.model_copy(update={"run": settings}), lock
     finally:

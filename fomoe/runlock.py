@@ -38,12 +38,14 @@ class RunLock:
     Attributes:
         run_dir: the folder.
         held: false where the file system has no locks.
+        run_id: names this start of the run; equal at all sites.
         began: whether the run has begun to write; a start that is refused before that leaves the
             folder as it was.
     """
 
     run_dir: Path
     held: bool
+    run_id: str = ""
     began: bool = False
     _descriptor: int = field(default=-1, repr=False)
 

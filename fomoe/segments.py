@@ -27,6 +27,7 @@ class Piece:
         holders: sites that store them, ascending.
         trainers: holders whose updates may count; none if the rows are frozen.
         expert: the routed expert that they belong to, or None.
+        first: row at which the holders' own part of the parameter begins.
     """
 
     start: int
@@ -34,6 +35,7 @@ class Piece:
     holders: Sites
     trainers: Sites
     expert: int | None = None
+    first: int = 0
 
 
 Rule = Callable[[ParameterSpec], list[Piece]]
@@ -50,9 +52,11 @@ class Segment:
         shape: shape of the rows; for a routed expert, of its matrix without the stack's dimension.
         start, stop: rows of the parameter.
         is_expert: whether the rows are a routed expert (else they are shared).
-        layer, expert: of the routed expert (or of the router row); otherwise None.
+        layer: of the parameter; None outside the layers.
+        expert: the routed expert (or that of the router row); otherwise None.
         holders: sites that store it and receive its mean, ascending.
         trainers: holders whose updates may count, ascending.
+        row: the first of the rows in the memory of a holder, which may have only a part of them.
     """
 
     name: str
@@ -65,6 +69,7 @@ class Segment:
     expert: int | None
     holders: Sites
     trainers: Sites
+    row: int
 
     @property
     def numel(self) -> int:
@@ -81,6 +86,7 @@ class Bucket:
         trainers: holders whose updates may count, ascending.
         is_expert: whether its segments are routed experts; its bytes are counted accordingly.
         segments: in the model's order.
+        copies: of a family of experts' copies (`fomoe.copies`), the bucket of each set.
     """
 
     index: int
@@ -88,6 +94,7 @@ class Bucket:
     trainers: Sites
     is_expert: bool
     segments: tuple[Segment, ...]
+    copies: tuple[Bucket, ...] = ()
 
     @cached_property
     def numel(self) -> int:
@@ -97,6 +104,10 @@ class Bucket:
     def crosses(self) -> bool:
         """Whether it costs traffic: it has several holders and is not frozen."""
         return len(self.holders) > 1 and bool(self.trainers)
+
+    def at(self, site: int) -> Bucket:
+        """What a holder stores for it, in the same order: of a family, its own copies."""
+        return next((copy for copy in self.copies if site in copy.holders), self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,10 +176,11 @@ def _segment(spec: ParameterSpec, piece: Piece) -> Segment:
         start=piece.start,
         stop=piece.stop,
         is_expert=is_expert,
-        layer=None if piece.expert is None else spec.layer,
+        layer=spec.layer,
         expert=piece.expert,
         holders=piece.holders,
         trainers=piece.trainers,
+        row=piece.start - piece.first,
     )
 
 
@@ -182,6 +194,8 @@ def rule_of(config: Config, placement: Placement) -> Rule:
 def placement_rule(placement: Placement, *, router_rows: str = "all") -> Rule:
     """Experts are held by the placement, everything else by all sites.
 
+    The router rows of a set of copies are held by the sites of the set.
+
     Args:
         placement: holders and trainers of every expert.
         router_rows: `all`: every site's update of a router row counts; `holders`: only those of
@@ -192,11 +206,16 @@ def placement_rule(placement: Placement, *, router_rows: str = "all") -> Rule:
 
     def rule(spec: ParameterSpec) -> list[Piece]:
         rows = range(spec.shape[0])
+        size = max(spec.shape[0] // placement.num_sets, 1)  # experts of a set
         if spec.kind == "expert":
             assert spec.layer is not None
             holders = placement.holders[index_of[spec.layer]]
             trainers = placement.trainers[index_of[spec.layer]]
-            return [Piece(e, e + 1, holders[e], trainers[e], e) for e in rows]
+            return [Piece(e, e + 1, holders[e], trainers[e], e, e - e % size) for e in rows]
+        if spec.kind == "router" and placement.num_sets > 1:
+            assert spec.layer is not None
+            holders = placement.holders[index_of[spec.layer]]
+            return [Piece(e, e + size, holders[e], holders[e], None, e) for e in rows[::size]]
         if spec.kind == "router" and router_rows == "holders":
             assert spec.layer is not None
             trainers = placement.trainers[index_of[spec.layer]]
@@ -314,9 +333,14 @@ class Traffic:
 
 
 def sync_traffic(plan: Plan, site: int, *, element_bytes: int = 4) -> Traffic:
-    """Planned bytes of one sync at one site; a bucket that no peer needs costs nothing."""
+    """Planned bytes of one sync of all buckets at one site."""
+    return buckets_traffic(plan.buckets, site, element_bytes=element_bytes)
+
+
+def buckets_traffic(buckets: Iterable[Bucket], site: int, *, element_bytes: int = 4) -> Traffic:
+    """Planned bytes of reducing some buckets; one that no peer needs costs nothing."""
     counts = {"payload_shared": 0, "payload_expert": 0, "wire_shared": 0, "wire_expert": 0}
-    for bucket in plan.buckets:
+    for bucket in buckets:
         if site not in bucket.holders or not bucket.crosses:
             continue
         name = "expert" if bucket.is_expert else "shared"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fomoe.config import Config, InnerConfig
+from fomoe.copies import num_sets, set_of_site, set_size, site_config
 from fomoe.data.stream import Stream
 from fomoe.errors import DataError
 from fomoe.model.backends.choice import choose_backend
@@ -22,13 +23,14 @@ from fomoe.model.transformer import Transformer
 from fomoe.planning import RunPlan
 from fomoe.segments import RoundCounts, Segment
 from fomoe.state import Layout, by_key, divergence, entry, optimizer_layout
+from fomoe.textchoice import NUM_COUNTERS, count_ngrams, ngram_length
 
 STEP_FIELDS = ("loss", "lb_loss", "z_loss", "grad_norm", "skipped_fraction", "executed_fraction")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundRouting:
-    """Routing of one site over a round; L MoE layers, E experts.
+    """Routing of one site over a round; L MoE layers, E experts (with copies: of the site's set).
 
     Attributes:
         selected_LE, executed_LE: assignments per layer and expert.
@@ -57,6 +59,7 @@ class Site:
 
     Attributes:
         segments: those that this site holds.
+        text_counts_N: n-grams of the text trained on, int64 [N]; None without copies of experts.
         parameters: the model's parameters by name; `trainable` are those with gradients.
     """
 
@@ -64,18 +67,29 @@ class Site:
         config = plan.config
         self.config, self.site, self.stream, self.device = config, site, stream, device
         bf16 = uses_bf16(config.inner.precision, device)
-        # Checked before anything is built: a backend that cannot run here is a user's mistake.
-        self.expert_backend = expert_backend(config, device)
-        placement = plan.placement
-        self.model = Transformer(config, placement.residents(site), placement.trained(site))
-        self.model.to(device)
+        # With copies, the model here is one of this site's set, whose experts are numbered from 0.
+        self.first_expert = set_of_site(config, site) * set_size(config)
         self.segments = plan.segment_plan.segments_at(site)
-        self.parameters = dict(self.model.named_parameters())
+        self.parameters = self._build(plan)
         self.trainable = {n: p for n, p in self.parameters.items() if p.requires_grad}
         self.optimizer = build_inner_optimizer(config.inner, self.trainable)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
         self.step_idx = 0
+        # What the merged model chooses a set of copies by; no sync reads it.
+        self.text_counts_N = (
+            torch.zeros(NUM_COUNTERS, dtype=torch.int64) if num_sets(config) > 1 else None
+        )
         self._reset_round()
+
+    def _build(self, plan: RunPlan) -> dict[str, nn.Parameter]:
+        """Make the model; returns its parameters by name."""
+        # Checked before anything is built: a backend that cannot run here is a user's mistake.
+        self.expert_backend = expert_backend(self.config, self.device)
+        residents = _from(self.first_expert, plan.placement.residents(self.site))
+        trained = _from(self.first_expert, plan.placement.trained(self.site))
+        self.model = Transformer(site_config(self.config), residents, trained)
+        self.model.to(self.device)
+        return dict(self.model.named_parameters())
 
     def run_local_steps(self, num_steps: int, on_step: Callable[[Tensor], None]) -> list[Tensor]:
         """Take some local steps; `on_step` is called with the record of each step.
@@ -103,6 +117,8 @@ class Site:
         for _ in range(inner.accumulation_steps):
             batch = torch.from_numpy(self.stream.next_batch(inner.batch_size))
             self._check_tokens(batch)
+            if self.text_counts_N is not None:
+                self.text_counts_N += count_ngrams(batch[:, :-1], ngram_length(self.config))
             batch = batch.to(self.device, non_blocking=True)
             with self.autocast:
                 output = self.model(batch[:, :-1], batch[:, 1:])
@@ -178,11 +194,10 @@ class Site:
         """The parameter that holds a segment, and its rows there; no other code knows this."""
         if segment.is_expert:
             assert segment.layer is not None
-            assert segment.expert is not None
             stack, _, part = segment.parameter.rpartition(".")
-            place, row = self.model.moe(segment.layer).experts.place(part, segment.expert)
+            place, row = self.model.moe(segment.layer).experts.place(part, segment.row)
             return f"{stack}.{place}", row
-        return segment.parameter, slice(segment.start, segment.stop)
+        return segment.parameter, slice(segment.row, segment.row + segment.stop - segment.start)
 
     # ---------------------------------------------------------------------------------- counting
 
@@ -195,7 +210,7 @@ class Site:
             )
 
     def _reset_round(self) -> None:
-        layers, experts = len(self.config.model.moe_layers), self.config.model.num_experts
+        layers, experts = len(self.config.model.moe_layers), set_size(self.config)
         counts = {"dtype": torch.int64, "device": self.device}
         self._selected_LE = torch.zeros(layers, experts, **counts)
         self._executed_LE = torch.zeros(layers, experts, **counts)
@@ -263,7 +278,7 @@ class Site:
         executed = {
             (layer, expert): count
             for layer, row in zip(layers, routing.executed_LE.tolist(), strict=True)
-            for expert, count in enumerate(row)
+            for expert, count in enumerate(row, start=self.first_expert)
         }
         return RoundCounts(tokens=routing.tokens, executed=executed)
 
@@ -294,6 +309,8 @@ class Site:
             router = self.model.moe(layer).router
             tensors[entry("router", "balance_bias", layer)] = router.balance_bias_E
             tensors[entry("router", "execute_bias", layer)] = router.execute_bias
+        if self.text_counts_N is not None:
+            tensors[entry("text", "counts")] = self.text_counts_N
         return tensors, {"step_idx": self.step_idx, "data": self.stream.state()}
 
     def _changing(self) -> list[Segment]:
@@ -338,8 +355,15 @@ class Site:
             router = self.model.moe(layer).router
             router.balance_bias_E.copy_(tensors[entry("router", "balance_bias", layer)])
             router.execute_bias.copy_(tensors[entry("router", "execute_bias", layer)])
+        if self.text_counts_N is not None:
+            self.text_counts_N.copy_(tensors[entry("text", "counts")])
         self.step_idx = values["step_idx"]
         self.stream.load_state(values["data"])
+
+
+def _from(first: int, experts: dict[int, tuple[int, ...]]) -> dict[int, tuple[int, ...]]:
+    """Experts by layer, numbered from `first` on."""
+    return {layer: tuple(expert - first for expert in ids) for layer, ids in experts.items()}
 
 
 def expert_backend(config: Config, device: torch.device) -> str:

@@ -19,6 +19,7 @@ _KINDS = {
     "param": "parameters are",
     "inner": "inner optimizer state is",
     "router": "router biases are",
+    "text": "counts of n-grams are",
     "anchor": "anchors are",
     "outer": "outer optimizer state is",
     "merged": "values merged into the base are",
@@ -27,7 +28,7 @@ _KINDS = {
 
 def entry(kind: str, *names: object) -> str:
     """Name of a state tensor: `param/<segment>`, `inner/<key>/<segment>`, `anchor/<segment>`,
-    `outer/<key>/<segment>`, `router/<bias>/<layer>`."""
+    `outer/<key>/<segment>`, `router/<bias>/<layer>`, `text/counts`."""
     return "/".join([kind, *map(str, names)])
 
 

@@ -5,18 +5,22 @@ docs/metrics.md lists every field.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fomoe import __version__
 from fomoe.data.dataset import Data
 from fomoe.evaluate import MergedEvaluation, routing_health
 from fomoe.files import write_text_atomically
 from fomoe.hostmemory import resident_peak_bytes
 from fomoe.planning import RunPlan, planned_summary, spread
+from fomoe.records import site_speed
 from fomoe.site import RoundRouting
 from fomoe.sync.exchange import gather
 from fomoe.sync.transport import Transport
@@ -72,7 +76,8 @@ def round_record(
     wire = _difference(counts_before["wire"], counts_after["wire"])
     selected = int(routing.selected_LE.sum())
     health = routing_health(routing.selected_LE, routing.skipped_L, routing.entropy_L)
-    held = {bucket.index for bucket in plan.segment_plan.buckets if site in bucket.holders}
+    buckets = (*plan.segment_plan.buckets, *plan.families)
+    held = {bucket.index for bucket in buckets if site in bucket.holders}
     return {
         "kind": "round",
         "round": round_idx,
@@ -146,7 +151,9 @@ def summarize(
         **merged.more,
         "val_loss_local": [row["val_loss_local"] for row in rows],
         "unigram_entropy": data.unigram_entropy,
+        "text_sha256": _text_hash(data),
         "run_dir": str(run_dir),
+        "environment": environment(),
     }
     if transport.members[0] in transport.sites:
         write_text_atomically(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -168,7 +175,9 @@ def _measured(plan: RunPlan, rows: list[dict[str, Any]], *, proxy: bool) -> dict
         **spread(
             "expert_flops_fraction", [x * plan.config.model.expert_ffn_scale for x in executed]
         ),
-        **spread("tokens_per_s", [t["tokens"] / (t["train_s"] + t["sync_s"]) for t in totals]),
+        **spread(
+            "tokens_per_s", [site_speed(t["tokens"], t["train_s"], t["sync_s"]) for t in totals]
+        ),
         **spread("train_s", [t["train_s"] for t in totals]),
         **spread("sync_s", [t["sync_s"] for t in totals]),
     }
@@ -177,6 +186,24 @@ def _measured(plan: RunPlan, rows: list[dict[str, Any]], *, proxy: bool) -> dict
         # A proxy run has one process, whose peak covers all sites.
         summary |= {name: by_site[0]} if proxy else spread(name, by_site)
     return summary
+
+
+def _text_hash(data: Data) -> str:
+    """Of the training text's split and the held-out part: equal hashes, equal text."""
+    parts = (data.fingerprints[name] for name in ("data split", "held-out part"))
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware of this process, for the reader of a record."""
+    return {
+        "fomoe": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def process_peaks() -> dict[str, int]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fomoe.files import write_atomically
 
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 _ALIGNMENT = 8  # bytes; of the header's end
 
 

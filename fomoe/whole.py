@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fomoe.checkpoint import Part, has_manifest, read_values, round_folder, saved_rounds
 from fomoe.config import Config
-from fomoe.errors import CheckpointError
+from fomoe.copies import num_sets, set_of_site
+from fomoe.errors import CheckpointError, ConfigError
 from fomoe.files import listing
 from fomoe.planning import RunPlan, plan_run
 from fomoe.remains import differences, parse_saved
@@ -23,6 +24,7 @@ from fomoe.segments import Segment
 from fomoe.shapes import parameter_specs
 from fomoe.state import Layout, entry, misfit
 from fomoe.sync.sync import replica_hashes
+from fomoe.textchoice import NUM_COUNTERS
 
 _ATTEMPTS = 20
 
@@ -61,6 +63,18 @@ class WholeModel:
         """One tensor, in fp32 on the CPU."""
         rows = [self.parts[site].read(own) for site, own in self.sources[name]]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def text_counts(self) -> Tensor:
+        """n-grams counted at the sites of each set of copies, int64 [G, N]."""
+        counts_GN = torch.zeros(num_sets(self.config), NUM_COUNTERS, dtype=torch.int64)
+        for site, part in enumerate(self.parts):
+            counts_GN[set_of_site(self.config, site)] += part.read(entry("text", "counts"))
+        return counts_GN
+
+    def refuse_copies(self, what: str) -> None:
+        """Raises ConfigError if tokens choose their experts by the text, which `what` cannot do."""
+        if num_sets(self.config) > 1:
+            raise ConfigError("placement.kind", "copies", f"{what}; fomoe merge writes the model")
 
 
 def open_whole(
@@ -126,7 +140,7 @@ def open_round(run_dir: Path, round_idx: int, *, check: bool = True) -> WholeMod
         if not has_manifest(run_dir, round_idx, site):
             Part(run_dir, round_idx, site)  # says what is missing
     plan = plan_run(config)
-    shared = [bucket for bucket in plan.segment_plan.buckets if bucket.crosses]
+    shared = plan.replicas(round_idx * config.local_steps)
     hashes: dict[int, bytes] = {}
     parts = []
     for site in range(config.num_sites):
@@ -162,6 +176,8 @@ def _layout(plan: RunPlan, site: int) -> Layout:
     """Parameters, and the selection biases that are the same at all sites, of one site's part."""
     held = [segment for segment in plan.segment_plan.segments_at(site) if segment.trainers]
     layout: Layout = {entry("param", s.name): (s.shape, torch.float32) for s in held}
+    if num_sets(plan.config) > 1:
+        layout[entry("text", "counts")] = ((NUM_COUNTERS,), torch.int64)
     for layer in biased_layers(plan.config):
         shape = (plan.config.model.num_experts,)
         layout[entry("router", "balance_bias", layer)] = (shape, torch.float32)

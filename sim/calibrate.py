@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, dataclass, fields
-from math import isfinite
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 
 from fomoe_sim.runs import Round, read_runs
-from fomoe_sim.trainer import ConfigError, say_line
-from fomoe_sim.units import read_rate
+from fomoe_sim.trainer import ConfigError
+from fomoe_sim.units import FASTEST_BPS, read_rate, read_record, within
 
+MOST = 1e24  # of any figure of a file
 LARGE_ERROR = 0.2  # of the held-out rounds' time: the user is told
 
 
@@ -32,31 +31,27 @@ class Calibration:
 
     Attributes:
         runs: folders that were fitted.
-        step_time_s: one local step at the slowest site, of `step_flops` FLOPs.
-        step_flops: the most that a fitted step executes; None without a config beside the runs.
+        step_time_s: one local step at the slowest site, of `step_flops` FLOPs, the most of a step.
         step_fixed_s: the part of it that does not depend on the FLOPs.
         effective_bps: wire bits per second of the site that sends most; None if the sync time does
             not grow with the bytes (a link too fast to be seen).
         sync_fixed_s: time of one sync beside its bits.
-        bandwidth_bps: the link's stated bandwidth, None if it was not given.
-        link_efficiency: effective over stated bandwidth, None without either.
+        link_efficiency: effective over the stated bandwidth, None without either.
         separated: whether fixed cost and bandwidth were told apart.
         note: what the fit could not decide, in words; empty if nothing.
         held_out: what was predicted without being fitted.
         num_rounds, held_out_rounds: how many rounds were fitted and predicted.
         round_error, sync_error: median relative error on held-out rounds; None without any.
-        payload_error_bytes: largest difference between planned and counted payload of the held-out
-            rounds; None without a config beside them.
+        payload_error_bytes: largest difference between planned and counted payload of them.
     """
 
     runs: tuple[str, ...]
-    step_time_s: float
-    step_flops: float | None = None
-    step_fixed_s: float = 0.0
-    effective_bps: float | None
-    sync_fixed_s: float
-    bandwidth_bps: float | None = None
-    link_efficiency: float | None = None
+    step_time_s: float = within(0, MOST)
+    step_flops: float = within(0, MOST)
+    step_fixed_s: float = within(0, MOST, 0.0)
+    effective_bps: float | None = within(0, FASTEST_BPS)
+    sync_fixed_s: float = within(0, MOST)
+    link_efficiency: float | None = within(0, MOST, None)
     separated: bool
     note: str = ""
     held_out: str = ""
@@ -66,10 +61,8 @@ class Calibration:
     sync_error: float | None = None
     payload_error_bytes: int | None = None
 
-    def step_s(self, step_flops: float | None) -> float:
+    def step_s(self, step_flops: float) -> float:
         """Predicted time of one step, for its FLOPs at the site that executes most."""
-        if step_flops is None or self.step_flops is None:
-            return self.step_time_s
         moving = self.step_time_s - self.step_fixed_s
         return self.step_fixed_s + moving * step_flops / self.step_flops
 
@@ -77,18 +70,6 @@ class Calibration:
         """Predicted time of the syncs of one round, for the bytes of all of them together."""
         moving = 8 * wire_bytes / self.effective_bps if self.effective_bps else 0.0
         return num_syncs * self.sync_fixed_s + moving
-
-    def round_time_s(
-        self,
-        *,
-        local_steps: int,
-        wire_bytes: float,
-        num_syncs: int = 1,
-        step_flops: float | None = None,
-    ) -> float:
-        """Predicted time of one round that overlaps nothing."""
-        sync_s = self.sync_s(wire_bytes, num_syncs=num_syncs)
-        return local_steps * self.step_s(step_flops) + sync_s
 
 
 # --------------------------------------------------------------------------------------------- fit
@@ -153,7 +134,6 @@ def fit(
         step_fixed_s=step_fixed_s,
         effective_bps=effective,
         sync_fixed_s=fixed,
-        bandwidth_bps=bandwidth_bps,
         link_efficiency=efficiency,
         separated=separated,
         note=note,
@@ -164,26 +144,21 @@ def fit(
 
 def check(calibration: Calibration, held_out: list[Round]) -> Calibration:
     """The same calibration with its errors on rounds that were not fitted."""
-    whole, syncs = [], []
+    whole, syncs, planned = [], [], []
     for r in held_out:
         sync = calibration.sync_s(r.wire_bytes, num_syncs=r.num_syncs)
         predicted = r.local_steps * calibration.step_s(r.step_flops) + sync
         whole.append(abs(predicted / r.round_s - 1))
         syncs.append(abs(sync / r.sync_s - 1))
-    planned = [
-        abs(r.planned_payload_bytes - r.payload_bytes)
-        for r in held_out
-        if r.planned_payload_bytes is not None
-    ]
-    values = asdict(calibration) | {
-        "runs": calibration.runs,
-        "held_out": ", ".join(dict.fromkeys(r.run for r in held_out)),
-        "held_out_rounds": len(held_out),
-        "round_error": median(whole),
-        "sync_error": median(syncs),
-        "payload_error_bytes": max(planned, default=None),
-    }
-    return Calibration(**values)
+        planned.append(abs(r.planned_payload_bytes - r.payload_bytes))
+    return replace(
+        calibration,
+        held_out=", ".join(dict.fromkeys(r.run for r in held_out)),
+        held_out_rounds=len(held_out),
+        round_error=median(whole),
+        sync_error=median(syncs),
+        payload_error_bytes=max(planned),
+    )
 
 
 # ------------------------------------------------------------------------------------------- lines
@@ -203,13 +178,11 @@ def fit_link(rounds: list[Round]) -> tuple[float, float | None, bool, str]:
     return line.fixed, rate, line.kind != "one", notes[line.kind]
 
 
-def fit_step(rounds: list[Round]) -> tuple[float, float | None, float]:
-    """Time of the heaviest step, its FLOPs (None if they are unknown), and its fixed part."""
-    flops = [r.step_flops for r in rounds if r.step_flops is not None]
-    if len(flops) < len(rounds):
-        return median(r.train_s / r.local_steps for r in rounds), None, 0.0
-    line = fit_line([(1, f, r.train_s / r.local_steps) for f, r in zip(flops, rounds, strict=True)])
-    return line.fixed + line.slope * max(flops), max(flops), line.fixed
+def fit_step(rounds: list[Round]) -> tuple[float, float, float]:
+    """Time of the heaviest step, its FLOPs, and its fixed part."""
+    line = fit_line([(1, r.step_flops, r.train_s / r.local_steps) for r in rounds])
+    most = max(r.step_flops for r in rounds)
+    return line.fixed + line.slope * most, most, line.fixed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,32 +242,20 @@ def load_calibration(path: str | Path) -> Calibration:
         raise ConfigError("--calibration", str(path), "does not exist") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError):
         raise ConfigError("--calibration", str(path), "is not a readable JSON file") from None
-    names = [field.name for field in fields(Calibration)]
-    if not isinstance(tree, dict) or sorted(tree) != sorted(names):
-        rule = "is not a calibration file: write one with fomoe calibrate"
-        raise ConfigError("--calibration", str(path), rule)
-    for name in ("step_time_s", "step_flops", "step_fixed_s", "effective_bps", "sync_fixed_s"):
-        value, least = tree[name], 0.0
-        optional = name in ("effective_bps", "step_flops") and value is None
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not optional and not (number and isfinite(value) and value >= least):
-            raise ConfigError(f"--calibration {name}", value, "must be a number of at least 0")
-    if tree["step_time_s"] <= 0 or tree["effective_bps"] == 0:
+    found: Calibration = read_record(Calibration, tree, "--calibration")
+    if not found.step_time_s or found.effective_bps == 0:
         raise ConfigError("--calibration", str(path), "has a step time or bandwidth of 0")
-    if tree["step_flops"] == 0 or tree["step_fixed_s"] > tree["step_time_s"]:
+    if not found.step_flops or found.step_fixed_s > found.step_time_s:
         rule = "has a step of 0 FLOPs, or one that is shorter than its fixed part"
         raise ConfigError("--calibration", str(path), rule)
-    return Calibration(**(tree | {"runs": tuple(tree["runs"])}))
+    return found
 
 
 # ------------------------------------------------------------------------------------- the command
 
 
-def add_command(subparsers: Any) -> None:
-    """Register `calibrate` with the subparsers of an argparse parser."""
-    parser = subparsers.add_parser(
-        "calibrate", help="fit step time, link and fixed cost per sync from real runs"
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `fomoe calibrate`."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders to fit")
     parser.add_argument(
         "--hold-out",
@@ -306,19 +267,18 @@ def add_command(subparsers: Any) -> None:
     parser.add_argument("--bandwidth", help="stated bandwidth of the link, as 1Gbit")
     parser.add_argument("--out", metavar="FILE", help="else calibration.json in the first run")
     parser.add_argument("--json", action="store_true", help="print the calibration as JSON")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Fit, check, write and print."""
-    rounds = read_runs(args.runs, say_line)
+    rounds = read_runs(args.runs)
     bandwidth = read_rate(args.bandwidth, "--bandwidth") if args.bandwidth else None
     both = {Path(path).resolve() for path in args.runs} & {
         Path(path).resolve() for path in args.hold_out
     }
     if both:
         raise ConfigError("--hold-out", str(both.pop()), "is also a run to fit")
-    held_out = read_runs(args.hold_out, say_line)
+    held_out = read_runs(args.hold_out)
     if not held_out:
         rounds, held_out = split_rounds(rounds)
     calibration = fit(rounds, held_out, bandwidth_bps=bandwidth)
@@ -333,9 +293,10 @@ def text(calibration: Calibration, out: Path) -> str:
     c = calibration
     link = f"{c.effective_bps / 1e6:.4g} Mbit/s" if c.effective_bps else "too fast to be seen"
     share = "" if c.link_efficiency is None else f" ({c.link_efficiency:.3f} of the stated)"
+    work = f", {c.step_flops / 1e9:.4g} GFLOP, of which {c.step_fixed_s:.3g} s are fixed"
     lines = [
         f"fitted {c.num_rounds} rounds of {', '.join(c.runs)}",
-        f"step time        {c.step_time_s:.5g} s (slowest site{_work(c)})",
+        f"step time        {c.step_time_s:.5g} s (slowest site{work})",
         f"link             {link}{share}",
         f"fixed per sync   {c.sync_fixed_s:.4g} s",
     ]
@@ -354,9 +315,3 @@ def text(calibration: Calibration, out: Path) -> str:
     if c.payload_error_bytes is not None:
         lines.append(f"held out: planned payload is off by {c.payload_error_bytes} bytes")
     return "\n".join([*lines, f"wrote {out}"])
-
-
-def _work(c: Calibration) -> str:
-    if c.step_flops is None:
-        return ""
-    return f", {c.step_flops / 1e9:.4g} GFLOP, of which {c.step_fixed_s:.3g} s are fixed"

@@ -8,7 +8,7 @@ from typing import Any
 COMMANDS = {
     "project": "project traffic, memory, time and money of a run, before it is bought",
     "plan": "search settings for given sites and constraints, and say what binds",
-    "validate": "recompute the published tables and compare cell by cell",
+    "validate": "published and measured figures beside ours, with bounds that can fail",
     "calibrate": "fit step time, link and fixed cost from real runs",
 }
 
@@ -22,7 +22,8 @@ def add_commands(subparsers: Any, chosen: str | None) -> None:
             `fomoe train` stay fast.
     """
     for name, text in COMMANDS.items():
+        parser = subparsers.add_parser(name, help=text)
         if name == chosen:
-            import_module(f"fomoe_sim.{name}").add_command(subparsers)
-        else:
-            subparsers.add_parser(name, help=text)
+            command = import_module(f"fomoe_sim.{name}")
+            command.add_arguments(parser)
+            parser.set_defaults(run=command.run)

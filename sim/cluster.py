@@ -6,66 +6,63 @@ prices and zero bandwidths are refused in one line.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
 
-from fomoe_sim.trainer import (
-    ConfigError,
-    NonNegativeFloat,
-    Options,
-    hint,
-    read_data,
-    read_yaml,
-    stamp,
-)
-from fomoe_sim.units import MOST_SITES, MOST_USD, read_rate, read_up_down
+from fomoe_sim.options import MOST_SITES
+from fomoe_sim.trainer import ConfigError, hint, read_data, read_yaml, stamp
+from fomoe_sim.units import check_keys, read_rate, read_record, read_up_down, within
 
 # Defaults, each with its source; `fomoe project --explain` prints them.
 EFFICIENCY = 1 / 1.15  # shaped TCP links measured at 1.15 x ring bytes (diloco-measured, 4 sites)
 SYNC_FIXED_S = 0.07  # the same measurement's fixed cost per sync
-RTT_S = 0.04  # light in 4,000 km of fibre and back at 200,000 km/s
+RTT_MS = 40.0  # light in 4,000 km of fibre and back at 200,000 km/s
 EGRESS_PER_GB = (0.0, 0.09)  # neoclouds charge nothing; AWS's first Internet tier (2026)
 NO_LIMIT = 10**9  # experts per layer of a site without a stated capacity
 
 
-class AcceleratorFile(Options):
-    """One accelerator, as a data file or `accelerators:` of a cluster file states it.
+@dataclass(frozen=True, kw_only=True)
+class Accelerator:
+    """One accelerator, with the keys of `sim/data/accelerators.yaml` and of a cluster file.
 
-    peak_flops: dense bf16 FLOP/s; peak_fp32_flops: where products run in fp32. memory_bytes and
-    memory_bandwidth (bytes/s) are the device's. nvlink and nic: bytes/s in one direction, to the
-    others of its node and to other nodes. node: accelerators that share NVLink. host_bytes: of a
-    server, per accelerator. watts: the board's limit. price_per_hour: USD, low and high. products,
-    experts, scores: share of peak of matrix products, of routed experts' and of attention's scores;
-    tile_rows: rows that a group of an expert's rows wastes (`fomoe project --explain`).
+    Attributes:
+        peak_flops, peak_fp32_flops, peak_fp8_flops: dense FLOP/s in bf16, fp32 and fp8; 0: no fp8.
+        memory_bytes, memory_bandwidth: of the device, bytes and bytes/s.
+        nvlink, nic: bytes/s in one direction, to the others of its node and to other nodes.
+        node: accelerators that share NVLink.
+        host_bytes: of a server, per accelerator.
+        watts: the board's limit.
+        price_per_hour: USD, low and high.
+        products, experts, scores: share of peak of matrix products, of routed experts' and of
+            attention's scores.
+        tile_rows: rows that a group of an expert's rows wastes.
     """
 
-    peak_flops: Annotated[float, Field(ge=1e6, le=1e20)]
-    peak_fp32_flops: Annotated[float, Field(ge=1e6, le=1e20)]
-    memory_bytes: Annotated[float, Field(ge=1e6, le=1e15)]
-    memory_bandwidth: Annotated[float, Field(ge=1e6, le=1e17)]
-    nvlink: Annotated[float, Field(ge=1e6, le=1e17)]
-    nic: Annotated[float, Field(ge=1e5, le=1e17)]
-    node: Annotated[int, Field(ge=1, le=1024)]
-    host_bytes: Annotated[float, Field(ge=1e6, le=1e16)]
-    watts: Annotated[float, Field(ge=0, le=1e6)]
-    price_per_hour: Annotated[tuple[float, float], Field(strict=False)]
-    products: Annotated[float, Field(gt=0.01, le=1)] = 0.60
-    experts: Annotated[float, Field(gt=0.01, le=1)] = 0.60
-    scores: Annotated[float, Field(gt=0.01, le=1)] = 0.35
-    tile_rows: Annotated[float, Field(ge=0, le=1e6)] = 64.0
+    name: str
+    peak_flops: float = within(1e6, 1e20)
+    peak_fp32_flops: float = within(1e6, 1e20)
+    peak_fp8_flops: float = within(0, 1e20, 0.0)
+    memory_bytes: float = within(1e6, 1e15)
+    memory_bandwidth: float = within(1e6, 1e17)
+    nvlink: float = within(1e6, 1e17)
+    nic: float = within(1e5, 1e17)
+    node: int = within(1, 1024)
+    host_bytes: float = within(1e6, 1e16)
+    watts: float = within(0, 1e6)
+    price_per_hour: tuple[float, float]
+    products: float = within(0.01, 1, 0.60)
+    experts: float = within(0.01, 1, 0.60)
+    scores: float = within(0.01, 1, 0.35)
+    tile_rows: float = within(0, 1e6, 64.0)
     source: str
 
 
-class Accelerator(AcceleratorFile):
-    """The same with its name."""
-
-    name: str
+ACCELERATOR = tuple(item.name for item in fields(Accelerator))
 
 
 def accelerator_names() -> list[str]:
@@ -91,12 +88,9 @@ def accelerator_preset(
 
 @lru_cache(maxsize=32)
 def _preset(name: str) -> Accelerator:
-    return _accelerator(name, AcceleratorFile(**read_data("accelerators")["accelerators"][name]))
-
-
-def _accelerator(name: str, file: AcceleratorFile) -> Accelerator:
-    _range(file.price_per_hour, f"accelerators.{name}.price_per_hour")
-    return Accelerator(name=name, **file.model_dump())
+    tree = read_data("accelerators")["accelerators"][name]
+    preset: Accelerator = read_record(Accelerator, {"name": name, **tree}, name)
+    return preset
 
 
 def price_kinds() -> dict[str, tuple[float, float]]:
@@ -114,21 +108,27 @@ class Site:
         up_bps, down_bps: link to the other sites, bit/s.
         price_per_hour: low and high USD per accelerator-hour, of the contract asked about.
         egress_per_gb: low and high USD per 1e9 bytes sent.
-        host_bytes: host memory of the whole site.
+        host_memory_gb: of the whole site; None: the usual server's.
         capacity: experts per layer that it may hold; None: no limit.
         uplink: name of a link that it shares with other sites, or None.
     """
 
     name: str
     accelerator: Accelerator
-    count: int
+    count: int = within(1, 10**6)
     up_bps: float
     down_bps: float
     price_per_hour: tuple[float, float]
     egress_per_gb: tuple[float, float]
-    host_bytes: float
-    capacity: int | None = None
+    host_memory_gb: float | None = within(1e-3, 1e9, None)
+    capacity: int | None = within(1, NO_LIMIT, None)
     uplink: str | None = None
+
+    @property
+    def host_bytes(self) -> float:
+        """Host memory of the whole site."""
+        own = self.host_memory_gb
+        return self.count * self.accelerator.host_bytes if own is None else 1e9 * own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,7 @@ class Cluster:
     """Sites and what their links have in common.
 
     Attributes:
-        rtt_s: round-trip time between sites.
+        rtt_ms: round-trip time between sites.
         efficiency: share of a link's nominal rate that a sync reaches.
         sync_fixed_s: time of every sync beside its bytes.
         uplinks: rate of each shared uplink, bit/s, both ways.
@@ -144,9 +144,9 @@ class Cluster:
 
     name: str
     sites: tuple[Site, ...]
-    rtt_s: float = RTT_S
-    efficiency: float = EFFICIENCY
-    sync_fixed_s: float = SYNC_FIXED_S
+    rtt_ms: float = within(0, 1e6, RTT_MS)
+    efficiency: float = within(1e-6, 1, EFFICIENCY)
+    sync_fixed_s: float = within(0, 1e6, SYNC_FIXED_S)
     uplinks: tuple[tuple[str, float], ...] = ()
 
     @property
@@ -188,15 +188,14 @@ class Cluster:
             for name, _ in self.uplinks
         )
 
-    def at_share(self, share: tuple[float, float]) -> Cluster:
-        """The same cluster at a share of every site's prices, low and high."""
-        sites = tuple(
-            replace(
-                s, price_per_hour=(s.price_per_hour[0] * share[0], s.price_per_hour[1] * share[1])
-            )
-            for s in self.sites
+    def at_share(self, low: float, high: float) -> Cluster:
+        """The same cluster at a share of every site's prices."""
+        prices = [(low * s.price_per_hour[0], high * s.price_per_hour[1]) for s in self.sites]
+        sites = (
+            replace(site, price_per_hour=price)
+            for site, price in zip(self.sites, prices, strict=True)
         )
-        return replace(self, sites=sites)
+        return replace(self, sites=tuple(sites))
 
     def with_bandwidth(self, up_bps: float, down_bps: float) -> Cluster:
         """The same cluster with every site's own link replaced."""
@@ -212,60 +211,29 @@ def uniform_cluster(
     count: int,
     up_bps: float,
     down_bps: float,
-    price: tuple[float, float] | None = None,
+    price: float | None = None,
 ) -> Cluster:
     """Equal sites, from the command line's flags."""
     device = accelerator_preset(accelerator)
-    sites = tuple(
-        Site(
-            name=f"site-{i}",
-            accelerator=device,
-            count=count,
-            up_bps=up_bps,
-            down_bps=down_bps,
-            price_per_hour=price or device.price_per_hour,
-            egress_per_gb=EGRESS_PER_GB,
-            host_bytes=count * device.host_bytes,
-        )
-        for i in range(num_sites)
+    site = Site(
+        name="site",
+        accelerator=device,
+        count=count,
+        up_bps=up_bps,
+        down_bps=down_bps,
+        price_per_hour=device.price_per_hour if price is None else (price, price),
+        egress_per_gb=EGRESS_PER_GB,
     )
+    sites = tuple(replace(site, name=f"site-{i}") for i in range(num_sites))
     return Cluster(name=f"{num_sites} x {count} {device.name}", sites=sites)
 
 
 # ------------------------------------------------------------------------------------------- YAML
 
-RangeOrNumber = NonNegativeFloat | Annotated[tuple[float, float], Field(strict=False)]
-Milliseconds = Annotated[float, Field(ge=0, le=1e6)]
-
-
-class SiteFile(Options):
-    """One entry of `sites`."""
-
-    name: str
-    accelerator: str
-    count: Annotated[int, Field(ge=1, le=10**6)]
-    link: str | float | None = None  # both ways, or UP/DOWN
-    up: str | float | None = None
-    down: str | float | None = None
-    price_per_hour: RangeOrNumber | None = None  # USD per accelerator; null: list prices
-    egress_per_gb: RangeOrNumber | None = None  # USD; null: none to AWS's first tier
-    host_memory_gb: Annotated[float, Field(gt=0, le=1e9)] | None = (
-        None  # of the site; null: the usual server's
-    )
-    capacity: Annotated[int, Field(ge=1, le=NO_LIMIT)] | None = None  # experts per layer
-    uplink: str | None = None
-
-
-class ClusterFile(Options):
-    """A cluster description."""
-
-    name: str | None = None
-    accelerators: dict[str, AcceleratorFile] = Field(default_factory=dict)
-    rtt_ms: Milliseconds = 1000 * RTT_S
-    efficiency: Annotated[float, Field(ge=1e-6, le=1)] = EFFICIENCY
-    sync_fixed_s: Annotated[float, Field(ge=0, le=1e6)] = SYNC_FIXED_S
-    shared_uplinks: dict[str, str | float] = Field(default_factory=dict)
-    sites: Annotated[tuple[SiteFile, ...], Field(strict=False, min_length=1, max_length=MOST_SITES)]
+# Keys of a file, and of one entry of its `sites`: a link is stated both ways, or up and down.
+FILE = ("name", "rtt_ms", "efficiency", "sync_fixed_s", "shared_uplinks", "accelerators", "sites")
+STATED = ("name", "accelerator", "count", "price_per_hour", "egress_per_gb", "host_memory_gb")
+ENTRY = (*STATED, "link", "up", "down", "capacity", "uplink")
 
 
 def load_cluster(path: str) -> Cluster:
@@ -288,89 +256,56 @@ def read_cluster(path: str | Path) -> Cluster:
         tree = read_yaml(path)
     except ConfigError as error:
         raise ConfigError("--cluster", error.value, error.rule) from None
-    try:
-        file = ClusterFile.model_validate(tree)
-    except ValidationError as error:
-        raise _problem(error) from None
-    uplinks = {n: read_rate(r, f"shared_uplinks.{n}") for n, r in file.shared_uplinks.items()}
-    names = [site.name for site in file.sites]
+    check_keys(tree, FILE, ("sites",), "", more=ENTRY)
+    entries = tree.get("sites")
+    if not isinstance(entries, list) or not 1 <= len(entries) <= MOST_SITES:
+        raise ConfigError("sites", entries, f"must be a list of 1 to {MOST_SITES} sites")
+    uplinks, own = (_mapping(tree, key) for key in ("shared_uplinks", "accelerators"))
+    uplinks = {name: read_rate(rate, f"shared_uplinks.{name}") for name, rate in uplinks.items()}
+    for name, entry in own.items():
+        where = f"accelerators.{name}"
+        check_keys(entry, ACCELERATOR, (), where)
+        own[name] = read_record(Accelerator, {"name": name, **entry}, where)
+    sites = tuple(_site(entry, i, uplinks, own) for i, entry in enumerate(entries))
+    names = [site.name for site in sites]
     if len(set(names)) != len(names):
         raise ConfigError("sites", names, "must have different names")
-    own = {name: _accelerator(name, entry) for name, entry in file.accelerators.items()}
-    return Cluster(
-        name=file.name or Path(path).stem,
-        sites=tuple(_site(entry, f"sites.{entry.name}", uplinks, own) for entry in file.sites),
-        rtt_s=file.rtt_ms / 1000,
-        efficiency=file.efficiency,
-        sync_fixed_s=file.sync_fixed_s,
-        uplinks=tuple(uplinks.items()),
+    common = {key: tree[key] for key in ("rtt_ms", "efficiency", "sync_fixed_s") if key in tree}
+    found: Cluster = read_record(
+        Cluster, {"name": tree.get("name") or Path(path).stem, "sites": sites, **common}, ""
     )
+    return replace(found, uplinks=tuple(uplinks.items()))
 
 
-def _site(
-    entry: SiteFile, field: str, uplinks: dict[str, float], own: dict[str, Accelerator]
-) -> Site:
-    device = accelerator_preset(entry.accelerator, f"{field}.accelerator", own=own)
-    _check_link(entry, field)
-    if entry.link is not None:
-        up, down = read_up_down(entry.link, f"{field}.link")
-    else:
-        up, down = read_rate(entry.up, f"{field}.up"), read_rate(entry.down, f"{field}.down")
-    if entry.uplink is not None and entry.uplink not in uplinks:
-        known = hint(entry.uplink, uplinks) if uplinks else "none are given"
-        raise ConfigError(f"{field}.uplink", entry.uplink, f"is not in shared_uplinks: {known}")
-    host = 1e9 * entry.host_memory_gb if entry.host_memory_gb else entry.count * device.host_bytes
-    prices = _range(entry.price_per_hour, f"{field}.price_per_hour") or device.price_per_hour
-    return Site(
-        name=entry.name,
-        accelerator=device,
-        count=entry.count,
-        up_bps=up,
-        down_bps=down,
-        price_per_hour=prices,
-        egress_per_gb=_range(entry.egress_per_gb, f"{field}.egress_per_gb") or EGRESS_PER_GB,
-        host_bytes=host,
-        capacity=entry.capacity,
-        uplink=entry.uplink,
-    )
+def _mapping(tree: dict[str, Any], key: str) -> dict[str, Any]:
+    found = tree.get(key) or {}
+    if not isinstance(found, dict):
+        raise ConfigError(key, found, "must be a mapping by name")
+    return dict(found)
 
 
-def _check_link(entry: SiteFile, field: str) -> None:
-    both = "link for both directions, or up and down"
+def _site(tree: Any, index: int, uplinks: dict[str, float], own: dict[str, Accelerator]) -> Site:
+    where = f"sites.{tree.get('name', index) if isinstance(tree, dict) else index}"
+    check_keys(tree, ENTRY, ("name", "accelerator", "count"), where, more=FILE)
+    device = accelerator_preset(str(tree["accelerator"]), f"{where} accelerator", own=own)
+    given = {key: value for key, value in tree.items() if value is not None}
+    link, both = given.get("link"), "link for both directions, or up and down"
     for name in ("up", "down"):
-        value = getattr(entry, name)
-        if entry.link is not None and value is not None:
-            raise ConfigError(
-                f"{field}.{name}", value, f"contradicts link {entry.link}: give {both}"
-            )
-        if entry.link is None and value is None:
-            raise ConfigError(f"{field}.{name}", "", f"is missing: give {both}")
-
-
-def _range(value: Any, field: str) -> tuple[float, float] | None:
-    if value is None:
-        return None
-    low, high = value if isinstance(value, tuple) else (value, value)
-    if not 0 <= low <= high <= MOST_USD:
-        rule = f"must be two prices, 0 <= low <= high <= {MOST_USD:g}"
-        raise ConfigError(field, [low, high], rule)
-    return low, high
-
-
-def _problem(error: ValidationError) -> ConfigError:
-    """The first problem as one line; an unknown key names the nearest valid one."""
-    problems = error.errors()
-    # A misspelt option also leaves its right name missing; the misspelling is the cause.
-    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    place = [str(part) for part in problem["loc"] if not str(part).startswith(("tuple", "constr"))]
-    field = ".".join(place)
-    if problem["type"] == "extra_forbidden":
-        known = [*SiteFile.model_fields, *ClusterFile.model_fields, *AcceleratorFile.model_fields]
-        near = hint(place[-1], known)
-        return ConfigError(field, "", f"is not an option of a cluster; {near}")
-    if problem["type"] == "missing":
-        return ConfigError(field, "", "is needed")
-    if problem["type"] == "too_short":
-        return ConfigError(field, "[]", "must have at least one entry")
-    rule = problem["msg"].replace("Input should be", "must be").replace("'", "")
-    return ConfigError(field, problem["input"], rule)
+        if link is not None and name in given:
+            rule = f"contradicts link {link}: give {both}"
+            raise ConfigError(f"{where} {name}", given[name], rule)
+        if link is None and name not in given:
+            raise ConfigError(f"{where} {name}", "", f"is missing: give {both}")
+    if link is not None:
+        up, down = read_up_down(link, f"{where} link")
+    else:
+        up, down = (read_rate(given[name], f"{where} {name}") for name in ("up", "down"))
+    uplink = given.get("uplink")
+    if uplink is not None and str(uplink) not in uplinks:
+        known = hint(str(uplink), uplinks) if uplinks else "none are given"
+        raise ConfigError(f"{where} uplink", uplink, f"is not in shared_uplinks: {known}")
+    usual = {"price_per_hour": device.price_per_hour, "egress_per_gb": EGRESS_PER_GB}
+    stated = {key: value for key, value in given.items() if key not in ("link", "up", "down")}
+    found = {"accelerator": device, "up_bps": up, "down_bps": down}
+    site: Site = read_record(Site, usual | stated | found, where)
+    return site

@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fomoe_sim.columns import Load, Row, columns_of, details
-from fomoe_sim.overlap import Overlapped, rounds
+from fomoe_sim.columns import Load, columns_of, details
+from fomoe_sim.overlap import rounds
 from fomoe_sim.question import Question
-from fomoe_sim.sites import Answered, Grid, answer, grid, vary
+from fomoe_sim.sites import Answered, Grid, answer, grid
 from fomoe_sim.traffic import Floats
 
-__all__ = ["Answered", "Columns", "Grid", "Row", "answer_one", "evaluate", "grid", "vary"]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,9 +39,8 @@ class Columns:
     def rows(self) -> list[Row]:
         """One mapping per point."""
         names = list(self.values)
-        return [
-            dict(zip(names, row, strict=True)) for row in zip(*self.values.values(), strict=True)
-        ]
+        points = zip(*self.values.values(), strict=True)
+        return [dict(zip(names, point, strict=True)) for point in points]
 
 
 def evaluate(grids: list[Grid]) -> Columns:
@@ -56,12 +54,10 @@ def evaluate(grids: list[Grid]) -> Columns:
     times = _rounds(grids, answered, loads)
     values: dict[str, list[Any]] = {}
     owners: list[int] = []
-    for index, (one, found, load, time) in enumerate(
-        zip(grids, answered, loads, times, strict=True)
-    ):
-        columns = columns_of(one, found, load, time)
+    parts = zip(grids, answered, loads, times, strict=True)
+    for index, (one, found, load, time) in enumerate(parts):
         size = len(one.local_steps)
-        for name, column in columns.items():
+        for name, column in columns_of(one, found, load, time).items():
             listed = column.tolist() if isinstance(column, np.ndarray) else [column] * size
             values.setdefault(name, []).extend(listed)
         owners += [index] * size
@@ -98,25 +94,16 @@ def _load(one: Grid, found: Answered) -> Load:
     seconds = bits / rates
     slowest = seconds.argmax(axis=0)
     points = np.arange(len(one.bits))
-    latency = several * (cluster.sync_fixed_s + traffic.hops * cluster.rtt_s / 2)
-    names = {index: _link_name(one.question, int(index)) for index in np.unique(slowest)}
+    # Own links up, then down, then each shared uplink both ways.
+    names = [f"{site.name} {way}" for way in ("up", "down") for site in cluster.sites]
+    names += [f"uplink {name} {way}" for name, _ in cluster.uplinks for way in ("up", "down")]
     return Load(
         transfer_s=several * seconds[slowest, points],
         bits=several * bits[slowest, points],
         rate_bps=rates[slowest, points],
-        latency_s=latency,
+        latency_s=several * (cluster.sync_fixed_s + traffic.hops * cluster.rtt_ms / 1000 / 2),
         where=[names[index] if several else "none" for index in slowest.tolist()],
     )
-
-
-def _link_name(question: Question, index: int) -> str:
-    """A link's name: own links up and down, then each shared uplink up and down."""
-    cluster = question.cluster
-    place, site = divmod(index, cluster.num_sites)
-    if place < 2:
-        return f"{cluster.sites[site].name} {('up', 'down')[place]}"
-    uplink, direction = divmod(index - 2 * cluster.num_sites, 2)
-    return f"uplink {cluster.uplinks[uplink][0]} {('up', 'down')[direction]}"
 
 
 # ------------------------------------------------------------------------------------------ rounds
@@ -124,45 +111,33 @@ def _link_name(question: Question, index: int) -> str:
 
 def _rounds(grids: list[Grid], answered: list[Answered], loads: list[Load]) -> list[Floats]:
     """Time of a round of every grid at the low, central and high share of peak, [3, P] each."""
-    found = [np.zeros((3, len(one.bits))) for one in grids]
-    asked: list[Overlapped] = []
-    places: list[tuple[int, int, NDArray[np.int64], Floats]] = []
-    for index, (one, known, load) in enumerate(zip(grids, answered, loads, strict=True)):
+    found: list[Floats] = []
+    weights, asked, targets = [], [], []
+    for one, known, load in zip(grids, answered, loads, strict=True):
         method, steps = one.question.method, one.local_steps
-        exchange = load.transfer_s + load.latency_s
-        beside = np.zeros(len(steps), bool)
-        if load.latency_s or load.transfer_s.any():
-            beside = (one.overlap_steps > 0) & (not method.every_step)
-            beside = beside | (method.hidden == "layers")
+        every, ones = method.every_step, np.ones(len(steps))
+        # A pseudo-gradient is there after the last step, so that nothing hides without overlap;
+        # fragments of one step are sent together.
+        parts = ones if every else np.minimum(one.fragments, steps)
+        exchange = load.transfer_s + parts * load.latency_s
+        step_s = known.step_s.max(axis=1)[:, None]  # [3, 1]
+        hides = step_s if method.hidden == "step" else 0.0
+        waits = np.maximum(0.0, exchange - hides)
+        found.append(steps * (step_s + waits) if every else steps * step_s + exchange)
+        beside = (method.hidden == "layers") | ((one.overlap_steps > 0) & (not every))
+        points = np.nonzero(beside & bool(load.latency_s or load.transfer_s.any()))[0]
+        schedule = (ones, ones, -ones) if every else (steps, one.fragments, one.overlap_steps)
         for end in range(3):
-            step_s = float(known.step_s[end].max())
-            if method.every_step:
-                hides = {"step": step_s}.get(method.hidden, 0.0)
-                found[index][end] = steps * (step_s + np.maximum(0.0, exchange - hides))
-            else:
-                # A pseudo-gradient is there after the last step, so that nothing hides; fragments
-                # of one step are sent together.
-                parts = np.minimum(one.fragments, steps)
-                waits = load.transfer_s + parts * load.latency_s
-                found[index][end] = steps * step_s + waits
-            points = np.nonzero(beside)[0]
-            if not points.size:
-                continue
-            every, ones = method.every_step, np.ones(points.size)
-            asked.append(
-                Overlapped(
-                    weights=_weights(known),
-                    transfer_s=load.transfer_s[points],
-                    step_s=step_s * ones,
-                    fixed_s=load.latency_s * ones,
-                    local_steps=ones if every else steps[points],
-                    fragments=ones if every else one.fragments[points],
-                    overlap_steps=-ones if every else one.overlap_steps[points],
-                )
-            )
-            places.append((index, end, points, steps[points] if every else ones))
-    for (index, end, points, repeats), time in zip(places, rounds(asked), strict=True):
-        found[index][end][points] = repeats * time
+            rows = (load.transfer_s, step_s[end, 0] * ones, load.latency_s * ones, *schedule)
+            asked.append(np.stack(rows)[:, points])
+            weights.append(_weights(known))
+            targets.append((found[-1][end], points, (steps if every else ones)[points]))
+    names = ("transfer_s", "step_s", "fixed_s", "local_steps", "fragments", "overlap_steps")
+    which = np.repeat(np.arange(len(asked)), [one.shape[1] for one in asked])
+    columns = dict(zip(names, np.concatenate(asked, axis=1), strict=True))
+    times = np.split(rounds(weights, which, **columns), np.cumsum([a.shape[1] for a in asked]))
+    for (target, points, repeats), time in zip(targets, times[:-1], strict=True):
+        target[points] = repeats * time
     return found
 
 

@@ -1,8 +1,7 @@
-"""Memory of an accelerator and of a site's hosts, part by part.
+"""Memory of an accelerator, part by part, over candidate layouts.
 
-Parts of an accelerator are arrays over candidate layouts; parts on the hosts are arrays over
-points, because they depend on bits and fragments. A config's states are those that the trainer
-counts.
+A config's states are those that the trainer counts. What lies on the hosts depends on bits and
+fragments, see `fomoe_sim.sites.host_parts`.
 """
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fomoe_sim.time import LOGIT_BYTES, RECOMPUTE, Degrees, SiteWork
-from fomoe_sim.work import expert_elements, layer_elements
+from fomoe_sim.shape import expert_elements, layer_elements
+from fomoe_sim.step import LOGIT_BYTES, RECOMPUTE, Degrees, SiteWork
 
 Array = NDArray[np.float64]
 FLOAT32 = 4
@@ -28,7 +27,7 @@ RESERVED = "context"  # the one part that an allocator's own reading leaves out
 
 def accelerator_parts(work: SiteWork, degrees: Degrees) -> dict[str, Array]:
     """Bytes on the fullest accelerator by part, [C] each."""
-    tokens = degrees.micro * work.seq_len / degrees.cp
+    tokens = degrees.micro * work.inside.seq_len / degrees.cp
     kept = np.stack([_kept(work, tokens, index) for index in range(len(RECOMPUTE))])
     mine = kept[degrees.recompute, np.arange(len(tokens))] / degrees.tp
     # A pipeline's first stage holds one micro-batch of every stage; interleaving adds to it.
@@ -51,8 +50,8 @@ def accelerator_parts(work: SiteWork, degrees: Degrees) -> dict[str, Array]:
 
 def _states(work: SiteWork, degrees: Degrees) -> dict[str, Array]:
     """What training keeps between steps: sharded, or (zero 1) with whole weights and gradients."""
-    parameter, gradient, master = STATES[work.states]
-    adam = float(ADAM[work.adam])
+    parameter, gradient, master = STATES[work.inside.states]
+    adam = float(ADAM[work.inside.adam])
     held = work.shared + work.experts
     trained = work.trained / held
     model = degrees.tp * degrees.pp
@@ -81,12 +80,12 @@ def _unsharded(work: SiteWork, degrees: Degrees) -> dict[str, Array]:
     shape = work.shape
     layer = max(shape.layer_shared) + work.experts / max(1, shape.num_moe_layers) / degrees.ep
     tables = shape.vocab_size * shape.d_model * (1 if shape.tied else 2)
-    inside = (degrees.zero == 3) & (degrees.shard > 1)
-    rest = np.where(inside, 1.0, 0.0) / degrees.tp
+    element = work.inside.element_bytes
+    rest = np.where((degrees.zero == 3) & (degrees.shard > 1), 1.0, 0.0) / degrees.tp
     return {
-        "gathered layers": rest * work.element_bytes * (2 * layer + tables),
+        "gathered layers": rest * element * (2 * layer + tables),
         # In compute precision as they come, in fp32 as they are reduced.
-        "unsharded gradients": rest * (work.element_bytes + FLOAT32) * (layer + tables),
+        "unsharded gradients": rest * (element + FLOAT32) * (layer + tables),
     }
 
 
@@ -107,7 +106,7 @@ def _kept(work: SiteWork, tokens: Array, index: int) -> Array:
             elements += moe * expert_elements(shape, executed, recompute)
         if recompute == "experts" and moe:
             elements += expert_elements(shape, executed, "none")
-    return tokens * work.element_bytes * elements
+    return tokens * work.inside.element_bytes * elements
 
 
 def _routing(work: SiteWork, degrees: Degrees, tokens: Array) -> Array:
@@ -118,30 +117,3 @@ def _routing(work: SiteWork, degrees: Degrees, tokens: Array) -> Array:
     each = 2 * FLOAT32 * shape.num_experts + shape.top_k * (8 + FLOAT32)
     again = degrees.recompute == RECOMPUTE.index("full")
     return tokens * each * np.where(again, 1, shape.num_moe_layers) / degrees.tp
-
-
-def outer_parts(
-    *,
-    held: float,
-    synced: float,
-    bits: Array,
-    fragments: Array,
-    outer_vectors: int,
-    counted: tuple[float, float] | None,
-) -> dict[str, Array]:
-    """Bytes of a site's anchor, outer state and the buffers of one fragment's sync, [P] each.
-
-    Args:
-        held, synced: elements that the site stores, and of them reduces with other sites.
-        counted: anchor and outer state as the trainer counts them, or None.
-    """
-    anchor, momentum = counted or (FLOAT32 * held, FLOAT32 * held * outer_vectors)
-    fragment = synced / fragments
-    return {
-        "anchor": anchor + 0 * bits,
-        "outer momentum": momentum + 0 * bits,
-        "error feedback": np.where(bits < 16, FLOAT32 * synced, 0.0),
-        # The reduction works on a copy, so that a failed sync leaves the model as it was.
-        "fragment buffer": FLOAT32 * fragment,
-        "codec buffers": np.where(bits < 32, 2 * bits / 8 * fragment, 0.0),
-    }

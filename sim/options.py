@@ -1,148 +1,88 @@
-"""What a user may say: every option with its unit and range; the command line is made from it."""
+"""What a user may say: `sim/data/options.yaml` makes the command line, and it is read back here."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from typing import Any
 
-from fomoe_sim.cluster import price_kinds
-from fomoe_sim.layout import NAMES
 from fomoe_sim.methods import METHODS, unused
-from fomoe_sim.time import RECOMPUTE
-from fomoe_sim.trainer import ConfigError
-from fomoe_sim.units import MOST_LOCAL_STEPS, MOST_SITES, check_number, flag_of, read_up_down
+from fomoe_sim.trainer import ConfigError, read_data
+from fomoe_sim.units import check_number, flag_of, read_up_down
 
-
-def option(words: str, group: str, **more: Any) -> Any:
-    """A field of `Ask`: what --help says, its group, and low, high or choices."""
-    return field(
-        default=more.pop("default", None), metadata={"help": words, "group": group, **more}
-    )
-
-
-SITES, TRAINING, RISKS, MONEY = "model and sites", "training", "what may go wrong", "money"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ask:
-    """What a user may say of a question; None: the config's or our default."""
-
-    model: str | None = option("model preset, or a YAML file of a shape", SITES)
-    config: str | None = option("a YAML experiment of fomoe train instead", SITES)
-    cluster: str | None = option("YAML description of the sites", SITES)
-    sites: int | None = option("number of equal sites (default 4)", SITES, low=1, high=MOST_SITES)
-    accelerator: str | None = option("of every site (default H100)", SITES)
-    accelerators: int | None = option(
-        "per site (default 64; 1 below 1e9 or with --config)", SITES, low=1, high=1e6
-    )
-    bandwidth: str | None = option("of every site: 1Gbit, or UP/DOWN (default 1Gbit)", SITES)
-    rtt_ms: float | None = option("round trip between sites (default 40)", SITES, low=0, high=1e6)
-    replication: int | None = option(
-        "holders per expert, r (default 2)", TRAINING, low=1, high=MOST_SITES
-    )
-    capacity: str | None = option(
-        "experts per layer that each site takes, 24,24,16, instead of --replication", TRAINING
-    )
-    local_steps: int | None = option(
-        "steps per round, H (default 32)", TRAINING, low=1, high=MOST_LOCAL_STEPS
-    )
-    bits: float | None = option("per element on the wire, 0.11 too", TRAINING, low=1e-3, high=32)
-    fragments: int | None = option("parts synced at staggered steps", TRAINING, low=1, high=1e6)
-    overlap_steps: int | None = option(
-        "steps a sync may take beside compute", TRAINING, low=0, high=100
-    )
-    tokens: float | None = option(
-        "of the run (default 20 per active parameter)", TRAINING, low=1, high=1e18
-    )
-    batch_tokens: float | None = option(
-        "per step over all sites (default 4 Mi)", TRAINING, low=1, high=1e12
-    )
-    split: str | None = option(
-        "a site's share of the batch: by its speed (default), or equal",
-        TRAINING,
-        choices=("speed", "equal"),
-    )
-    seq_len: int | None = option("context in tokens", TRAINING, low=1, high=1e7)
-    micro_batch: int | None = option(
-        "sequences per accelerator at a time", TRAINING, low=1, high=1e6
-    )
-    parallel: str | None = option(
-        "degrees inside a site, others are searched: tp=8,pp=4,ep=8,shard=16,zero=1,cp=2", TRAINING
-    )
-    states: str | None = option(
-        "fp32 (default), or mixed: bf16 weights and fp32 masters",
-        TRAINING,
-        choices=("fp32", "mixed"),
-    )
-    adam: str | None = option(
-        "bits of Adam's moments (default fp32)", TRAINING, choices=("fp32", "bf16", "8bit")
-    )
-    recompute: str | None = option(
-        "activations computed twice (default: selective, or full where it does not fit)",
-        TRAINING,
-        choices=RECOMPUTE,
-    )
-    kernels: str | None = option(
-        "between products (default fused; a config's are eager)",
-        TRAINING,
-        choices=("fused", "eager"),
-    )
-    outer_on: str | None = option(
-        "where anchor and outer state live (default host)",
-        TRAINING,
-        choices=("host", "accelerator", "disk"),
-    )
-    mfu: float | None = option(
-        "share of peak FLOP/s while computing, instead of predicting it", TRAINING, low=1e-6, high=1
-    )
-    step_time: float | None = option(
-        "seconds of a full step, recomputation included", TRAINING, low=1e-9, high=1e7
-    )
-    calibration: str | None = option("file written by fomoe calibrate", TRAINING)
-    quorum: int | None = option(
-        "sites that a round waits for; all by default", RISKS, low=1, high=MOST_SITES
-    )
-    mtbf_hours: float | None = option("between failures of one site", RISKS, low=1e-6, high=1e9)
-    repair_hours: float | None = option("until a failed site is back", RISKS, low=1e-6, high=1e9)
-    checkpoint_minutes: float | None = option(
-        "between checkpoints (default 15, at least a round)", RISKS, low=1e-3, high=1e6
-    )
-    price: float | None = option("USD per accelerator-hour", MONEY, low=0, high=1e6)
-    price_kind: str | None = option(
-        "on_demand (default), reserved or spot", MONEY, choices=tuple(price_kinds())
-    )
-    token_overhead: float | None = option(
-        "factor on tokens for an equal loss, beside the scaling law's for K",
-        MONEY,
-        low=1,
-        high=1000,
-    )
-    pue: float | None = option("of the data centre (default 1.2)", MONEY, low=1, high=10)
-    carbon: float | None = option("kg of CO2 per kWh (default 0.414)", MONEY, low=0, high=10)
-
-
+# name -> (group, kind, words, least and most or choices)
+OPTIONS: dict[str, tuple[str, str, str, list[Any]]] = {
+    name: (group, kind, words, limits)
+    for group, rows in read_data("options").items()
+    for name, (kind, words, *limits) in rows.items()
+}
+MOST_SITES: int = OPTIONS["sites"][3][1]
+MOST_LOCAL_STEPS: int = OPTIONS["local_steps"][3][1]
+DEGREES = ("tp", "pp", "cp", "ep", "shard", "zero", "overlap")  # that --parallel may name
 GRID = ("local_steps", "bits", "fragments", "overlap_steps", "bandwidth")  # arrays of one grid
 AXES = ("replication", "sites", *GRID)
 
 
-def add_flags(parser: argparse.ArgumentParser, owner: type = Ask, *, skip: tuple = ()) -> None:
-    """One flag for every field of an options class."""
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """What a user may say of a question, see `OPTIONS`; None: the config's or our default."""
+
+    model: str | None = None
+    config: str | None = None
+    cluster: str | None = None
+    sites: int | None = None
+    accelerator: str | None = None
+    accelerators: int | None = None
+    bandwidth: str | None = None
+    rtt_ms: float | None = None
+    replication: int | None = None
+    capacity: str | None = None
+    local_steps: int | None = None
+    bits: float | None = None
+    fragments: int | None = None
+    overlap_steps: int | None = None
+    tokens: float | None = None
+    batch_tokens: float | None = None
+    split: str | None = None
+    seq_len: int | None = None
+    micro_batch: int | None = None
+    parallel: str | None = None
+    states: str = "fp32"
+    precision: str | None = None
+    adam: str = "fp32"
+    recompute: str | None = None
+    kernels: str | None = None
+    outer_on: str | None = None
+    mfu: float | None = None
+    step_time: float | None = None
+    calibration: str | None = None
+    mtbf_hours: float | None = None
+    repair_hours: float | None = None
+    checkpoint_minutes: float | None = None
+    price: float | None = None
+    price_kind: str | None = None
+    token_overhead: float = 1.0
+    pue: float = 1.2
+    carbon: float = 0.414
+
+
+def add_flags(parser: argparse.ArgumentParser, names: Iterable[str] = (), owner: Any = Ask) -> None:
+    """A flag for every field of an options class, with its default, and for the names beside."""
     groups: dict[str, Any] = {}
-    kinds = {"int | None": int, "float | None": float, "str | None": str}
-    for item in fields(owner):
-        if item.name in skip:
-            continue
-        words = item.metadata["group"]
-        group = groups.setdefault(words, parser.add_argument_group(words))
-        more: dict[str, Any] = {"help": item.metadata["help"], "default": item.default}
-        if item.type == "bool":
-            more["action"] = "store_true"
-        elif "choices" in item.metadata:
-            more["choices"] = item.metadata["choices"]
-        else:
-            more["type"] = kinds[str(item.type)]
-        group.add_argument(flag_of(item.name), **more)
+    defaults = {item.name: item.default for item in fields(owner)}
+    for name in [*defaults, *names]:
+        title, kind, words, limits = OPTIONS[name]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        more: dict[str, Any] = {"type": {"int": int, "float": float}.get(kind, str)}
+        if kind == "flag":
+            more = {"action": "store_true"}
+        elif kind == "list":
+            more = {"nargs": "+"}
+        elif len(limits) == 1:
+            more = {"choices": limits[0]}
+        groups[title].add_argument(flag_of(name), help=words, default=defaults.get(name), **more)
 
 
 def read_flags(args: argparse.Namespace, owner: Any = Ask) -> Any:
@@ -152,14 +92,20 @@ def read_flags(args: argparse.Namespace, owner: Any = Ask) -> Any:
         ConfigError: naming the flag as it was typed.
     """
     values = {item.name: getattr(args, item.name) for item in fields(owner)}
-    for item in fields(owner):
-        value = values[item.name]
+    for name, value in values.items():
         if isinstance(value, str) and not value.strip():
-            raise ConfigError(flag_of(item.name), "''", "must not be empty")
-        if value is not None and "high" in item.metadata:
-            limits = item.metadata["low"], item.metadata["high"]
-            check_number(flag_of(item.name), value, *limits)
+            raise ConfigError(flag_of(name), "''", "must not be empty")
+        if value is not None and len(OPTIONS[name][3]) == 2:
+            check_number(flag_of(name), value, *OPTIONS[name][3])
     return owner(**values)
+
+
+CONTRADICTIONS = {  # what is given: what it leaves nothing to say about, and why
+    "cluster": ("accelerator accelerators price", "--cluster, which states it per site"),
+    "step_time": ("mfu", "--step-time, which is measured and needs none"),
+    "price": ("price_kind", "--price, which is what you pay"),
+    "capacity": ("replication config", "--capacity, which places every expert"),
+}
 
 
 def check_ask(ask: Ask) -> None:
@@ -167,32 +113,27 @@ def check_ask(ask: Ask) -> None:
     if (ask.model is None) == (ask.config is None):
         given = "both" if ask.model else "neither"
         raise ConfigError("--model", given, "is given; name one of --model and --config")
-    if ask.cluster:
-        rule = "contradicts --cluster, which states it per site"
-        _refuse(ask, ("accelerator", "accelerators", "price"), rule)
-    if ask.step_time is not None:
-        _refuse(ask, ("mfu",), "contradicts --step-time, which is measured and needs none")
-    if ask.price is not None:
-        _refuse(ask, ("price_kind",), "contradicts --price, which is what you pay")
+    for given, (names, rule) in CONTRADICTIONS.items():
+        if getattr(ask, given) is not None:
+            _refuse(ask, names.split(), rule)
     if ask.calibration:
-        _refuse(ask, ("rtt_ms",), "contradicts --calibration, whose fixed cost contains it")
-        rule = "contradicts --calibration, which has a step time"
-        _refuse(ask, ("step_time",), rule)
-        if ask.config:
-            _refuse(ask, ("mfu", "accelerator", "accelerators"), f"{rule} of the fitted sites")
+        _refuse(ask, ["rtt_ms"], "--calibration, whose fixed cost contains it")
+        # A preset takes the link alone from a calibration.
+        fitted = ["step_time", *(("mfu", "accelerator", "accelerators") if ask.config else ())]
+        _refuse(ask, fitted, "--calibration, which has a step time of the fitted sites")
+    if ask.config and ask.precision:
+        raise ConfigError("--precision", ask.precision, "contradicts --config, which has its own")
     if ask.capacity:
-        rule = "contradicts --capacity, which places every expert"
-        _refuse(ask, ("replication", "config"), rule)
         read_capacity(ask.capacity)
     if ask.bandwidth:
         read_up_down(ask.bandwidth, "--bandwidth")
     read_parallel(ask.parallel)
 
 
-def _refuse(ask: Ask, names: tuple[str, ...], rule: str) -> None:
+def _refuse(ask: Ask, names: list[str], rule: str) -> None:
     for name in names:
         if getattr(ask, name) is not None:
-            raise ConfigError(flag_of(name), getattr(ask, name), rule)
+            raise ConfigError(flag_of(name), getattr(ask, name), f"contradicts {rule}")
 
 
 def read_capacity(text: str) -> tuple[int, ...]:
@@ -212,8 +153,8 @@ def read_parallel(text: str | None) -> tuple[tuple[str, int], ...]:
     pairs: dict[str, int] = {}
     for part in text.split(",") if text else ():
         name, equals, value = (word.strip() for word in part.partition("="))
-        if name not in NAMES or not equals:
-            raise ConfigError("--parallel", part, f"must be one of {', '.join(NAMES)} = a number")
+        if name not in DEGREES or not equals:
+            raise ConfigError("--parallel", part, f"must be one of {', '.join(DEGREES)} = a number")
         if not value.isdigit() or not 1 <= int(value) <= 10**6 or name in pairs:
             raise ConfigError(f"--parallel {name}", value, "must be one whole number above 0")
         pairs[name] = int(value)

@@ -20,27 +20,13 @@ DiLoCo (arXiv 2503.09799, table 6); `fomoe validate` compares with them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fomoe_sim.trainer import ConfigError, FomoeError
-
 Array = NDArray[np.float64]
 Sends = list[tuple[Array, tuple[int, ...]]]  # (step of the round [P], layers synced after it)
-
-# Bandwidths of the published tables, bit/s; neighbours differ by a factor of 1.207.
-GRID_BPS: Array = np.logspace(-1, 3, 50) * 1e9
-
-
-class ImpossibleResult(FomoeError, ValueError):
-    """A result would need more bits than the link can carry in the time it claims."""
-
-
-class UnreachableUtilisation(FomoeError, ValueError):
-    """No bandwidth that was asked about reaches the utilisation."""
 
 
 # --------------------------------------------------------------------------------------- schedules
@@ -181,114 +167,42 @@ class _Run:
 # ------------------------------------------------------------------------------- rounds of a model
 
 
-@dataclass(frozen=True, kw_only=True)
-class Overlapped:
-    """Points of one grid whose syncs run beside compute; arrays over points, [P].
+def rounds(
+    weights: list[tuple[float, ...]],
+    which: NDArray[np.int64],
+    *,
+    transfer_s: Array,
+    step_s: Array,
+    fixed_s: Array,
+    local_steps: Array,
+    fragments: Array,
+    overlap_steps: Array,
+) -> Array:
+    """Round times of points of several models, [P]: those of one schedule are simulated together.
 
-    Attributes:
-        weights: share of the exchange's bytes in each layer, [L].
-        transfer_s: link time of one exchange's bytes.
-        step_s, fixed_s: compute time of a step, link time of a sync beside its bytes.
+    Args:
+        weights: share of the exchange's bytes in each layer, of each model.
+        which: model of every point.
+        transfer_s: link time of one exchange's bytes; fixed_s: beside them.
+        step_s: compute time of a step.
         local_steps, fragments: H and F; H = F = 1 where every step exchanges.
         overlap_steps: tau; -1 for layers that wait one by one.
     """
-
-    weights: tuple[float, ...]
-    transfer_s: Array
-    step_s: Array
-    fixed_s: Array
-    local_steps: Array
-    fragments: Array
-    overlap_steps: Array
-
-
-def rounds(asked: list[Overlapped]) -> list[Array]:
-    """Round times of several grids at once: points with one schedule are simulated together."""
-    found = [np.zeros(one.transfer_s.shape) for one in asked]
-    groups: dict[tuple[int, ...], list[tuple[int, NDArray[np.int64]]]] = {}
-    for index, one in enumerate(asked):
-        # From F steps on a round's fragments fall on different steps, whatever H is.
-        merged = np.where(one.fragments > one.local_steps, one.local_steps, 0)
-        keys = np.stack([one.fragments, one.overlap_steps, merged], axis=1).astype(int)
-        for key in np.unique(keys, axis=0):
-            points = np.nonzero((keys == key).all(axis=1))[0]
-            groups.setdefault((len(one.weights), *map(int, key)), []).append((index, points))
-    for (layers, fragments, overlap, _), members in groups.items():
-
-        def take(name: str, members: list[tuple[int, NDArray[np.int64]]] = members) -> Array:
-            return np.concatenate([getattr(asked[i], name)[points] for i, points in members])
-
-        weights = np.concatenate(
-            [np.tile(np.array(asked[i].weights)[:, None], len(p)) for i, p in members], axis=1
-        )
-        steps = take("local_steps")
-        time = round_time(
-            layer_s=weights * take("transfer_s"),
-            step_s=take("step_s"),
-            local_steps=steps,
-            sends=strided(layers, steps, fragments),
+    time = np.zeros(len(which))
+    layers = np.array([len(one) for one in weights])[which]
+    # From F steps on a round's fragments fall on different steps, whatever H is.
+    merged = np.where(fragments > local_steps, local_steps, 0)
+    schedules = np.stack([layers, fragments, overlap_steps, merged]).astype(int)
+    for schedule in np.unique(schedules, axis=1).T:
+        here = (schedules == schedule[:, None]).all(axis=0)
+        num_layers, num_fragments, overlap, _ = map(int, schedule)
+        share = np.array([weights[index] for index in which[here]]).T
+        time[here] = round_time(
+            layer_s=share * transfer_s[here],
+            step_s=step_s[here],
+            local_steps=local_steps[here],
+            sends=strided(num_layers, local_steps[here], num_fragments),
             overlap_steps=None if overlap < 0 else overlap,
-            fixed_s=take("fixed_s"),
+            fixed_s=fixed_s[here],
         )
-        start = 0
-        for index, points in members:
-            found[index][points] = time[start : start + len(points)]
-            start += len(points)
-    return found
-
-
-# ------------------------------------------------------------------------------------------ checks
-
-
-def check_conservation(
-    *,
-    bits: float,
-    bandwidth_bps: ArrayLike,
-    utilisation: ArrayLike,
-    local_steps: float,
-    step_time_s: float,
-) -> None:
-    """Refuse a result that claims more bits than its link can carry in its round.
-
-    A utilisation u means a round of H T / u seconds, so `bandwidth >= u x bits / (H T)`.
-
-    Args:
-        bits: bits that the site really sends per round, ring and fitted factors included.
-        bandwidth_bps, utilisation: of one result or of several (equal shapes).
-
-    Raises:
-        ImpossibleResult: naming the bandwidth, the utilisation and the least possible bandwidth.
-    """
-    bandwidth = np.atleast_1d(np.asarray(bandwidth_bps, float))
-    claimed = np.broadcast_to(np.asarray(utilisation, float), bandwidth.shape)
-    floor = claimed * bits / (local_steps * step_time_s)
-    for got, least, share in zip(bandwidth, floor, claimed, strict=True):
-        if got < least * (1 - 1e-9) or share > 1 + 1e-9:
-            raise ImpossibleResult(
-                f"utilisation {100 * share:.4g} % at {got / 1e9:.4g} Gbit/s is impossible: "
-                f"{bits / 1e9:.4g} Gbit per round of {local_steps} steps of {step_time_s:.4g} s "
-                f"need at least {least / 1e9:.4g} Gbit/s"
-            )
-
-
-def first_reaching(
-    reached: Array, utilisation: ArrayLike, *, grid_bps: Array = GRID_BPS
-) -> list[float]:
-    """The first bandwidth of an ascending grid that reaches each utilisation, bit/s.
-
-    Raises:
-        ConfigError: if a utilisation is outside (0, 1].
-        UnreachableUtilisation: if the whole grid stays below one.
-    """
-    found = []
-    for target in np.atleast_1d(np.asarray(utilisation, float)):
-        if not 0 < target <= 1:
-            raise ConfigError("utilisation", float(target), "must lie in (0, 1]")
-        bins = np.nonzero(reached >= target - 1e-12)[0]
-        if not bins.size:
-            raise UnreachableUtilisation(
-                f"utilisation {100 * target:.4g} % is not reached: {grid_bps[-1] / 1e9:.4g} Gbit/s "
-                f"gives {100 * reached[-1]:.4g} %"
-            )
-        found.append(float(grid_bps[bins[0]]))
-    return found
+    return time

@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from fomoe_sim.evaluate import Answered, Grid, evaluate, grid, vary
+from fomoe_sim.evaluate import Row, evaluate
 from fomoe_sim.methods import BASELINE, METHODS, SEARCHED, method_of
-from fomoe_sim.options import Ask, add_flags, check_ask, check_methods, option, read_flags
+from fomoe_sim.options import Ask, add_flags, check_ask, check_methods, read_flags
 from fomoe_sim.question import (
     Question,
     baseline,
@@ -32,43 +32,29 @@ from fomoe_sim.question import (
     has_experts,
     slot_holdings,
 )
-from fomoe_sim.show import WIDTH, Row, days, to_table
+from fomoe_sim.show import WIDTH, days, to_table
+from fomoe_sim.sites import Answered, Grid, grid, over_capacity
+from fomoe_sim.step import Inside
 from fomoe_sim.traffic import cyclic_holdings
-from fomoe_sim.trainconfig import config_tree, write_config
+from fomoe_sim.trainconfig import config_tree, cyclic_factor, write_config
 from fomoe_sim.trainer import ConfigError, capacity_slots
-from fomoe_sim.units import MOST_LOCAL_STEPS, percent, scaled
+from fomoe_sim.units import flag_of, percent, scaled
 
 LOCAL_STEPS = (8, 16, 32, 64, 100, 128, 256, 512)
 BITS = (32.0, 8.0, 4.0)
 LAYERS_PER_FRAGMENT = 3
 
-CONSTRAINTS = "constraints"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Constraints:
-    """What a plan must keep to."""
+    """What a plan must keep to, see `fomoe_sim.options.OPTIONS`; None: nothing."""
 
-    method: str | None = option("keep to one method", CONSTRAINTS)
-    budget: float | None = option("USD for the run, central prices", CONSTRAINTS, low=0, high=1e15)
-    deadline_days: float | None = option("of the run", CONSTRAINTS, low=0, high=1e9)
-    max_coverage_risk: float | None = option(
-        "chance to lose an expert's last live holder", CONSTRAINTS, low=0, high=1
-    )
-    min_executed: float | None = option(
-        "least share of assignments run: half is the most skipping trained at here",
-        CONSTRAINTS,
-        low=0,
-        high=1,
-        default=0.5,
-    )
-    max_local_steps: int | None = option(
-        "largest H: Streaming DiLoCo and SPES sync every 100 steps",
-        CONSTRAINTS,
-        low=1,
-        high=MOST_LOCAL_STEPS,
-        default=100,
-    )
+    method: str | None = None
+    budget: float | None = None
+    deadline_days: float | None = None
+    max_coverage_risk: float | None = None
+    min_executed: float = 0.5
+    max_local_steps: int = 100
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,23 +66,10 @@ class Candidate:
     found: Answered = field(repr=False)
 
 
-def add_command(subparsers: Any) -> None:
-    """Register `plan` with the subparsers of an argparse parser."""
-    parser = subparsers.add_parser(
-        "plan", help="search settings for given sites and constraints, and say what binds"
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the question and of the constraints, and how the plan is shown."""
     add_flags(parser)
-    add_flags(parser, Constraints)
-    parser.add_argument(
-        "--trainable", action="store_true", help="only what fomoe train runs as it stands"
-    )
-    shown = parser.add_argument_group("how it is shown")
-    shown.add_argument("--wide", action="store_true", help="more columns than 100 characters hold")
-    shown.add_argument("--json", action="store_true")
-    shown.add_argument(
-        "--out", metavar="FILE.yaml", help="write the best plan as a config (implies --trainable)"
-    )
-    parser.set_defaults(run=run)
+    add_flags(parser, ["trainable", "wide", "json", "out"], Constraints)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -135,9 +108,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace, ask: Ask, limits: Constraints) -> None:
-    most = limits.max_local_steps or MOST_LOCAL_STEPS
-    if ask.local_steps and ask.local_steps > most:
-        rule = f"exceeds --max-local-steps {most}"
+    if ask.local_steps and ask.local_steps > limits.max_local_steps:
+        rule = f"exceeds --max-local-steps {limits.max_local_steps}"
         raise ConfigError("--local-steps", ask.local_steps, rule)
     if args.out and Path(args.out).suffix not in (".yaml", ".yml"):
         raise ConfigError("--out", args.out, "must end in .yaml")
@@ -206,7 +178,8 @@ def _as_trained(ask: Ask, question: Question, experts: bool) -> Question:
     chosen: tuple[str, ...] = ("none", "experts", "full") if experts else ("none", "full")
     if ask.recompute or ask.step_time:
         chosen = (ask.recompute or "none",)
-    return vary(question, split=ask.split or "equal", recompute=chosen)
+    inside = replace(question.inside, recompute=chosen)
+    return replace(question, split=ask.split or "equal", inside=inside)
 
 
 def _placements(ask: Ask, base: Question) -> list[Question]:
@@ -219,7 +192,7 @@ def _placements(ask: Ask, base: Question) -> list[Question]:
     for r in wanted:
         if base.cluster.capacities is None:
             even = cyclic_holdings(shape, num_sites, r)
-            found.append(vary(base, holdings=even, replication=float(r)))
+            found.append(replace(base, holdings=even, replication=float(r)))
     capacity = base.cluster.capacities or _memory_capacity(base)
     for target in [*wanted, *([] if ask.replication else [None])]:
         room = sum(min(limit, shape.num_experts) for limit in capacity)
@@ -229,7 +202,7 @@ def _placements(ask: Ask, base: Question) -> list[Question]:
         if target and len(set(slots)) == 1 and base.cluster.capacities is None:
             continue  # even: cyclic has it
         holdings, replication = slot_holdings(shape, num_sites, slots)
-        found.append(vary(base, holdings=holdings, replication=replication))
+        found.append(replace(base, holdings=holdings, replication=replication))
     if not found:
         rule = f"has capacity for too few of the {shape.num_experts} experts"
         raise ConfigError("--cluster", base.cluster.name, rule)
@@ -243,7 +216,7 @@ def _memory_capacity(base: Question) -> tuple[int, ...]:
     """
     num_sites, experts = base.cluster.num_sites, base.shape.num_experts
     ends = [cyclic_holdings(base.shape, num_sites, r) for r in (1, num_sites)]
-    grids = [grid(vary(base, holdings=one, replication=1.0)) for one in ends]
+    grids = [grid(replace(base, holdings=one, replication=1.0)) for one in ends]
     few, many = evaluate(grids).answered
     found = []
     for site in range(num_sites):
@@ -280,13 +253,13 @@ def _settings(ask: Ask, question: Question, *, trainable: bool) -> Grid:
 
 def broken(limits: Constraints, row: Row, known: Answered) -> tuple[str, ...]:
     """Constraints that a candidate breaks."""
-    over = "experts per layer, capacity" in row["memory_verdict"]
-    most = limits.max_local_steps or MOST_LOCAL_STEPS
+    over = bool(over_capacity(known))
     checks = {
         "capacity": not over,
         "memory": over or row["fits"],
-        "executed share": row["executed_fraction"] >= (limits.min_executed or 0.0) - 1e-12,
-        "local steps": known.question.method.every_step or row["local_steps"] <= most,
+        "executed share": row["executed_fraction"] >= limits.min_executed - 1e-12,
+        "local steps": known.question.method.every_step
+        or row["local_steps"] <= limits.max_local_steps,
         "deadline": limits.deadline_days is None or row["days"] <= limits.deadline_days,
         "budget": limits.budget is None or row["cost_usd"] <= limits.budget,
         "coverage risk": limits.max_coverage_risk is None
@@ -369,31 +342,27 @@ def planned(candidate: Candidate) -> dict[str, Any]:
     """The candidate as nested options of a config."""
     row, known = candidate.row, candidate.found
     names = ("local_steps", "bits", "fragments", "overlap_steps")
-    return config_tree(vary(known.question, **{n: row[n] for n in names}), known)
+    return config_tree(replace(known.question, **{n: row[n] for n in names}), known)
 
 
 def command(ask: Ask, candidate: Candidate) -> str:
     """The `fomoe project` command that gives the candidate's row."""
     row, question = candidate.row, candidate.found.question
-    method = question.method
-    values = {k: v for k, v in vars(ask).items() if v is not None and k != "replication"}
+    method, inside, plain = question.method, question.inside, vars(Ask())
+    values = {name: value for name, value in vars(ask).items() if value != plain[name]}
+    values.pop("replication", None)
     values |= {"method": row["method"], "local_steps": row["local_steps"], "bits": row["bits"]}
     if not method.every_step:
         values |= {"fragments": row["fragments"], "overlap_steps": row["overlap_steps"]}
     if method.placed and question.shape.num_experts:
         counts = question.holdings.residents.max(axis=0).tolist()
-        even = cyclic_holdings(
-            question.shape, question.cluster.num_sites, max(1, round(question.replication))
-        )
-        if np.array_equal(even.residents, question.holdings.residents):
-            values["replication"] = round(question.replication)
-        else:
-            values["capacity"] = ",".join(map(str, counts))
+        even = cyclic_factor(question)
+        values |= {"replication": even} if even else {"capacity": ",".join(map(str, counts))}
     if question.split != "speed":
         values["split"] = question.split
-    if len(question.recompute) != 2 or set(question.recompute) != {"selective", "full"}:
+    if inside.recompute != Inside(seq_len=1).recompute:
         values["recompute"] = row["recompute"]
-    words = [f"--{name.replace('_', '-')} {shlex.quote(_plain(v))}" for name, v in values.items()]
+    words = [f"{flag_of(name)} {shlex.quote(_plain(value))}" for name, value in values.items()]
     return " ".join(["fomoe project", *words])
 
 

@@ -1,23 +1,17 @@
-"""A small SVG chart, written by hand so that no plotting library is needed."""
+"""Figures of projections, in the style of every other figure."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from html import escape
-from math import ceil, floor, log10
 from pathlib import Path
 
 from fomoe_sim.evaluate import Row
 from fomoe_sim.methods import BASELINE
 from fomoe_sim.show import days
-from fomoe_sim.trainer import ConfigError
+from fomoe_sim.trainer import SUFFIXES, ConfigError, Drawing, need_matplotlib
 
-WIDTH, HEIGHT = 720, 420
-LEFT, RIGHT, TOP, BOTTOM = 70, 210, 40, 55
-# Colours that colour-blind readers can tell apart (Okabe and Ito, 2008).
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 Series = tuple[str, list[tuple[float, float]]]
-
+_WHAT = "--plot"
+_SIZE = (6.4, 3.8)
 
 # What a sweep may vary, and how a label names it.
 VARIED = {
@@ -30,32 +24,57 @@ VARIED = {
 }
 
 
+def check_path(path: str) -> None:
+    """Refuse a figure that could not be written, before anything is computed for it.
+
+    Raises:
+        ConfigError: if no figure has such a suffix.
+        FomoeError: if matplotlib is absent.
+    """
+    if Path(path).suffix not in SUFFIXES:
+        raise ConfigError("--plot", path, "must end in .svg, .png or .pdf")
+    need_matplotlib(_WHAT)
+
+
 def draw(path: str | Path, rows: list[Row]) -> None:
     """Days over bandwidth (where a line meets that of one site is its break-even), utilisation over
     local steps, or utilisation as bars; whichever of them varies.
 
     Raises:
         ConfigError: if the file cannot be written.
+        FomoeError: if matplotlib is absent.
     """
     asked = [row for row in rows if row["method"] != BASELINE]
     if len({row["bandwidth_bps"] for row in asked}) > 1:
         level = [row["days"] for row in rows if row["method"] == BASELINE]
-        series = series_of(asked, "bandwidth_bps", "days", 1e-9)
-        text = days_svg(series, "link, Gbit/s", level[0] if level else None)
+        drawing = days_lines(series_of(asked, "bandwidth_bps", "days", 1e-9), level)
     elif len({row["local_steps"] for row in asked}) > 1:
-        text = lines_svg(
-            series_of(asked, "local_steps", "utilisation", 1.0), "local steps per round"
-        )
+        drawing = utilisation_lines(series_of(asked, "local_steps", "utilisation", 1.0))
     else:
-        names = labels(rows, "")
-        bars = zip(names, (row["utilisation"] for row in rows), strict=True)
-        text = bars_svg(list(bars))
-    _write(path, text)
+        drawing = utilisation_bars(labels(rows, ""), [row["utilisation"] for row in rows])
+    _write(path, drawing)
 
 
-def _write(path: str | Path, text: str) -> None:
+def draw_tornado(path: str | Path, found: list[tuple[str, float, float]]) -> None:
+    """A bar from the fewest to the most days for each assumption, on a logarithmic axis.
+
+    Raises:
+        ConfigError: if the file cannot be written.
+        FomoeError: if matplotlib is absent.
+    """
+    drawing = Drawing(
+        "Days, one assumption changed", what=_WHAT, size=(6.4, 0.9 + 0.3 * len(found))
+    )
+    names = [name for name, *_ in found]
+    spans = [(least, most) for _, least, most in found]
+    drawing.spans(names, spans, log=True)
+    drawing.label("days of the run, failures included", "")
+    _write(path, drawing.finish())
+
+
+def _write(path: str | Path, drawing: Drawing) -> None:
     try:
-        Path(path).write_text(text, encoding="utf-8")
+        drawing.save(Path(path))
     except OSError as error:
         raise ConfigError("--plot", str(path), f"cannot be written: {error.strerror}") from None
 
@@ -81,136 +100,47 @@ def series_of(rows: list[Row], name: str, what: str, scale: float) -> list[Serie
     return [(key, sorted(points)) for key, points in found.items()]
 
 
-def lines_svg(series: list[Series], x_name: str) -> str:
-    """Shares over a logarithmic x axis; y runs from 0 to 1."""
-    low, high = _powers([x for _, points in series for x, _ in points])
-    parts = [*_frame(x_name), *_x_ticks(low, high)]
-    return _document([*parts, *_lines(series, low, high, lambda y: y)])
-
-
-def days_svg(series: list[Series], x_name: str, level: float | None) -> str:
-    """Days over a link, both logarithmic; `level` is what one site takes."""
-    low, high = _powers([x for _, points in series for x, _ in points])
-    values = [y for _, points in series for _, y in points] + ([level] if level else [])
-    bottom, top = _powers(values)
-
-    def share(y: float) -> float:
-        return (log10(y) - bottom) / (top - bottom)
-
-    parts = [
-        _text(LEFT, TOP - 16, "days of the run, failures included", "start"),
-        *_x_ticks(low, high),
-    ]
-    parts.append(_text(LEFT + _inner_width() / 2, HEIGHT - 12, x_name, "middle"))
-    for power in range(bottom, top + 1):
-        y = TOP + (1 - share(10.0**power)) * _inner_height()
-        parts.append(_text(LEFT - 8, y + 4, days(10.0**power).replace(" days", " d"), "end"))
-        parts.append(
-            f'<line x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}" class="grid"/>'
-        )
+def days_lines(series: list[Series], level: list[float]) -> Drawing:
+    """Days over a link, both logarithmic; `level` is what one site takes, if it was asked."""
     if level:
-        ends = [(10.0**low, level), (10.0**high, level)]
-        series = [(f"{BASELINE} (break-even)", ends), *series]
-    return _document([*parts, *_lines(series, low, high, share)])
+        ends = [x for _, points in series for x, _ in points]
+        line = [(min(ends), level[0]), (max(ends), level[0])]
+        series = [*series, (f"{BASELINE} (break-even)", line)]
+    drawing = _lines("Days of the run, failures included", series)
+    drawing.log_axis("y", days)
+    drawing.label("link, Gbit/s", "")
+    return drawing.finish()
 
 
-def tornado_svg(path: str | Path, found: list[tuple[str, float, float]]) -> None:
-    """A bar from the fewest to the most days for each assumption, on a logarithmic axis."""
-    low, high = _powers([value for _, *ends in found for value in ends])
-    parts = [*_x_ticks(low, high), _text(LEFT, TOP - 16, "days, one assumption changed", "start")]
-    step = _inner_height() / len(found)
-    for i, (name, least, most) in enumerate(found):
-        x1, x2 = (_x(value, low, high) for value in (least, most))
-        y = TOP + (i + 0.2) * step
-        parts.append(
-            f'<rect x="{x1:.1f}" y="{y:.1f}" width="{max(1.0, x2 - x1):.1f}" '
-            f'height="{0.6 * step:.1f}" fill="{COLOURS[0]}"/>'
-        )
-        parts.append(_text(WIDTH - RIGHT + 8, y + 0.4 * step, name, "start"))
-    _write(path, _document(parts))
+def utilisation_lines(series: list[Series]) -> Drawing:
+    """Shares over a logarithmic x axis; y runs from 0 to 1."""
+    drawing = _lines("Utilisation: share of time spent computing", series)
+    drawing.share_axis("y")
+    drawing.label("local steps per round", "")
+    return drawing.finish()
 
 
-def _powers(values: list[float]) -> tuple[int, int]:
-    """Powers of ten around the values, at least one apart."""
-    low, high = floor(log10(min(values))), ceil(log10(max(values)))
-    return low, max(high, low + 1)
+def utilisation_bars(names: list[str], values: list[float]) -> Drawing:
+    """One bar per answer, from 0 to 1."""
+    title = "Utilisation: share of time spent computing"
+    drawing = Drawing(title, what=_WHAT, size=(6.4, 0.9 + 0.3 * len(names)))
+    drawing.spans(names, [(0.0, value) for value in values], told=[f"{x:.0%}" for x in values])
+    drawing.share_axis("x")
+    return drawing.finish()
 
 
-def _x(value: float, low: int, high: int) -> float:
-    return LEFT + (log10(value) - low) / (high - low) * _inner_width()
+def _lines(title: str, series: list[Series]) -> Drawing:
+    drawing = Drawing(title, what=_WHAT, size=_SIZE, names=[name for name, _ in series])
+    for index, (name, points) in enumerate(series):
+        # A line that later ones cover is wider than they are, and so is seen.
+        over = sum(_covers(points, later) for _, later in series[index + 1 :])
+        xs, ys = zip(*points, strict=True)
+        drawing.line(name, xs, ys, marker=".", linewidth=1.8 + 1.6 * min(over, 3))
+    drawing.log_axis("x", lambda value: f"{value:g}")
+    return drawing
 
 
-def _x_ticks(low: int, high: int) -> list[str]:
-    parts, bottom = [], TOP + _inner_height()
-    for power in range(low, high + 1):
-        x = _x(10.0**power, low, high)
-        parts.append(_text(x, bottom + 18, f"{10.0**power:g}", "middle"))
-        parts.append(f'<line x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{bottom:.1f}" class="grid"/>')
-    return parts
-
-
-def _lines(series: list[Series], low: int, high: int, share: Callable[[float], float]) -> list[str]:
-    """Lines and their legend; `share` of the height of a value."""
-    parts = []
-    for i, (name, points) in enumerate(series):
-        colour = COLOURS[i % len(COLOURS)]
-        dash = "" if i < len(COLOURS) else ' stroke-dasharray="5 3"'
-        at = [(_x(x, low, high), TOP + (1 - share(y)) * _inner_height()) for x, y in points]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>'
-        )
-        y, x = TOP + 12 + 17 * i, WIDTH - RIGHT + 12
-        parts.append(f'<rect x="{x}" y="{y - 8}" width="14" height="4" fill="{colour}"/>')
-        parts.append(_text(x + 20, y, name, "start"))
-    return parts
-
-
-def bars_svg(bars: list[tuple[str, float]]) -> str:
-    """One bar per answer; y runs from 0 to 1."""
-    parts = _frame("")
-    step = _inner_width() / len(bars)
-    for i, (name, value) in enumerate(bars):
-        height = value * _inner_height()
-        x, y = LEFT + (i + 0.15) * step, TOP + _inner_height() - height
-        parts.append(
-            f'<rect x="{x:.1f}" y="{y:.1f}" width="{0.7 * step:.1f}" height="{height:.1f}" '
-            f'fill="{COLOURS[i % len(COLOURS)]}"/>'
-        )
-        parts.append(_text(x + 0.35 * step, TOP + _inner_height() + 18, name, "middle"))
-        parts.append(_text(x + 0.35 * step, y - 5, f"{100 * value:.0f}%", "middle"))
-    return _document(parts)
-
-
-def _inner_width() -> int:
-    return WIDTH - LEFT - RIGHT
-
-
-def _inner_height() -> int:
-    return HEIGHT - TOP - BOTTOM
-
-
-def _frame(x_name: str) -> list[str]:
-    parts = [_text(LEFT, TOP - 16, "utilisation: share of time spent computing", "start")]
-    for tick in range(0, 101, 20):
-        y = TOP + (1 - tick / 100) * _inner_height()
-        parts.append(_text(LEFT - 8, y + 4, f"{tick}%", "end"))
-        parts.append(
-            f'<line x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}" class="grid"/>'
-        )
-    parts.append(_text(LEFT + _inner_width() / 2, HEIGHT - 12, x_name, "middle"))
-    return parts
-
-
-def _text(x: float, y: float, words: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
-
-
-def _document(parts: list[str]) -> str:
-    style = "text{font:12px sans-serif;fill:#222}.grid{stroke:#ddd;stroke-width:1}"
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        f'width="{WIDTH}" height="{HEIGHT}"><style>{style}</style>'
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>'
-    )
-    return "\n".join([head, *parts, "</svg>"]) + "\n"
+def _covers(points: list[tuple[float, float]], other: list[tuple[float, float]]) -> bool:
+    """Whether two lines cannot be told apart."""
+    pairs = zip(points, other, strict=False)
+    return len(points) == len(other) and all(abs(a - b) <= 0.02 * a for (_, a), (_, b) in pairs)

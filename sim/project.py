@@ -7,56 +7,40 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fomoe_sim.evaluate import Columns, Grid, answer_one, evaluate, grid, vary
-from fomoe_sim.methods import METHODS, PUBLIC, method_of, unused
-from fomoe_sim.options import AXES, GRID, Ask, add_flags, check_ask, check_methods, read_flags
-from fomoe_sim.plot import draw, tornado_svg
+from fomoe_sim.evaluate import Columns, Row, answer_one, evaluate
+from fomoe_sim.methods import METHODS, method_of, unused
+from fomoe_sim.options import (
+    AXES,
+    GRID,
+    OPTIONS,
+    Ask,
+    add_flags,
+    check_ask,
+    check_methods,
+    read_flags,
+)
+from fomoe_sim.plot import check_path, draw, draw_tornado
 from fomoe_sim.question import Question, baseline, build, check_fragments, has_experts, own_method
-from fomoe_sim.show import Row, days, explain, to_csv, to_json, to_table, words
-from fomoe_sim.solve import days_within, least, utilisation_of
+from fomoe_sim.show import days, explain, to_csv, to_json, to_table, words
+from fomoe_sim.sites import Grid, grid
+from fomoe_sim.solve import days_within, least, tornado, utilisation_of
 from fomoe_sim.trainer import ConfigError, hint, say_line
 from fomoe_sim.units import check_number, flag_of, read_rate
 
 LIMIT = 1_000_000  # of a sweep
 
 
-def add_command(subparsers: Any) -> None:
-    """Register `project` with the subparsers of an argparse parser."""
-    parser = subparsers.add_parser(
-        "project", help="project traffic, memory, time and money of a run, before it is bought"
-    )
-    add_flags(parser)
-    group = parser.add_argument_group("what is asked")
-    group.add_argument("--method", help=f"{', '.join(PUBLIC)}; a config's own")
-    group.add_argument(
-        "--compare", metavar="M,M", help="several methods, and the same accelerators on one site"
-    )
-    group.add_argument(
-        "--sweep",
-        nargs="+",
-        metavar="AXIS=VALUES",
-        help="grid of options: 1,2,4, or 32..512 (doubling), or 1..100..1 (with a step)",
-    )
-    group.add_argument(
-        "--solve",
-        choices=("bandwidth", "local_steps", "break_even"),
-        help="least value that reaches a target; break_even: the bandwidth at which a run takes no "
-        "more days than the same accelerators on one site",
-    )
-    group.add_argument("--utilisation", type=float, help="that target, between 0 and 1")
-    group.add_argument("--tornado", action="store_true", help="what moves the answer most")
-    shown = parser.add_argument_group("how it is shown")
-    shown.add_argument("--wide", action="store_true", help="more columns than 100 characters hold")
-    shown.add_argument("--json", action="store_true", help="one object, or a list of them")
-    shown.add_argument("--csv", action="store_true", help="all columns, one row per configuration")
-    shown.add_argument("--plot", metavar="OUT.svg", help="also draw it")
-    shown.add_argument("--explain", action="store_true", help="columns, units, defaults, sources")
-    parser.set_defaults(run=run)
+SAID = ("method", "compare", "sweep", "solve", "utilisation", "tornado")
+SHOWN = ("wide", "json", "csv", "plot", "explain")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the question, of what is asked about it, and of how it is shown."""
+    add_flags(parser, [*SAID, *SHOWN])
 
 
 def run(args: argparse.Namespace) -> int:
@@ -93,6 +77,38 @@ def run(args: argparse.Namespace) -> int:
         say_line(f"fomoe: --cluster {args.cluster}: {verdict}")
         return 1
     return 0
+
+
+def _tornado(args: argparse.Namespace, ask: Ask, method: str) -> int:
+    """What moves the days of one question most, each assumption alone."""
+    found = tornado(build(ask, method))
+    print(f"days of {method}, one assumption changed at a time, widest first:")
+    wide = max(len(name) for name, *_ in found)
+    for name, low, high in found:
+        print(f"  {name:<{wide}}  {days(low):>10} to {days(high):<10}")
+    if args.plot:
+        draw_tornado(args.plot, found)
+    return 0
+
+
+def project(ask: Ask, *, method: str | None = None) -> Row:
+    """Answer one question: what a run costs in bytes, memory, time and money.
+
+    Args:
+        ask: the model or config, and whatever differs from the defaults.
+        method: by default the config's own, else FoMoE.
+
+    Returns:
+        Values by column; `fomoe project --explain` says what each means, and its unit.
+
+    Raises:
+        ConfigError: naming the option as the command line has it.
+    """
+    ask = read_flags(argparse.Namespace(**vars(ask)))
+    check_ask(ask)
+    name = method_of(method, config=ask.config is not None).name if method else own_method(ask)
+    check_methods(ask, [name], experts=has_experts(ask))
+    return answer_one(build(ask, name))
 
 
 def methods_asked(args: argparse.Namespace, ask: Ask) -> list[str]:
@@ -145,8 +161,8 @@ def _check_output(args: argparse.Namespace, ask: Ask) -> None:
         raise ConfigError("--sweep", args.sweep, "contradicts --solve")
     if args.tornado and (args.sweep or args.solve or args.compare or args.csv or args.json):
         raise ConfigError("--tornado", "", "asks about one question and prints a table of its own")
-    if args.plot and Path(args.plot).suffix != ".svg":
-        raise ConfigError("--plot", args.plot, "must end in .svg")
+    if args.plot:
+        check_path(args.plot)
 
 
 def _print(
@@ -166,38 +182,42 @@ def _print(
 # ------------------------------------------------------------------------------------------ sweeps
 
 
-def read_axis(text: str) -> tuple[str, list[float]]:
-    """One `name=values`: a list `1,2,4`, a doubling range `32..512`, or `1..100..1` with a step.
+def read_axes(texts: Iterable[str]) -> dict[str, list[float]]:
+    """Axes of a sweep by name, from `name=values`: a list `1,2,4`, a doubling range `32..512`, or
+    `1..100..1` with a step.
 
     Raises:
-        ConfigError: if the name is no axis or a value is no number.
+        ConfigError: if a name is no axis, or a value is no number of it.
     """
-    name, equals, values = text.partition("=")
-    name = name.strip().replace("-", "_")
-    if not equals or not values:
-        raise ConfigError("--sweep", text, "must have the form name=1,2,4 or name=32..512")
-    if name not in AXES:
-        raise ConfigError("--sweep", name, f"is not an axis; {hint(name, AXES)}")
-    found: list[float] = []
-    for part in values.split(","):
-        ends = part.split("..")
-        if len(ends) > 3:
-            raise ConfigError("--sweep", part, "must be a number, A..B or A..B..STEP")
-        found += _range(name, part, [_number(name, end) for end in ends])
-    return name, found
+    axes: dict[str, list[float]] = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not values:
+            raise ConfigError("--sweep", text, "must have the form name=1,2,4 or name=32..512")
+        if name not in AXES:
+            raise ConfigError("--sweep", name, f"is not an axis; {hint(name, AXES)}")
+        if name in axes:
+            raise ConfigError("--sweep", name, "stands twice")
+        axes[name] = [value for part in values.split(",") for value in _values(name, part)]
+    return axes
 
 
-def _range(name: str, text: str, ends: list[float]) -> list[float]:
-    if len(ends) == 1:
-        return ends
-    start, stop = ends[0], ends[1]
-    step = ends[2] if len(ends) == 3 else None
-    if stop < start or start <= 0 or (step is not None and step <= 0):
+def _values(name: str, text: str) -> list[float]:
+    """One number, or those of a range."""
+    ends = text.split("..")
+    if len(ends) > 3:
+        raise ConfigError("--sweep", text, "must be a number, A..B or A..B..STEP")
+    numbers = [_number(name, end) for end in ends]
+    if len(numbers) == 1:
+        return numbers
+    first, last = numbers[:2]
+    step = numbers[2] if len(numbers) == 3 else None
+    if last < first or first <= 0 or (step is not None and step <= 0):
         raise ConfigError(f"--sweep {name}", text, "must run upwards from above 0")
-    values, value = [], start
-    while value <= stop * (1 + 1e-12):
+    values = [first]
+    while (value := values[-1] * 2 if step is None else values[-1] + step) <= last * (1 + 1e-12):
         values.append(value)
-        value = value * 2 if step is None else value + step
         if len(values) > LIMIT:
             raise ConfigError(f"--sweep {name}", text, f"has more than {LIMIT} values")
     return values
@@ -206,24 +226,13 @@ def _range(name: str, text: str, ends: list[float]) -> list[float]:
 def _number(name: str, text: str) -> float:
     if name == "bandwidth":
         return read_rate(text, "--sweep bandwidth")
-    limits = Ask.__dataclass_fields__[name].metadata
+    least_, most = OPTIONS[name][3]
     pattern = r"[0-9]{1,18}(\.[0-9]+)?|\.[0-9]+" if name == "bits" else r"[0-9]{1,18}"
     if not re.fullmatch(pattern, text.strip()):
         kind = "number" if name == "bits" else "whole number"
         raise ConfigError(f"--sweep {name}", text, f"must be a {kind}")
-    check_number(f"--sweep {name}", float(text), limits["low"], limits["high"])
+    check_number(f"--sweep {name}", float(text), least_, most)
     return float(text)
-
-
-def read_axes(texts: Iterable[str]) -> dict[str, list[float]]:
-    """All axes of a sweep by name."""
-    axes: dict[str, list[float]] = {}
-    for text in texts:
-        name, values = read_axis(text)
-        if name in axes:
-            raise ConfigError("--sweep", name, "stands twice")
-        axes[name] = values
-    return axes
 
 
 def sweep(
@@ -275,67 +284,3 @@ def _check_axes(ask: Ask, axes: dict[str, list[float]]) -> None:
             raise ConfigError(flag_of(name), getattr(ask, name), f"contradicts --sweep {name}")
     if size > LIMIT:
         raise ConfigError("--sweep", size, f"has more than {LIMIT} configurations")
-
-
-# ----------------------------------------------------------------------------------------- tornado
-
-
-def _tornado(args: argparse.Namespace, ask: Ask, method: str) -> int:
-    """What moves the days of one question most, each assumption alone."""
-    found = tornado(build(ask, method))
-    print(f"days of {method}, one assumption changed at a time, widest first:")
-    wide = max(len(name) for name, *_ in found)
-    for name, low, high in found:
-        print(f"  {name:<{wide}}  {days(low):>10} to {days(high):<10}")
-    if args.plot:
-        tornado_svg(args.plot, found)
-    return 0
-
-
-def tornado(question: Question) -> list[tuple[str, float, float]]:
-    """(assumption, fewest days, most days), the widest first."""
-    cluster = question.cluster
-    base = evaluate([grid(question)]).rows()[0]
-    # As many failures a site as all of them have on average.
-    mtbf_hours = 24 * base["days"] * cluster.num_sites / base["failures_per_run"]
-    pairs = {
-        "every link, half and twice": [
-            vary(question, cluster=_scaled_links(question, factor)) for factor in (0.5, 2.0)
-        ],
-        "link efficiency 0.6 and 1": [
-            vary(question, cluster=replace(cluster, efficiency=share)) for share in (0.6, 1.0)
-        ],
-        "round trip, a quarter and 4 times": [
-            vary(question, cluster=replace(cluster, rtt_s=cluster.rtt_s * f)) for f in (0.25, 4.0)
-        ],
-        "local steps, half and twice": [
-            vary(question, local_steps=max(1, round(question.local_steps * f))) for f in (0.5, 2.0)
-        ],
-        "bits, half and twice": [
-            vary(question, bits=min(32.0, question.bits * factor)) for factor in (0.5, 2.0)
-        ],
-        "failures, 4 times as many and a quarter": [
-            vary(question, mtbf_hours=factor * mtbf_hours) for factor in (0.25, 4.0)
-        ],
-        "batch, half and twice": [
-            vary(question, batch_tokens=question.batch_tokens * factor) for factor in (0.5, 2.0)
-        ],
-    }
-    found = [("shares of peak, high and low", base["days_low"], base["days_high"])]
-    for name, pair in pairs.items():
-        try:
-            values = evaluate([grid(one) for one in pair]).values["days"]
-        except ConfigError:
-            continue  # half of the batch may be too small for the accelerators
-        found.append((name, min(values), max(values)))
-    return sorted(found, key=lambda item: item[1] / item[2])
-
-
-def _scaled_links(question: Question, factor: float) -> Any:
-    cluster = question.cluster
-    sites = tuple(
-        replace(site, up_bps=site.up_bps * factor, down_bps=site.down_bps * factor)
-        for site in cluster.sites
-    )
-    uplinks = tuple((name, rate * factor) for name, rate in cluster.uplinks)
-    return replace(cluster, sites=sites, uplinks=uplinks)

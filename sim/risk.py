@@ -1,18 +1,15 @@
 """What goes wrong, and what it costs in time: failures, lost work, restarts, checkpoints, coverage.
 
-A failed site is down until it is repaired and has fetched what it lacks. Without a quorum all sites
-wait for it, and what was computed since the last safe state is lost. Everything is a closed form
-over arrays of points.
+A failed site is down until it is repaired and has fetched what it lacks. All sites wait for it, and
+what was computed since the last safe state is lost. Everything is a closed form over arrays of
+points.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import comb
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fomoe_sim.question import Question
 from fomoe_sim.traffic import Floats, Ints
@@ -33,7 +30,6 @@ class Risk:
     Attributes:
         goodput: share of the time that becomes progress.
         failures_per_hour: of all sites.
-        mtbf_hours, repair_hours: of the least reliable site.
         lost_hours: work that a failure undoes, half an interval between safe states.
         rejoin_bytes, rejoin_s: that a returning site fetches, the largest and the longest.
         coverage_per_hour: how often some expert loses its last live holder; 0 without placement.
@@ -41,8 +37,6 @@ class Risk:
 
     goodput: Floats
     failures_per_hour: float
-    mtbf_hours: float
-    repair_hours: float
     lost_hours: Floats
     rejoin_bytes: float
     rejoin_s: Floats
@@ -57,45 +51,25 @@ def risk(question: Question, *, safe_s: Floats, bandwidth: Floats, state_bytes: 
         bandwidth: of every site's own link instead of the cluster's, bit/s, [P]; NaN: its own.
         state_bytes: of an accelerator, copied for a checkpoint.
     """
-    cluster = question.cluster
-    counts, num_sites = cluster.counts, cluster.num_sites
-    own = question.mtbf_hours
-    mtbf = np.full(num_sites, own) if own else ACCELERATOR_MTBF_HOURS / counts
-    repair = REPAIR_HOURS if question.repair_hours is None else question.repair_hours
+    ask, counts = question.ask, question.cluster.counts
+    each = ask.mtbf_hours
+    mtbf = np.full(len(counts), each) if each else ACCELERATOR_MTBF_HOURS / counts
     amounts, seconds = rejoin(question, bandwidth)  # [K], [P, K]
-    down_hours = repair + seconds / HOUR
+    down_hours = (ask.repair_hours or REPAIR_HOURS) + seconds / HOUR
     up = mtbf / (mtbf + down_hours)  # [P, K]
-    quorum = question.quorum or num_sites
-    interval = np.maximum((question.checkpoint_minutes or CHECKPOINT_MINUTES) / 60, safe_s / HOUR)
+    interval = np.maximum((ask.checkpoint_minutes or CHECKPOINT_MINUTES) / 60, safe_s / HOUR)
     copy_hours = state_bytes / COPY_BYTES_PER_S / HOUR
-    rate = float((1 / mtbf).sum())
-    if quorum == num_sites:
-        # Progress needs every site, and every failure undoes half an interval.
-        lost = interval / 2
-        goodput = up.prod(axis=1) / (1 + rate * lost)
-    else:
-        lost = np.zeros(len(safe_s))
-        goodput = _at_least(quorum, num_sites, up.mean(axis=1))
-    goodput = goodput / (1 + copy_hours / interval)
+    rate, lost = float((1 / mtbf).sum()), interval / 2
+    # Progress needs every site, every failure undoes half an interval, and copies are waited for.
+    goodput = up.prod(axis=1) / (1 + rate * lost) / (1 + copy_hours / interval)
     return Risk(
         goodput=np.maximum(goodput, 1e-9),
         failures_per_hour=rate,
-        mtbf_hours=float(mtbf.min()),
-        repair_hours=repair,
         lost_hours=lost,
         rejoin_bytes=float(amounts.max()),
         rejoin_s=seconds.max(axis=1),
         coverage_per_hour=_coverage(question, mtbf, down_hours),
     )
-
-
-def _at_least(count: int, num_sites: int, chance: Floats) -> Floats:
-    """Probability that at least `count` of K independent events of equal chance happen."""
-    terms = (
-        comb(num_sites, j) * chance**j * (1 - chance) ** (num_sites - j)
-        for j in range(count, num_sites + 1)
-    )
-    return np.minimum(1.0, sum(terms, np.zeros(len(chance))))
 
 
 def _coverage(question: Question, mtbf: Floats, down_hours: Floats) -> Floats:
@@ -130,48 +104,41 @@ def rejoin(question: Question, bandwidth: Floats) -> tuple[Floats, Floats]:
     downlink, each donor's uplink and every shared uplink carry what passes through them, and the
     slowest decides.
     """
-    cluster, num_sites = question.cluster, question.cluster.num_sites
+    cluster, method, shape = question.cluster, question.method, question.shape
+    num_sites = cluster.num_sites
     asked = ~np.isnan(bandwidth)
     amounts, seconds = np.zeros(num_sites), np.zeros((len(bandwidth), num_sites))
-    if num_sites == 1 or not question.method.fetches:
+    if num_sites == 1 or not method.fetches:
         return amounts, seconds
     rates = np.ones(num_sites) if asked.all() else cluster.own_bps[0]
+    everywhere = shape.shared_total if method.stores in ("placed", "share") else shape.total
+    groups: list[tuple[Ints, Ints]] = [(np.arange(num_sites)[None, :], np.array([everywhere]))]
+    if method.stores == "placed":
+        groups += question.holdings.groups
+    width: float = FLOAT32 * method.fetches
+    if not method.every_step and question.counted and question.counted[0].anchor:
+        states = question.counted[0]
+        width = FLOAT32 * (1 + states.outer_optimizer / states.anchor)
     for joiner in range(num_sites):
-        given = _given(question, joiner, rates)
-        amounts[joiner] = given.sum()
-        bits = 8 * given
+        given = width * _given(groups, joiner, rates)
+        amounts[joiner], bits = given.sum(), 8 * given
         own = max(bits.sum() / cluster.own_bps[1, joiner], float((bits / cluster.own_bps[0]).max()))
         shared = 0.0
         for (_, rate), inside in zip(cluster.uplinks, cluster.uplink_members, strict=True):
             takes = bits.sum() if joiner in inside else 0.0
             shared = max(shared, float(bits[inside].sum()) / rate, takes / rate)
-        links = np.where(asked, max(bits.sum(), bits.max()) / np.where(asked, bandwidth, 1.0), own)
+        links = np.where(asked, bits.sum() / np.where(asked, bandwidth, 1.0), own)
         seconds[:, joiner] = np.maximum(links, shared) / cluster.efficiency
     return amounts, seconds
 
 
-def _given(question: Question, joiner: int, up: Floats) -> Floats:
-    """Bytes that every site gives the joiner, [K]."""
-    shape, method = question.shape, question.method
-    num_sites = len(up)
-    everyone: NDArray[np.int64] = np.arange(num_sites)[None, :]
-    shared_only = method.stores in ("placed", "share")
-    to_all = shape.shared_total if shared_only else shape.total
-    groups: list[tuple[Ints, Ints]] = [(everyone, np.array([to_all]))]
-    if method.stores == "placed":
-        groups += question.holdings.groups
-    given = np.zeros(num_sites)
+def _given(groups: list[tuple[Ints, Ints]], joiner: int, up: Floats) -> Floats:
+    """Elements that every site gives the joiner, [K]."""
+    given = np.zeros(len(up))
     for members, numel in groups:
         mine = (members == joiner).any(axis=1)
         rates = np.where(members == joiner, 0.0, up[members])[mine]  # [B, n]
         total = rates.sum(axis=1, keepdims=True)
         share = np.divide(rates, total, out=np.zeros_like(rates), where=total > 0)
         np.add.at(given, members[mine], share * numel[mine][:, None])
-    return given * _bytes_per_element(question)
-
-
-def _bytes_per_element(question: Question) -> Any:
-    states = question.counted
-    if not question.method.every_step and states is not None and states[0].anchor:
-        return FLOAT32 * (1 + states[0].outer_optimizer / states[0].anchor)
-    return FLOAT32 * question.method.fetches
+    return given

@@ -3,12 +3,13 @@
 The trainer writes one JSON object per line. Used here are those of kind `round`, one per site:
 `round, site, train_s, sync_s, wire_bytes, payload_bytes, local_steps`. A site's `sync_s` includes
 its wait for slower sites, so a link shows only where the records of all sites stand side by side.
-Damaged lines are left out, and with them the rounds that are then not those of all sites.
+Damaged lines are left out, and with them the rounds that are then not those of all sites. What a
+step executes and a sync reduces comes from the run's `config.yaml`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -16,22 +17,20 @@ from typing import Any
 
 import numpy as np
 
-from fomoe_sim.shape import shape_from_config
+from fomoe_sim.shape import shape_from_config, token_work
 from fomoe_sim.traffic import executed_share, table_holdings
 from fomoe_sim.trainer import (
     Config,
     ConfigError,
-    Lines,
-    Placement,
     build_placement,
-    counted,
     load,
+    plan_run,
     read_lines,
+    say_line,
 )
-from fomoe_sim.work import token_work
 
-Say = Callable[[str], None]
 NUMBERS = ("round", "site", "train_s", "sync_s", "wire_bytes", "payload_bytes", "local_steps")
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,122 +45,110 @@ class Round:
         train_s: time of the local steps at the slowest site.
         sync_s: time from there to the end of the sync; the wait for slower sites is not in it.
         wire_bytes, payload_bytes: of the site that sent most.
-        step_flops: FLOPs of one step at the site that executes most, from the run's config under
-            balanced routing; None without a config.
+        step_flops: FLOPs of one step at the site that executes most, under balanced routing.
+        planned_payload_bytes: what the run's config says that site reduces.
         missing_sites: sites of the config that left no record of the round here.
-        planned_payload_bytes: what the run's config says that site reduces; None without a config.
     """
 
     run: str
     index: int
     local_steps: int
-    num_syncs: int
+    num_syncs: int = 1
     train_s: float
     sync_s: float
     wire_bytes: int
     payload_bytes: int
-    step_flops: float | None = None
+    step_flops: float
+    planned_payload_bytes: int
     missing_sites: tuple[int, ...] = ()
-    planned_payload_bytes: int | None = None
 
     @property
     def round_s(self) -> float:
         return self.train_s + self.sync_s
 
 
-def read_runs(folders: Iterable[str | Path], say: Say = lambda line: None) -> list[Round]:
+def read_runs(folders: Iterable[str | Path]) -> list[Round]:
     """Rounds of several runs, in order.
-
-    Args:
-        folders: of the runs.
-        say: told of each file with damaged lines, in one line.
 
     Raises:
         ConfigError: naming the folder, if it holds no rounds to fit a link from.
     """
-    names = dict.fromkeys(map(str, folders))
-    return [round_ for folder in names for round_ in read_run(folder, say)]
+    return [one for folder in dict.fromkeys(map(str, folders)) for one in read_run(folder)]
 
 
-def read_run(folder: str | Path, say: Say = lambda line: None) -> list[Round]:
+def read_run(folder: str | Path) -> list[Round]:
     """Rounds of one run; a round that was repeated after a resume counts once, as it ran last."""
     folder = Path(folder)
-    config_path = folder / "config.yaml"
-    config = load(str(config_path)) if config_path.exists() else None
     path = folder / "metrics.jsonl"
-    table: dict[int, dict[int, dict[str, Any]]] = {}
-    lines = _read(path, say)
-    damaged = bool(lines.damaged)
-    for record in _round_records(lines, path):
+    records, damaged = _read(path)
+    table: dict[int, dict[int, Record]] = {}
+    for record in records:
         table.setdefault(int(record["round"]), {})[int(record["site"])] = record
     if not table:
         raise ConfigError(str(path), "", "has no round records")
     if len({site for sites in table.values() for site in sites}) > 1:
         rule = "is a proxy run, whose sites exchange in memory: it shows no link to calibrate"
         raise ConfigError("run", str(folder), rule)
-    for path in folder.glob("metrics.site*.jsonl"):
-        lines = _read(path, say)
-        damaged |= bool(lines.damaged)
-        for record in _round_records(lines, path):
+    config = load(str(folder / "config.yaml"))
+    for other in folder.glob("metrics.site*.jsonl"):
+        records, torn = _read(other)
+        damaged |= torn
+        for record in records:
             index, site = int(record["round"]), int(record["site"])
             # A longer or larger run that was replaced here may have left its other sites' files.
-            if index in table and (config is None or site < config.num_sites):
+            if index in table and site < config.num_sites:
                 table[index][site] = record
     if damaged:
         everyone = {site for sites in table.values() for site in sites}
         table = {index: sites for index, sites in table.items() if sites.keys() == everyone}
         if not table:
-            raise ConfigError(str(path.parent), "", "has no round with the records of all sites")
+            raise ConfigError(str(folder), "", "has no round with the records of all sites")
     if not any(record["wire_bytes"] for sites in table.values() for record in sites.values()):
-        rule = "sent no bytes between sites: it shows no link to calibrate"
-        raise ConfigError("run", str(folder), rule)
-    known = _known(config) if config else None
-    return [_merge(str(folder), index, table[index], known) for index in sorted(table)]
+        raise ConfigError(
+            "run", str(folder), "sent no bytes between sites: it shows no link to calibrate"
+        )
+    return list(_rounds(str(folder), table, config))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Known:
-    """What a run's config alone says of one sync: see `Round`.
+def _rounds(run: str, table: dict[int, dict[int, Record]], config: Config) -> Iterator[Round]:
+    """One round over its sites' records, in order."""
+    payload = [traffic.payload for traffic in plan_run(config).traffic]
+    flops = most_step_flops(config)
+    for index, sites in sorted(table.items()):
+        records = list(sites.values())
+        local_steps = int(max(record["local_steps"] for record in records))
+        train_s = max(record["train_s"] for record in records)
+        end_s = max(record["train_s"] + record["sync_s"] for record in records)
+        num_syncs = local_steps if config.sync.average == "gradients" else 1
+        yield Round(
+            run=run,
+            index=index,
+            local_steps=local_steps,
+            num_syncs=num_syncs,
+            train_s=train_s,
+            sync_s=end_s - train_s,
+            wire_bytes=int(max(record["wire_bytes"] for record in records)),
+            payload_bytes=int(max(record["payload_bytes"] for record in records)),
+            step_flops=flops,
+            planned_payload_bytes=num_syncs * max(payload[s] for s in sites if s < len(payload)),
+            missing_sites=tuple(s for s in range(len(payload)) if s not in sites),
+        )
 
-    Attributes:
-        payload: bytes at every site.
-        step_flops: of one step at the site that executes most.
-        every_step: whether the sites sync after every step.
-    """
 
-    payload: dict[int, int]
-    step_flops: float
-    every_step: bool
-
-
-def _known(config: Config) -> Known:
-    return Known(
-        payload=dict(enumerate(counted(config).payload)),
-        step_flops=most_step_flops(config, build_placement(config)),
-        every_step=config.sync.average == "gradients",
-    )
-
-
-def most_step_flops(config: Config, placement: Placement) -> float:
+def most_step_flops(config: Config) -> float:
     """FLOPs of one step at the site that executes most, under balanced routing."""
     shape = shape_from_config(config, "run")
     executed = np.ones(1)
     if config.model.moe_layers and config.router.route_scope == "all":
-        residents = table_holdings(shape, placement).residents
+        residents = table_holdings(shape, build_placement(config)).residents
         executed = executed_share(shape, residents, config.router.at_least_one)
     work = token_work(shape, config.data.seq_len)
     per_token = work.products + work.scores + work.experts * executed.max()
     return float(config.tokens_per_step * per_token)
 
 
-def _round_records(lines: Lines, path: Path) -> Iterable[dict[str, Any]]:
-    for number, _, record in lines.objects:
-        if record.get("kind") == "round":
-            _check_record(record, f"{path}:{number}")
-            yield record
-
-
-def _read(path: Path, say: Say) -> Lines:
+def _read(path: Path) -> tuple[list[Record], bool]:
+    """Round records of a file, each checked, and whether lines of it are damaged."""
     try:
         lines = read_lines(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -170,11 +157,16 @@ def _read(path: Path, say: Say) -> Lines:
         raise ConfigError(str(path), "", f"cannot be read: {error.strerror}") from None
     if lines.damaged:
         first, count = lines.damaged[0], len(lines.damaged)
-        say(f"{path}: damaged lines left out: {count}, the first is line {first}")
-    return lines
+        say_line(f"{path}: damaged lines left out: {count}, the first is line {first}")
+    found = []
+    for number, _, record in lines.objects:
+        if record.get("kind") == "round":
+            _check_record(record, f"{path}:{number}")
+            found.append(record)
+    return found, bool(lines.damaged)
 
 
-def _check_record(record: dict[str, Any], where: str) -> None:
+def _check_record(record: Record, where: str) -> None:
     for name in NUMBERS:
         value = record.get(name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -183,27 +175,3 @@ def _check_record(record: dict[str, Any], where: str) -> None:
     for name in ("train_s", "sync_s", "local_steps"):
         if record[name] == 0:
             raise ConfigError(f"{where} {name}", 0, "must be above 0")
-
-
-def _merge(run: str, index: int, sites: dict[int, dict[str, Any]], known: Known | None) -> Round:
-    records = list(sites.values())
-    local_steps = int(max(record["local_steps"] for record in records))
-    train_s = max(record["train_s"] for record in records)
-    end_s = max(record["train_s"] + record["sync_s"] for record in records)
-    wire_bytes = int(max(record["wire_bytes"] for record in records))
-    num_syncs = local_steps if known and known.every_step else 1
-    return Round(
-        run=run,
-        index=index,
-        local_steps=local_steps,
-        num_syncs=num_syncs,
-        train_s=train_s,
-        sync_s=end_s - train_s,
-        wire_bytes=wire_bytes,
-        payload_bytes=int(max(record["payload_bytes"] for record in records)),
-        step_flops=known.step_flops if known else None,
-        missing_sites=tuple(s for s in known.payload if s not in sites) if known else (),
-        planned_payload_bytes=(
-            num_syncs * max(known.payload.get(site, 0) for site in sites) if known else None
-        ),
-    )

@@ -1,4 +1,4 @@
-"""Shapes of models and their parameters, wider than what the trainer builds; presets by name.
+"""Shapes of models: their parameters, and what one token costs them in FLOPs and kept values.
 
 The trainer builds one family; the presets need more (latent attention, biases, sinks, ungated
 FFNs). A config's sums equal those of the parameters that the trainer lists, which a test holds.
@@ -6,11 +6,15 @@ FFNs). A config's sums equal those of the parameters that the trainer lists, whi
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 from fomoe_sim.trainer import Config, ConfigError, hint, read_data, read_yaml, stamp
+from fomoe_sim.units import read_record
+
+TRAIN = 3  # forward, and a backward pass of twice its cost (arXiv 2001.08361, section 2.1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,70 +178,47 @@ class ModelShape:
 # ------------------------------------------------------------------------------------------ names
 
 
-@lru_cache(maxsize=64)
 def model_preset(name: str) -> ModelShape:
     """The shape of a named model, or of a YAML file of one shape.
 
     Raises:
         ConfigError: if there is none of that name; lists the nearest.
     """
-    if name.endswith((".yaml", ".yml")):
-        return _from_file(name, stamp(name))
+    return _model(name, stamp(name) if name.endswith((".yaml", ".yml")) else None)
+
+
+@lru_cache(maxsize=64)
+def _model(name: str, file: int | None) -> ModelShape:
+    if file is not None:
+        return read_shape(Path(name).stem, read_yaml(name), f"--model {name}")
     table = read_data("models")
     if name not in table:
-        rule = f"is not a model preset; {hint(name, table)}"
-        raise ConfigError("--model", name, rule)
+        raise ConfigError("--model", name, f"is not a model preset; {hint(name, table)}")
     return read_shape(name, table[name], "--model")
 
 
-def _from_file(path: str, _: int) -> ModelShape:
-    return read_shape(path.rsplit("/", 1)[-1].rsplit(".", 1)[0], read_yaml(path), f"--model {path}")
-
-
-def read_shape(name: str, tree: dict[str, Any], field: str) -> ModelShape:
+def read_shape(name: str, tree: dict[str, Any], where: str) -> ModelShape:
     """A shape from the keys of `ModelShape` and `Attention`.
 
     Raises:
         ConfigError: for a key that is unknown, missing or of the wrong kind.
     """
-    tree = {"name": name} | tree
-    tree["attention"] = _read(Attention, tree.get("attention"), f"{field} attention")
-    shape = _read(ModelShape, tree, field)
+    attention = read_record(Attention, tree.get("attention"), f"{where} attention")
+    shape: ModelShape = read_record(
+        ModelShape, {"name": name, **tree, "attention": attention}, where
+    )
+    for key in ("num_layers", "d_model", "vocab_size", "seq_len"):
+        if not getattr(shape, key):
+            raise ConfigError(f"{where} {key}", 0, "must be at least 1")
+    if not attention.heads:
+        raise ConfigError(f"{where} attention heads", 0, "must be at least 1")
     experts = (shape.num_experts, shape.top_k, shape.expert_ffn)
     if any(experts) and not (all(experts) and shape.top_k <= shape.num_experts):
         rule = "num_experts, top_k and expert_ffn go together, top_k at most num_experts"
-        raise ConfigError(f"{field} num_experts", shape.num_experts, rule)
+        raise ConfigError(f"{where} num_experts", shape.num_experts, rule)
     if shape.num_dense and not (shape.dense_ffn or shape.dense_widths):
-        raise ConfigError(f"{field} dense_ffn", shape.dense_ffn, "is needed by its dense layers")
+        raise ConfigError(f"{where} dense_ffn", shape.dense_ffn, "is needed by its dense layers")
     return shape
-
-
-def _read(kind: Any, tree: Any, field: str) -> Any:
-    if not isinstance(tree, dict):
-        raise ConfigError(field, tree, "must be a mapping of options")
-    known = {item.name: item for item in fields(kind)}
-    for key, value in tree.items():
-        if key not in known:
-            near = hint(str(key), known)
-            raise ConfigError(f"{field} {key}", "", f"is not an option; {near}")
-        number = isinstance(value, int) and not isinstance(value, bool)
-        if known[key].type == "int" and not (number and 0 <= value < 10**9):
-            raise ConfigError(f"{field} {key}", value, "must be a whole number of at least 0")
-        if known[key].type == "bool" and not isinstance(value, bool):
-            raise ConfigError(f"{field} {key}", value, "must be true or false")
-        if isinstance(value, list):
-            tree = tree | {key: tuple(value)}
-    missing = [n for n, item in known.items() if n not in tree and _needed(item)]
-    if missing:
-        raise ConfigError(f"{field} {missing[0]}", "", "is needed")
-    small = [n for n in ("num_layers", "d_model", "vocab_size", "heads") if tree.get(n) == 0]
-    if small:
-        raise ConfigError(f"{field} {small[0]}", 0, "must be at least 1")
-    return kind(**tree)
-
-
-def _needed(item: Any) -> bool:
-    return item.default is MISSING
 
 
 def shape_from_config(config: Config, name: str) -> ModelShape:
@@ -268,3 +249,101 @@ def shape_from_config(config: Config, name: str) -> ModelShape:
         seq_len=config.data.seq_len,
         source="the config's own arithmetic",
     )
+
+
+# ----------------------------------------------------------------------------------- one token
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenWork:
+    """Training FLOPs of one token without recomputation, and the values that its layers keep.
+
+    Attributes:
+        products: matrix products but routed experts'.
+        experts: products of all top-k routed experts of all layers.
+        scores: causal attention's two products with the scores.
+        kept: elements kept for the backward pass if nothing is recomputed, routed experts left out.
+        kept_experts: elements that the top-k routed experts add.
+    """
+
+    products: float
+    experts: float
+    scores: float
+    kept: float
+    kept_experts: float
+
+    @property
+    def full(self) -> float:
+        return self.products + self.experts + self.scores
+
+    @property
+    def expert_fraction(self) -> float:
+        """Routed experts' share of the FLOPs."""
+        return self.experts / self.full
+
+
+@lru_cache(maxsize=256)
+def token_work(shape: ModelShape, seq_len: int) -> TokenWork:
+    """Work of one token at a context length; attention is causal, so a token sees half of it."""
+    matrices = 3 if shape.gated else 2
+    experts = shape.num_moe_layers * shape.top_k * matrices * shape.d_model * shape.expert_ffn
+    # Tied or not, the head is one product; the embedding is a look-up.
+    weights = shape.vocab_size * shape.d_model
+    weights += shape.num_layers * shape.attention.matrices(shape.d_model)
+    weights += (
+        shape.num_moe_layers * shape.d_model * (shape.num_experts + matrices * shape.shared_ffn)
+    )
+    weights += matrices * shape.d_model * sum(shape.dense_width(i) for i in range(shape.num_dense))
+    scores = shape.num_layers * shape.attention.score_width * seq_len / 2
+    kept = sum(layer_elements(shape, i, "none") for i in range(shape.num_layers))
+    return TokenWork(
+        products=TRAIN * 2 * weights,
+        experts=TRAIN * 2 * experts,
+        scores=TRAIN * 2 * scores,
+        kept=kept,
+        kept_experts=shape.num_moe_layers * expert_elements(shape, shape.top_k, "none"),
+    )
+
+
+def layer_elements(shape: ModelShape, layer: int, recompute: str) -> float:
+    """Elements per token that one layer keeps, without its routed experts.
+
+    Counted as arXiv 2205.05198 (section 4.1) counts them, for SwiGLU, norms and attention without
+    stored scores. `selective` computes again all that needs no product; `half` also every second
+    product (torchtitan's selective checkpointing of operators).
+    """
+    attention = shape.attention
+    value = attention.value_dim if attention.latent else attention.head_dim
+    queries = attention.heads * (attention.head_dim + attention.rope_dim)
+    kv_heads = attention.heads if attention.latent else attention.kv_heads
+    keys_values = kv_heads * (attention.head_dim + attention.rope_dim + value)
+    width = shape.dense_width(layer) if layer < shape.num_dense else shape.shared_ffn
+    output = attention.heads * value
+    if recompute == "half":
+        # The layer's input and attention's output are kept, and half of all products' outputs.
+        return (
+            shape.d_model
+            + output
+            + 0.5 * (queries + keys_values + 2 * shape.d_model + (1 + shape.gated) * width)
+        )
+    # Inputs of attention and FFN, queries, keys, values, and attention's output twice: heads lie
+    # apart for attention and side by side for the output product.
+    elements: float = 2 * shape.d_model + queries + keys_values + 2 * output
+    if recompute != "selective":
+        elements += 2 * shape.d_model  # normalised inputs of attention and FFN
+    return elements + _hidden(shape, width, recompute)
+
+
+def expert_elements(shape: ModelShape, executed: float, recompute: str) -> float:
+    """Elements per token that an MoE layer's routed experts keep: hidden values, rows, outputs."""
+    rows = 2 * executed * shape.d_model
+    if recompute == "experts":
+        return rows
+    hidden = _hidden(shape, executed * shape.expert_ffn, recompute)
+    return rows + (hidden if recompute != "half" else hidden / 2)
+
+
+def _hidden(shape: ModelShape, width: float, recompute: str) -> float:
+    """Elements of an FFN's hidden width: gate and up (or up), and the activated product."""
+    first = 2 if shape.gated else 1
+    return width * (first if recompute in ("selective", "half") else first + 1)

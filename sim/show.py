@@ -169,14 +169,15 @@ def explain() -> str:
         lines.append(f"  {name}: {low:g}-{high:g}; {kind['source']}")
     lines += [
         "",
-        "Accelerators (USD per hour on demand, GB, bf16 TFLOP/s, GB/s NVLink and NIC, W):",
+        "Accelerators (USD per hour, GB, TFLOP/s bf16 and fp8, GB/s NVLink and NIC, W):",
     ]
     for name in accelerator_names():
         device = accelerator_preset(name)
         low, high = device.price_per_hour
         lines.append(
             f"  {name}: {low:g}-{high:g}, {device.memory_bytes / 1e9:.1f}, "
-            f"{device.peak_flops / 1e12:g}, {device.nvlink / 1e9:g} and {device.nic / 1e9:g}, "
+            f"{device.peak_flops / 1e12:g} and {device.peak_fp8_flops / 1e12:g}, "
+            f"{device.nvlink / 1e9:g} and {device.nic / 1e9:g}, "
             f"{device.watts:g}; {device.source}"
         )
     wrapped = (textwrap.wrap(x, WIDTH, subsequent_indent="    ") if x else [""] for x in lines)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from fomoe_sim.evaluate import Answered
 from fomoe_sim.question import OWN_RECOMPUTE, Question
+from fomoe_sim.sites import Answered
 from fomoe_sim.traffic import cyclic_holdings
 from fomoe_sim.trainer import ConfigError, build_config
 
@@ -20,7 +20,7 @@ RECOMPUTE = {ours: name for name, ours in OWN_RECOMPUTE.items()}
 def config_tree(question: Question, known: Answered) -> dict[str, Any]:
     """Nested options of a plan that `fomoe train` runs, as a YAML experiment has them."""
     shape, attention = question.shape, question.shape.attention
-    num_sites, seq_len = question.cluster.num_sites, question.seq_len
+    num_sites, seq_len = question.cluster.num_sites, question.inside.seq_len
     sequences = max(1, round(question.batch_tokens / num_sites / seq_len))
     micro = min(sequences, int(known.layouts[0].degrees["micro"]))
     accumulate = max(1, round(sequences / micro))
@@ -61,12 +61,17 @@ def config_tree(question: Question, known: Answered) -> dict[str, Any]:
 
 
 def _placement(question: Question) -> dict[str, Any]:
-    counts, replication = question.holdings.residents, question.replication
-    if replication == int(replication):
-        even = cyclic_holdings(question.shape, question.cluster.num_sites, int(replication))
-        if np.array_equal(even.residents, counts):
-            return {"kind": "cyclic", "replication_factor": int(replication)}
-    return {"kind": "cyclic", "capacity": [int(n) for n in counts[0]]}
+    factor = cyclic_factor(question)
+    if factor:
+        return {"kind": "cyclic", "replication_factor": factor}
+    return {"kind": "cyclic", "capacity": [int(n) for n in question.holdings.residents[0]]}
+
+
+def cyclic_factor(question: Question) -> int:
+    """Holders per expert of the even placement that a question has; 0 for any other."""
+    factor = max(1, round(question.replication))
+    even = cyclic_holdings(question.shape, question.cluster.num_sites, factor)
+    return factor if np.array_equal(even.residents, question.holdings.residents) else 0
 
 
 def write_config(path: str | Path, tree: dict[str, Any]) -> None:

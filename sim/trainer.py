@@ -6,7 +6,6 @@ Nothing of it needs torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,35 +14,35 @@ import yaml
 
 from fomoe.config import METHODS as CONFIG_METHODS
 from fomoe.config import Config
-from fomoe.errors import ConfigError, FomoeError, say_line
+from fomoe.copies import site_config
+from fomoe.errors import ConfigError, say_line
+from fomoe.figures import SUFFIXES, Drawing, need_matplotlib
 from fomoe.hints import hint
-from fomoe.jsonlines import Lines, read_lines
+from fomoe.jsonlines import read_lines
 from fomoe.kinds import by_capacity, capacity_slots
 from fomoe.load import build_config, load_config
 from fomoe.memory import SiteMemory
-from fomoe.options import NonNegativeFloat, Options, option_names
+from fomoe.options import option_names
 from fomoe.placement import Placement, build_placement
 from fomoe.planning import plan_run
 from fomoe.yamlfile import read_yaml
 
 __all__ = [
     "CONFIG_METHODS",
+    "SUFFIXES",
     "Config",
     "ConfigError",
-    "FomoeError",
-    "Lines",
-    "NonNegativeFloat",
-    "Options",
+    "Drawing",
     "Placement",
     "SiteMemory",
     "build_config",
     "build_placement",
-    "by_capacity",
     "can_train",
     "capacity_slots",
-    "counted",
     "hint",
     "load",
+    "need_matplotlib",
+    "plan_run",
     "read_data",
     "read_lines",
     "read_yaml",
@@ -74,6 +73,9 @@ def stamp(path: str) -> int:
 def load(path: str, overrides: tuple[str, ...] = ()) -> Config:
     """A config as `fomoe train` would run it, or refuse it.
 
+    With copies of experts it is that of a site's model, which is what the sites store, compute and
+    exchange until the copies part.
+
     Raises:
         ConfigError: also for a run with adapters, whose cost is not that of pre-training.
     """
@@ -86,21 +88,7 @@ def load(path: str, overrides: tuple[str, ...] = ()) -> Config:
 
 @lru_cache(maxsize=512)
 def _load_at(path: str, overrides: tuple[str, ...], _: int) -> Config:
-    return load_config(path, overrides)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Counted:
-    """What the trainer's own arithmetic says of a config, per site."""
-
-    payload: tuple[int, ...]
-    states: tuple[SiteMemory, ...]
-
-
-def counted(config: Config) -> Counted:
-    """Payload of one sync and bytes of state at every site, by the trainer's plan."""
-    run = plan_run(config)
-    return Counted(payload=tuple(t.payload for t in run.traffic), states=run.memory)
+    return site_config(load_config(path, overrides))
 
 
 def slots_placement(
@@ -120,6 +108,7 @@ _ABILITIES = {
     "accelerators": ("several accelerators per site", ""),
     "adam": ("Adam states of 16 or 8 bits", ""),
     "mixed": ("bf16 weights with fp32 masters", ""),
+    "fp8": ("products in fp8", ""),
 }
 
 

@@ -47,7 +47,8 @@ DRY: dict[str, tuple[str, ...]] = {
     ),
     "router rows": ("sync.router_rows=holders",),
     "local": ("placement.replication_factor=1", "sync.single_holder=local"),
-    **{method: (f"method={method}",) for method in METHODS if method != "fomoe"},
+    **{method: (f"method={method}",) for method in METHODS if method not in ("fomoe", "copies")},
+    "copies": ("method=copies", "placement.replication_factor=1", "model.num_experts=6"),
 }
 TRAIN: dict[str, tuple[str, ...]] = {
     **{name: words for name, words in DRY.items() if name != "capacity with r"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from helpers_study import STAND_IN
 from torch import Tensor
 
 from fomoe.config import Config
@@ -31,7 +33,7 @@ from fomoe.sync.gloo import GlooTransport
 from fomoe.sync.sync import Sync
 from fomoe.sync.transport import InMemoryTransport, Transport, failure_text
 from fomoe.systems import system_of
-from fomoe.train import run_local_steps, synchronize
+from fomoe.training import run_local_steps, synchronize
 
 torch.set_num_threads(1)
 # Optimizers import it at their first step, which two threads must not do at once.
@@ -97,6 +99,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dense": {"method": "dense"},
     "diloco-half": {"method": "diloco-half", "model.head_dim": 6},
     "single": {"method": "single"},
+    "copies, tied": {"method": "copies", "placement.grow_at": 1.0},
+    "copies, apart": {"method": "copies", "placement.grow_at": 0.0},
+    "copies, one holder": {
+        "method": "copies",
+        "placement.replication_factor": 1,
+        "placement.grow_at": 0.4,
+    },
 }
 
 
@@ -278,3 +287,12 @@ def poisoned_memory() -> Iterator[None]:
     yield
     torch.utils.deterministic.fill_uninitialized_memory = before
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A study's runs train nothing; the file lists the calls of their program."""
+    script = tmp_path / "stand_in.py"
+    script.write_text(STAND_IN)
+    monkeypatch.setattr("fomoe.study.work.PROGRAM", [sys.executable, "-I", "-S", str(script)])
+    return tmp_path / "calls"

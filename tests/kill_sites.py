@@ -29,7 +29,7 @@ from fomoe.cli import main as fomoe
 NUM_SITES, KEPT, MOST_KILLS = 4, 3, 6  # kills of one run
 TIMES = {"train_s", "sync_s"}
 fork = multiprocessing.get_context("fork")
-for name in ("fomoe.train", "torch._dynamo"):  # once, before the sites are forked
+for name in ("fomoe.training", "torch._dynamo"):  # once, before the sites are forked
     import_module(name)
 
 

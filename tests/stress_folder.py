@@ -27,7 +27,7 @@ from fomoe.config import Config
 from fomoe.errors import CheckpointError
 from fomoe.files import listing, write_text_atomically
 from fomoe.load import build_config
-from fomoe.merge import merge
+from fomoe.merging import merge
 from fomoe.planning import plan_run
 from fomoe.rundir import claim_run_dir
 from fomoe.runlock import FolderInUseError, lock_folder

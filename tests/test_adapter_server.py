@@ -27,7 +27,7 @@ from fomoe.adapters.server import (
     zero_pad_deltas,
     zero_pad_values,
 )
-from fomoe.train import run_local_steps, synchronize
+from fomoe.training import run_local_steps, synchronize
 
 R, INNER, OUT, S = 4, 7, 5, 2.0
 

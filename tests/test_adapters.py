@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from fomoe.adapters.layers import AdaptedModel, LoraLinear, inputs_and_targets, read_model
 from fomoe.adapters.nesting import participants, passes_per_step, row_ranks, truncations
 from fomoe.planning import plan_run
-from fomoe.train import run_local_steps, synchronize
+from fomoe.training import run_local_steps, synchronize
 
 SCALE = 2.0
 

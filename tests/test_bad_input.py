@@ -84,7 +84,7 @@ OPTIONS = [
     (["rounds"], "override rounds must have the form section.option=value"),
     (["rounds=[1"], "rounds [1 is not valid YAML"),
     (["rounds = 3"], "override 'rounds = 3' has spaces around its name; did you mean rounds=3?"),
-    (["run.tensorboard=x"], "run.tensorboard is not an option of run; choose from dir,"),
+    (["run.carrierpigeon=x"], "run.carrierpigeon is not an option of run; choose from dir,"),
     (["outer.optimizer=Muon"], "outer.optimizer Muon must be an elementwise class"),
     (["run.dir="], "run.dir '' must not be empty"),
     (["run.dir=a\0b"], "run.dir 'a\\x00b' must not hold a NUL"),

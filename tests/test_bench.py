@@ -16,10 +16,11 @@ from bench import answers, baseline, peaks
 from bench.growth import even_routing, growth_rows
 from bench.layers import layer_rows, product_candidates
 from bench.machine import LayerShape, Machine, StepShape
-from bench.plot import growth_svg
+from bench.plot import growth
 from bench.proxy import proxy_row, proxy_rows
 from bench.steps import memory_rows, step_flops, step_rows
 from bench.timing import Timing
+from fomoe.figures import COLOURS
 from fomoe.load import build_config
 from fomoe.shapes import parameter_specs
 
@@ -171,9 +172,14 @@ def test_even_routing_executes_the_share(share: float) -> None:
 
 
 def test_plot_is_made_of_the_rows() -> None:
-    svg = growth_svg(growth_rows(MACHINE))
-    assert svg.count("<polyline") == 4
-    assert "nan" not in svg
+    rows = growth_rows(MACHINE)
+    drawing = growth(rows)
+    drawn = [line.get_xydata().tolist() for axes in drawing.axes for line in axes.lines]
+    assert sum(map(len, drawn)) == len(rows)
+    (routers,) = [line for line in drawing.axes[2].lines if line.get_color() == COLOURS[1]]
+    measured = [[row["value"], row["ms"]] for row in rows if row["series"] == "router"]
+    assert routers.get_xydata().tolist() == sorted(measured)
+    assert all(text in drawing.svg() for text in ("<!-- experts -->", "<!-- router -->"))
 
 
 def result(share: float) -> dict[str, Any]:

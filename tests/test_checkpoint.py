@@ -16,7 +16,7 @@ from fomoe import checkpoint
 from fomoe.checkpoint import round_folder, saved_rounds
 from fomoe.errors import CheckpointError
 from fomoe.load import load_config
-from fomoe.train import train
+from fomoe.training import train
 
 TIMES = ("train_s", "sync_s")
 BYTES = [
@@ -111,9 +111,9 @@ class Stop(Exception):
 
 def crash_in_round(monkeypatch: pytest.MonkeyPatch, round_idx: int, where: str) -> None:
     """Stop before a function of the rounds does its work in one round, as a kill would."""
-    import fomoe.train
+    import fomoe.training
 
-    kept = getattr(fomoe.train, where)
+    kept = getattr(fomoe.training, where)
     calls = iter(range(round_idx + 1))
 
     def stop(*args: Any) -> Any:
@@ -121,7 +121,7 @@ def crash_in_round(monkeypatch: pytest.MonkeyPatch, round_idx: int, where: str) 
             raise Stop
         return kept(*args)
 
-    monkeypatch.setattr(fomoe.train, where, stop)
+    monkeypatch.setattr(fomoe.training, where, stop)
 
 
 @pytest.mark.parametrize("where", ["synchronize", "evaluate_sites", "save_round"])

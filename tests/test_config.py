@@ -67,7 +67,7 @@ MISSPELLED = {
 }
 # Nothing is meant that is near: the names that the section has are said instead.
 FAR = [
-    *("run.tensorboard", "run.name", "run.resume", "run.log_dir", "model.depth", "model.dropout"),
+    *("run.carrierpigeon", "run.name", "run.resume", "run.log_dir", "model.depth", "model.dropout"),
     *("model.hidden_size", "model.norm", "inner.epochs", "inner.steps", "inner.fused", "ls"),
     *("placement.strategy", "sync.compression", "data.path", "data.shuffle", "router.jitter"),
     *("outer.damping", "foo", "epochs", "gpus"),
@@ -147,9 +147,24 @@ WRONG = [
     ("placement.capacity=[4,4,x]", "placement.capacity.2", "'x'", "must be an integer"),
     ("outer.options=[1]", "outer.options", "[1]", "must be a mapping"),
     ("model=3", "model", "3", "must be a section"),
-    ("placement.kind=cylic", "placement.kind", "'cylic'", "must be one of cyclic, common or table"),
-    ("placement={kind: null}", "placement.kind", "null", "must be one of cyclic, common or table"),
-    ("placement={kind: [1]}", "placement.kind", "[1]", "must be one of cyclic, common or table"),
+    (
+        "placement.kind=cylic",
+        "placement.kind",
+        "'cylic'",
+        "must be one of cyclic, common, table or copies",
+    ),
+    (
+        "placement={kind: null}",
+        "placement.kind",
+        "null",
+        "must be one of cyclic, common, table or copies",
+    ),
+    (
+        "placement={kind: [1]}",
+        "placement.kind",
+        "[1]",
+        "must be one of cyclic, common, table or copies",
+    ),
     ("rounds.x=1", "rounds.x", "1", "rounds is not a section"),
     ("inner.beta1=1.0", "inner.beta1", "1.0", "must be less than 1"),
 ]
@@ -411,6 +426,7 @@ def test_the_resolved_config_reloads_equal(tmp_path: Path, method: str) -> None:
         "outer.options={weight_decay: 0.01}" if method in ("fomoe", "ddp") else "seed=3",
         "data.num_shards=5",
         "run.wandb=offline",
+        *(["placement.replication_factor=1", "model.num_experts=6"] if method == "copies" else []),
     ]
     config = load_config(write_config(tmp_path), overrides)
     again = load_config(write(tmp_path, config.to_yaml()))
@@ -421,14 +437,16 @@ def test_the_resolved_config_reloads_equal(tmp_path: Path, method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_sets_what_it_says(tiny: Path, method: str) -> None:
-    config = load_config(tiny, [f"method={method}"])
+    sets = ["num_sites=4"] if method == "copies" else []  # of 3 sites no set can be at 2
+    config = load_config(tiny, [f"method={method}", *sets])
     for name, value in method_settings(config).items():
         read = option(config, name)
         if isinstance(value, dict) and value:  # a whole section: what it leaves out is the default
             read, value = read.model_dump(), type(read)(**value).model_dump()
         assert read == value, name
     r = config.placement.replication_factor
-    assert (config.num_sites, r) == ((1, 1) if method == "single" else (3, r))
+    num_sites = {"single": 1, "copies": 4}.get(method, 3)
+    assert (config.num_sites, r) == (num_sites, 1 if method == "single" else r)
     if method in ("diloco", "photon", "ddp", "dense", "diloco-half"):
         assert r == 3
     elif method != "single":

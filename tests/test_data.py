@@ -386,6 +386,7 @@ def test_all_methods_of_a_comparison_have_equal_text_and_tokens(
         np.save(tmp_path / f"{name}.npy", np.arange(9000) + 9000 * first)
         options = [o.replace(f"{name}.npy", f"{tmp_path}/{name}.npy") for o in options]
     config = write_config(tmp_path)
+    options = [*options, "placement.replication_factor=1", "model.num_experts=6"]  # fit copies
     ours = load_config(config, options, method="fomoe")
     first = build_data(ours, range(ours.num_sites))
     trained = {site: epoch(stream) for site, stream in first.streams.items()}

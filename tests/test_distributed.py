@@ -32,11 +32,11 @@ from safetensors.torch import load_file
 from fomoe.data.dataset import build_data
 from fomoe.errors import DataError, FomoeError, SiteMismatchError
 from fomoe.load import load_config
-from fomoe.merge import merge
+from fomoe.merging import merge
 from fomoe.planning import plan_run, planned_summary
 from fomoe.rundir import agreed, compare_configs, compare_fingerprints
 from fomoe.sync.transport import InMemoryTransport
-from fomoe.train import merged_loss
+from fomoe.training import merged_loss
 
 CONFIG = """
 num_sites: 4

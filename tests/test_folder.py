@@ -21,12 +21,12 @@ from conftest import all_good, over_gloo, tiny_config
 from helpers_cli import fomoe, load_part, records, snapshot, trained, write_config
 from safetensors.torch import load_file, save_file
 
-import fomoe.train as fomoe_train
+import fomoe.training as fomoe_train
 from fomoe import checkpoint, runlock
 from fomoe.checkpoint import remove_parts, round_folder, save_part, saved_rounds
 from fomoe.errors import CheckpointError
 from fomoe.files import listing, remove_if_empty, write_text_atomically
-from fomoe.merge import merge
+from fomoe.merging import merge
 from fomoe.metrics import Metrics
 from fomoe.report import Progress
 from fomoe.rundir import claim_run_dir

@@ -233,7 +233,7 @@ def test_a_site_that_waits_for_others_to_join_can_be_interrupted(start) -> None:
 # `fomoe train` whose rounds are one exchange: site 2 comes too late for it.
 ONE_EXCHANGE = """
 import contextlib, time, types
-from fomoe import build, cli, train
+from fomoe import build, cli, training
 from fomoe.sync.exchange import gather
 
 def rounds(run):
@@ -243,7 +243,7 @@ def rounds(run):
         time.sleep(600)
     gather(run.transport, lambda _: b"and here")
 
-train.run_rounds = rounds
+training.run_rounds = rounds
 build.build_run = lambda _, transport, *__, **___: types.SimpleNamespace(
     transport=transport, progress=contextlib.nullcontext()
 )

@@ -247,6 +247,7 @@ def test_a_section_without_its_kind_is_cyclic():
 def test_every_option_of_every_kind_is_known_by_name_once():
     names = [name for name in option_names(Config) if name.startswith("placement.")]
     options = ("kind", "store", "replication_factor", "capacity", "num_common", "table")
+    options += ("grow_at", "couple")
     assert sorted(names) == sorted(f"placement.{option}" for option in options)
 
 

@@ -30,7 +30,7 @@ from fomoe.resume import expected_state, wrong_value
 from fomoe.resume import resume as resume_run
 from fomoe.run import Run
 from fomoe.sync.transport import InMemoryTransport, Transport
-from fomoe.train import run_local_steps, run_rounds
+from fomoe.training import run_local_steps, run_rounds
 
 SITES = 3
 
@@ -254,7 +254,7 @@ def test_a_crash_in_the_very_first_round_is_no_run_to_lose(
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr("fomoe.train.run_local_steps", stop)
+        patch.setattr("fomoe.training.run_local_steps", stop)
         with pytest.raises(Stop):
             fomoe("train", done / "tiny.yaml", f"run.dir={tmp_path / 'run'}")
     before = everything(tmp_path / "run")
@@ -392,7 +392,7 @@ def test_a_poisoned_optimizer_stops_the_run_in_its_round_and_is_never_saved(
 
     words = [done / "tiny.yaml", f"run.dir={tmp_path / 'run'}", f"method={method}", "rounds=3"]
     with monkeypatch.context() as patch:
-        patch.setattr("fomoe.train.run_local_steps", poisoned)
+        patch.setattr("fomoe.training.run_local_steps", poisoned)
         outcome = fomoe("train", *words)
     assert outcome.status == 1
     reason = f"site 2: its inner optimizer state is not finite ({kind}/final_norm.weight)"

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from conftest import LAYOUTS, all_good, make_run, one_round, over_gloo, tiny_config
+from conftest import LAYOUTS, all_good, make_run, make_site, one_round, over_gloo, tiny_config
 from torch import Tensor
 
 from fomoe.kinds import cyclic
@@ -67,6 +67,12 @@ def test_experts_are_held_by_the_placement_and_the_rest_by_all(layout):
                 assert (segment.start, segment.stop) == (segment.expert, segment.expert + 1)
                 assert segment.holders == run.placement.holders[row][segment.expert]
                 assert segment.trainers == run.placement.trainers[row][segment.expert]
+                continue
+            if config.placement.kind == "copies" and "router" in segment.parameter:
+                row = row_of[segment.layer]
+                own = range(segment.start, segment.stop)  # the rows of one set
+                assert {run.placement.holders[row][e] for e in own} == {segment.holders}
+                assert len(own) * run.placement.num_sets == config.model.num_experts
                 continue
             assert segment.holders == everyone
             rows = config.sync.router_rows == "holders" and "router" in segment.parameter
@@ -194,8 +200,7 @@ def test_a_site_builds_what_the_plan_says_it_holds_and_no_more(layout):
     config = tiny_config(LAYOUTS[layout])
     run = plan_run(config)
     for site in range(config.num_sites):
-        placement = run.placement
-        model = Transformer(config, placement.residents(site), placement.trained(site))
+        model = make_site(config, site).model
         held = {
             s.parameter for b in run.segment_plan.buckets if site in b.holders for s in b.segments
         }

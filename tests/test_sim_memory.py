@@ -8,13 +8,14 @@ import pytest
 from fomoe.load import load_config
 from fomoe.memory import site_memory
 from fomoe.planning import plan_run
-from fomoe_sim import layout, time
+from fomoe_sim import layout, step
 from fomoe_sim.cluster import accelerator_preset
-from fomoe_sim.evaluate import answer_one, evaluate, grid
+from fomoe_sim.evaluate import answer_one, evaluate
 from fomoe_sim.options import Ask
 from fomoe_sim.question import build
 from fomoe_sim.shape import model_preset
-from fomoe_sim.time import SiteWork
+from fomoe_sim.sites import grid
+from fomoe_sim.step import Inside, SiteWork
 from fomoe_sim.trainer import ConfigError, read_data
 
 CONFIG = """
@@ -25,21 +26,21 @@ data: {seq_len: 64}
 """
 
 
-def work(name="100b-moe", count=32, **more):
+def work(name="100b-moe", count=32, tokens=0.0, residents=0.0, **inside):
     shape = model_preset(name)
     options = {
         "shape": shape,
         "device": accelerator_preset("H100"),
         "count": count,
-        "tokens": count * 4.0 * 4096,
-        "seq_len": 4096,
+        "inside": Inside(seq_len=4096, **inside),
+        "tokens": tokens or count * 4.0 * 4096,
         "executed": 1.0,
-        "residents": float(shape.num_experts),
+        "residents": residents or float(shape.num_experts),
         "experts": float(shape.expert_total),
         "shared": float(shape.shared_total),
         "trained": float(shape.total),
     }
-    return SiteWork(**(options | more))
+    return SiteWork(**options)
 
 
 @pytest.mark.parametrize("method", ["fomoe", "diloco", "photon", "ddp", "spes"])
@@ -119,7 +120,7 @@ def test_recomputation_saves_activations_and_costs_products():
     fixed = (("ep", 1), ("pp", 1), ("shard", 32), ("tp", 1), ("zero", 3))
     steps = {
         name: layout.choose(work(recompute=(name,), parallel=fixed, micro_batch=1))
-        for name in time.RECOMPUTE
+        for name in step.RECOMPUTE
     }
     kept = {name: found.parts["activations"] for name, found in steps.items()}
     assert kept["none"] > kept["selective"] > kept["half"] > kept["full"]
@@ -143,7 +144,7 @@ def test_few_rows_per_expert_run_slower():
 def test_rings_are_slower_between_nodes_and_share_their_cards():
     device = accelerator_preset("H100")
     ranks, per_node = np.array([8.0, 32.0, 32.0]), np.array([8.0, 8.0, 1.0])
-    inside, wide, narrow = time.ring_bytes_per_s(device, ranks, per_node)
+    inside, wide, narrow = step.ring_bytes_per_s(device, ranks, per_node)
     assert inside == pytest.approx(0.8 * device.nvlink)
     assert wide == pytest.approx(0.8 * min(device.nvlink, 8 * device.nic))
     assert narrow == pytest.approx(0.8 * device.nic)

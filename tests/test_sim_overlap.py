@@ -5,16 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fomoe_sim.overlap import (
-    Overlapped,
-    UnreachableUtilisation,
-    at_round_end,
-    first_reaching,
-    round_time,
-    rounds,
-    strided,
-)
-from fomoe_sim.trainer import ConfigError
+from fomoe_sim.overlap import at_round_end, round_time, rounds, strided
 
 RATES = np.logspace(6, 12, 60)
 BITS = 16e9
@@ -107,34 +98,18 @@ def test_more_fragments_than_steps_share_steps():
 
 @pytest.mark.parametrize("overlap", [1, 3])
 def test_points_that_differ_in_h_are_answered_as_if_alone(overlap):
-    """Grids are simulated together; each point is the answer to its own question."""
-    steps = np.array([1.0, 2.0, 3.0, 5.0, 8.0, 40.0])
-    fragments = np.array([4.0, 4.0, 4.0, 1.0, 6.0, 6.0])
-    size = np.ones(6)
+    """Models are simulated together; each point is the answer to its own question."""
+    names = ("transfer_s", "step_s", "fixed_s", "local_steps", "fragments", "overlap_steps")
+    steps, fragments = [1.0, 2.0, 3.0, 5.0, 8.0, 40.0], [4.0, 4.0, 4.0, 1.0, 6.0, 6.0]
+    points = np.array(
+        [[3.0, 0.5, 0.1, h, f, overlap] for h, f in zip(steps, fragments, strict=True)]
+    ).T
+    weights = [(0.4, 0.3, 0.1, 0.1, 0.05, 0.05), (0.2, 0.8)]
 
-    def asked(index):
-        part = slice(None) if index is None else slice(index, index + 1)
-        return Overlapped(
-            weights=(0.4, 0.3, 0.1, 0.1, 0.05, 0.05),
-            transfer_s=(3.0 * size)[part],
-            step_s=(0.5 * size)[part],
-            fixed_s=(0.1 * size)[part],
-            local_steps=steps[part],
-            fragments=fragments[part],
-            overlap_steps=(overlap * size)[part],
-        )
+    def asked(table, which):
+        return rounds(weights, np.array(which), **dict(zip(names, table, strict=True)))
 
-    together = rounds([asked(None), asked(None)])
-    np.testing.assert_array_equal(together[0], together[1])
-    alone = [rounds([asked(index)])[0][0] for index in range(6)]
-    np.testing.assert_allclose(together[0], alone, rtol=1e-12)
-
-
-def test_the_first_grid_value_that_reaches():
-    reached = np.linspace(0.1, 0.9, 9)
-    grid = np.arange(1.0, 10.0)
-    assert first_reaching(reached, [0.5, 0.3], grid_bps=grid) == [5.0, 3.0]
-    with pytest.raises(UnreachableUtilisation, match="95 % is not reached"):
-        first_reaching(reached, 0.95, grid_bps=grid)
-    with pytest.raises(ConfigError, match="utilisation"):
-        first_reaching(reached, 1.5, grid_bps=grid)
+    together = asked(np.tile(points, 3), [0] * 6 + [1] * 6 + [0] * 6)
+    np.testing.assert_array_equal(together[:6], together[12:])
+    alone = [asked(points[:, i : i + 1], [model])[0] for model in (0, 1) for i in range(6)]
+    np.testing.assert_allclose(together[:12], alone, rtol=1e-12)

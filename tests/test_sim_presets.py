@@ -8,10 +8,9 @@ from fomoe.errors import ConfigError
 from fomoe.load import build_config
 from fomoe.shapes import parameter_specs
 from fomoe_sim.cluster import accelerator_names, accelerator_preset, read_cluster
-from fomoe_sim.shape import model_preset, shape_from_config
+from fomoe_sim.shape import model_preset, shape_from_config, token_work
 from fomoe_sim.trainer import read_data
 from fomoe_sim.units import central, duration, percent, read_rate, read_up_down, scaled
-from fomoe_sim.work import token_work
 
 EXACT = {
     "olmoe-1b-7b": 6_919_161_856,
@@ -144,7 +143,7 @@ BAD_CLUSTERS = {
     "sites: [{name: a, accelerator: H100, cout: 1, link: 1Gbit}]": "did you mean",
     "sites: [{name: a, accelerator: H100, count: 1}]": "up is missing: give link",
     "sites: [{name: a, accelerator: H100, count: 1, link: 1Gbit, up: 1Gbit}]": "contradicts link",
-    "sites: [{name: a, accelerator: H100, count: 1, up: 1Gbit}]": "a.down is missing",
+    "sites: [{name: a, accelerator: H100, count: 1, up: 1Gbit}]": "sites.a down is missing",
     "sites: [{name: a, accelerator: H100, count: 1, link: 1GB/s}]": "capital B",
     "sites: [{name: a, accelerator: H100, count: 1, link: 1Gbit, egress_per_gb: [0, .inf]}]": "low",
     "sites: [{name: a, accelerator: H100, count: 1, link: 1Gbit, price_per_hour: .inf}]": "price",
@@ -152,6 +151,10 @@ BAD_CLUSTERS = {
     "topology: ring\nsites: [{name: a, accelerator: H100, count: 1, link: 1Gbit}]": "topology",
     "accelerators: {X: {nic: 1.0}}\nsites: [{name: a, accelerator: X, count: 1, link: 1Gbit}]": "X",
     "sites: [{name: a, accelerator: H100, count: 1, link: 1Gbit, uplink: x}]": "shared_uplinks",
+    "sites: [{name: a, accelerator: H100, count: 1, link: 1Gbit, uplink: [x]}]": "shared_uplinks",
+    "sites: [{name: a, accelerator: H100, count: 1, link: 1Gbit, host_memory_gb: x}]": "a number",
+    "accelerators: [H100]\nsites: [{name: a, accelerator: H100, count: 1, link: 1Gbit}]": "mapping",
+    "sites: [H100]": "must be a mapping",
 }
 
 
@@ -200,6 +203,10 @@ def test_a_model_may_be_a_file(tmp_path):
         (("d_model: 64\n", ""), "d_model is needed"),
         (("heads: 4", "heads: 0"), "heads 0 must be at least 1"),
         (("top_k: 2", "top_k: 9"), "top_k at most num_experts"),
+        (("head_dim: 16", "head_dim: 16, qk_norm: x"), "qk_norm x must be one of none, head, full"),
+        (("top_k: 2", "top_k: 2\nunsupported: 3"), "unsupported 3 must be a list"),
+        (("top_k: 2", "top_k: 2\nunsupported: [3]"), "unsupported 3 must be text"),
+        (("top_k: 2", "top_k: 2\nseq_len: 0"), "seq_len 0 must be at least 1"),
         (("attention: {", "attention: [{"), "is not valid YAML"),
     ],
 )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from helpers_cli import fomoe
 
-from fomoe_sim.evaluate import answer_one, evaluate, grid, vary
+from fomoe_sim.evaluate import answer_one, evaluate
 from fomoe_sim.methods import METHODS, PUBLIC
 from fomoe_sim.options import Ask
 from fomoe_sim.plan import Constraints, command, pareto, search
 from fomoe_sim.question import build
+from fomoe_sim.sites import grid
 from fomoe_sim.solve import least, utilisation_of
 from fomoe_sim.trainer import ConfigError
 
@@ -26,12 +28,13 @@ def draw(chance: random.Random) -> tuple[Ask, str]:
     method = METHODS[chance.choice(PUBLIC)]
     model = chance.choice(MODELS)
     sites = chance.choice((1, 2, 3, 5, 8))
+    accelerator = chance.choice(("A100", "H100", "B200"))
     placed = method.placed and model != "10b"
     return Ask(
         model=model,
         sites=sites,
         accelerators=chance.choice((1, 8, 32)),
-        accelerator=chance.choice(("A100", "H100", "B200")),
+        accelerator=accelerator,
         batch_tokens=float(2**24),
         replication=chance.randint(1, sites) if placed else None,
         local_steps=chance.choice((1, 2, 7, 32, 100, 500)),
@@ -40,7 +43,8 @@ def draw(chance: random.Random) -> tuple[Ask, str]:
         overlap_steps=None if method.every_step else chance.choice((None, 0, 1, 3)),
         rtt_ms=chance.choice((None, 0.0, 300.0)),
         mtbf_hours=chance.choice((None, 50.0)),
-        states=chance.choice((None, "mixed")),
+        states=chance.choice(("fp32", "mixed")),
+        precision=None if accelerator == "A100" else chance.choice((None, "fp8")),
         outer_on=None if method.every_step else chance.choice((None, "accelerator", "disk")),
         mfu=chance.choice((None, 0.3)),
     ), method.name
@@ -96,14 +100,14 @@ def test_drawn_questions(group):
             assert (steps >= -1e-9 * np.abs(swept.values[name][1:])).all(), name
         # A point of a grid is the single question of that point.
         rate = float(RATES[3])
-        alone = vary(question, cluster=question.cluster.with_bandwidth(rate, rate))
+        alone = replace(question, cluster=question.cluster.with_bandwidth(rate, rate))
         same(evaluate([grid(alone)]).rows()[0], swept.rows()[3])
         axes = {"local_steps": [3, 64], "bits": [32.0, 2.0]}
         if not question.method.every_step:
             axes |= {"fragments": [1, 5], "overlap_steps": [0, 2]}
         pair = evaluate([grid(question, **axes)]).rows()
         for index in range(2):
-            one = vary(question, **{name: values[index] for name, values in axes.items()})
+            one = replace(question, **{name: values[index] for name, values in axes.items()})
             same(evaluate([grid(one)]).rows()[0], pair[index])
 
 
@@ -125,11 +129,11 @@ def test_what_is_solved_holds_and_less_does_not(seed):
         break
     assert holds(evaluate([grid(solved)])) == [True]
     if what == "local_steps":
-        fewer = vary(solved, local_steps=solved.local_steps - 1)
+        fewer = replace(solved, local_steps=solved.local_steps - 1)
         assert solved.local_steps == 1 or holds(evaluate([grid(fewer)])) == [False]
     else:
         rate = solved.cluster.bandwidth_bps / 1.001
-        lower = vary(solved, cluster=solved.cluster.with_bandwidth(rate, rate))
+        lower = replace(solved, cluster=solved.cluster.with_bandwidth(rate, rate))
         assert rate < 1e3 or holds(evaluate([grid(lower)])) == [False]
 
 

@@ -98,14 +98,6 @@ def test_a_round_is_lost_where_it_is_longer_than_a_checkpoint():
     assert row["lost_hours_per_failure"] == pytest.approx(row["round_time_s"] / 3600 / 2)
 
 
-def test_a_quorum_goes_on_without_the_others():
-    options = {"model": "100b-moe", "sites": 8, "mtbf_hours": 20.0, "repair_hours": 2.0}
-    every, most = (
-        answer_one(build(Ask(**options, quorum=quorum), "fomoe")) for quorum in (None, 6)
-    )
-    assert most["goodput"] > every["goodput"]
-
-
 def test_risk_of_losing_an_expert_falls_with_replication():
     losses = [
         answer_one(build(Ask(model="100b-moe", sites=8, replication=r, mtbf_hours=100.0), "fomoe"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ from fomoe.cli import main as simulate
 from fomoe.load import load_config
 from fomoe.planning import plan_run, planned_summary
 
-pytest.importorskip("fomoe.train", reason="the trainer is not part of this checkout")
+pytest.importorskip("fomoe.training", reason="the trainer is not part of this checkout")
 
 CONFIG = """
 local_steps: 2
@@ -94,3 +95,13 @@ def test_answers_equal_the_trainers_plan(capsys, tmp_path, name):
     parts = row["memory_parts"]
     held = sum(parts[state]["bytes"] for state in states if state in parts)
     assert held in {memory.total for memory in run.memory}
+
+
+def test_copies_of_experts_cost_what_a_site_exchanges_until_they_part(capsys, tmp_path):
+    path = Path(write_config(tmp_path, "num_sites: 4\nmethod: diloco\n"))
+    expected = projected(capsys, str(path))
+    text = path.read_text().replace("method: diloco", "method: copies")
+    path.write_text(text.replace("num_experts: 6", "num_experts: 24"))
+    row = projected(capsys, str(path))
+    assert (expected.pop("method"), row.pop("method")) == ("diloco", "copies")
+    assert row == expected

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +14,7 @@ from fomoe.data.stream import Stream
 from fomoe.evaluate import LocalEvaluation
 from fomoe.planning import RunPlan
 from fomoe.segments import Segment
-from fomoe.site import Site, build_inner_optimizer, uses_bf16
+from fomoe.site import Site
 from fomoe.state import Layout, entry
 
 
@@ -35,8 +33,6 @@ class Client(Site):
         adapted: the base.
     """
 
-    autocast: AbstractContextManager[Any]
-
     def __init__(
         self,
         plan: RunPlan,
@@ -46,26 +42,21 @@ class Client(Site):
         adapted: AdaptedModel,
         device: torch.device,
     ) -> None:
-        config = plan.config
-        self.config, self.site, self.stream, self.device = config, site, stream, device
-        self.adapted, self.rank = adapted, config.adapters.ranks[site]
-        self.expert_backend = "none"
-        self.segments = plan.segment_plan.segments_at(site)
+        self.adapted, self.rank = adapted, plan.config.adapters.ranks[site]
+        super().__init__(plan, site, stream=stream, device=device)
+
+    def _build(self, plan: RunPlan) -> dict[str, nn.Parameter]:
+        """The matrices that start from the seed; the base is there already."""
+        num_rows, seed = max(self.config.adapters.ranks), self.config.seed
         widths = {segment.parameter: segment.shape[1] for segment in self.segments}
-        self.parameters = {
+        return {
             name: nn.Parameter(
-                initial_matrix(name, (max(config.adapters.ranks), width), config.seed)[
-                    : self.rank
-                ].to(device, copy=True)
+                initial_matrix(name, (num_rows, width), seed)[: self.rank].to(
+                    self.device, copy=True
+                )
             )
             for name, width in widths.items()
         }
-        self.trainable = dict(self.parameters)
-        self.optimizer = build_inner_optimizer(config.inner, self.trainable)
-        bf16 = uses_bf16(config.inner.precision, device)
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-        self.step_idx = 0
-        self._reset_round()
 
     def run_local_steps(self, num_steps: int, on_step: Callable[[Tensor], None]) -> list[Tensor]:
         """Take some local steps; none in a round without this client, whose schedule goes on."""

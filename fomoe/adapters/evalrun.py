@@ -10,7 +10,7 @@ import torch
 from fomoe.adapters.client import Client
 from fomoe.adapters.data import PairStream, build_client_data
 from fomoe.adapters.evaluate import evaluate_server
-from fomoe.adapters.export import merged_values
+from fomoe.adapters.exporting import merged_values
 from fomoe.adapters.layers import load_adapted
 from fomoe.errors import DataError
 from fomoe.sync.transport import InMemoryTransport

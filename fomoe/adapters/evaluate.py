@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from fomoe.adapters.client import Client, summed_loss
-from fomoe.adapters.nesting import cuts_of
-from fomoe.adapters.report import mean_passes
+from fomoe.adapters.nesting import cuts_of, mean_passes
 from fomoe.adapters.server import Matrices, energy
 from fomoe.adapters.shapes import A, B
 from fomoe.adapters.sync import part, whole_matrices

@@ -7,7 +7,6 @@ Shapes: B batch, S sequence, D inputs, O outputs, r a client's rank, p the rank 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ from fomoe.adapters.nesting import scale_at
 from fomoe.adapters.options import AdaptersConfig
 from fomoe.adapters.shapes import A, B
 from fomoe.errors import ConfigError
+from fomoe.model.transformer import stable_seed
 
 IGNORED = -100  # a target that is not learned
 # transformers replaces functions of its classes while it reads; two threads that read at once leave
@@ -190,10 +190,6 @@ def initial_matrix(name: str, shape: tuple[int, int], seed: int, round_idx: int 
     """
     if name.endswith(B):
         return torch.zeros(shape)
-    generator = torch.Generator().manual_seed(_hash(f"{seed}/{round_idx}/{name}"))
+    generator = torch.Generator().manual_seed(stable_seed(f"{seed}/{round_idx}/{name}"))
     bound = 1 / math.sqrt(shape[1])
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1

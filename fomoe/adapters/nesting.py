@@ -68,6 +68,12 @@ def passes_per_step(adapters: AdaptersConfig, client: int) -> int:
     return len(truncations(adapters, client, seed=0, step=0))
 
 
+def mean_passes(adapters: AdaptersConfig) -> float:
+    """Forward and backward passes of a micro-batch, mean over the clients."""
+    clients = range(len(adapters.ranks))
+    return sum(passes_per_step(adapters, client) for client in clients) / len(clients)
+
+
 def scale_at(adapters: AdaptersConfig, rank: int) -> float:
     """The factor of an adapter that is used at a rank."""
     if adapters.scaling == "constant":

@@ -6,9 +6,9 @@ from typing import Any
 
 from rich.table import Table
 
-from fomoe.adapters.nesting import passes_per_step
 from fomoe.adapters.options import AdaptersConfig
 from fomoe.adapters.shapes import rank_ranges
+from fomoe.amounts import bytes_text, mean_of, spread_text
 
 
 def ranks_table(adapters: AdaptersConfig) -> Table:
@@ -25,38 +25,50 @@ def server_rows(summary: dict[str, Any]) -> dict[str, str]:
         f"server's validation loss at rank {rank}": f"{loss:.4f}"
         for rank, loss in summary["val_loss_by_rank"].items()
     }
-    own = [loss for loss in summary["val_loss_by_client"] if loss is not None]
-    if own:
-        mean = sum(own) / len(own)
-        rows["clients at their ranks, on their own held-out parts"] = f"{mean:.4f}"
+    own = _clients_mean(summary)
+    if own is not None:
+        rows["clients at their ranks, on their own held-out parts"] = f"{own:.4f}"
     return rows
 
 
-def methods_table(summaries: list[dict[str, Any]], bytes_text: Any) -> Table:
-    """One row per method; a method that trains at other ranks has no figure at some."""
-    ranks = sorted({int(rank) for s in summaries for rank in s["val_loss_by_rank"]})
+def methods_table(by_method: dict[str, list[dict[str, Any]]], over: str) -> Table:
+    """One row per method; a method that trains at other ranks has no figure at some.
+
+    Args:
+        by_method: summaries, one per seed.
+        over: words for the title that say how many seeds there are.
+    """
+    runs = [run for own in by_method.values() for run in own]
+    ranks = sorted({int(rank) for run in runs for rank in run["val_loss_by_rank"]})
     table = Table(
         "method",
         *(f"rank {rank}" for rank in ranks),
         "clients, own part",
         "passes/step",
         "payload/round",
-        title="Validation loss of the server's adapters; equal tokens per client",
+        title="Validation loss of the server's adapters; equal tokens per client" + over,
     )
-    for summary in summaries:
-        own = [loss for loss in summary["val_loss_by_client"] if loss is not None]
-        losses = [summary["val_loss_by_rank"].get(str(rank)) for rank in ranks]
+    for method, seeds in by_method.items():
+        own = [_clients_mean(run) for run in seeds]
         table.add_row(
-            summary["method"],
-            *("-" if loss is None else f"{loss:.4f}" for loss in losses),
-            f"{sum(own) / len(own):.4f}" if own else "-",
-            f"{summary['passes_per_step']:.2f}",
-            bytes_text(summary["payload_bytes_per_site_per_round"]),
+            method,
+            *(
+                _over_seeds([run["val_loss_by_rank"].get(str(rank)) for run in seeds])
+                for rank in ranks
+            ),
+            _over_seeds(own),
+            f"{seeds[0]['passes_per_step']:.2f}",
+            bytes_text(seeds[0]["payload_bytes_per_site_per_round"]),
         )
     return table
 
 
-def mean_passes(adapters: AdaptersConfig) -> float:
-    """Forward and backward passes of a micro-batch, mean over the clients."""
-    clients = range(len(adapters.ranks))
-    return sum(passes_per_step(adapters, client) for client in clients) / len(clients)
+def _clients_mean(summary: dict[str, Any]) -> float | None:
+    """Mean over the clients with a held-out part of their own; None if none has one."""
+    own = [loss for loss in summary["val_loss_by_client"] if loss is not None]
+    return mean_of(own) if own else None
+
+
+def _over_seeds(losses: list[float | None]) -> str:
+    known = [loss for loss in losses if loss is not None]
+    return spread_text(known, ".4f") if known else "-"

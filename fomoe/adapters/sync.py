@@ -101,7 +101,7 @@ class StackingSync(ServerSync):
             a, b = stack(uploads, name)
             self._next[name] = before + b.T @ a
         config = self.plan.config
-        done = next(iter(self.sites.values())).step_idx // config.local_steps
+        done = self._steps // config.local_steps
         fresh = {
             name: initial_matrix(f"{name}.{A}", (len(a), a.shape[1]), config.seed, done)
             for name, a in server.a.items()

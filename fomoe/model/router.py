@@ -87,25 +87,40 @@ class Router(nn.Module):
         self.register_buffer("execute_bias", torch.zeros(()), persistent=False)
 
     def forward(
-        self, x_TD: Tensor, resident_E: Tensor, num_resident: int
+        self,
+        x_TD: Tensor,
+        resident_E: Tensor,
+        num_resident: int,
+        scope_TE: Tensor | None = None,
+        weight_ED: Tensor | None = None,
     ) -> tuple[Routing, RouterStats]:
-        """Route T tokens of width D; `resident_E` is a bool mask with `num_resident` ones."""
+        """Route T tokens of width D.
+
+        Args:
+            resident_E: bool mask with `num_resident` ones.
+            scope_TE: bool, the experts that each token may choose; None: those that the config's
+                `route_scope` says.
+            weight_ED: used instead of the router's own rows.
+        """
         options = self.options
         num_experts = resident_E.numel()
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
-            logits_TE = linear(x_TD.float(), self.weight.float(), self.matmul)
-            if options.route_scope == "resident" and num_resident < num_experts:
+            weight_ED = self.weight if weight_ED is None else weight_ED
+            logits_TE = linear(x_TD.float(), weight_ED.float(), self.matmul)
+            if scope_TE is None and options.route_scope == "resident":
+                scope_TE = resident_E if num_resident < num_experts else None
+            if scope_TE is not None:
                 # A finite value, so that its product with probability 0 is 0.
                 lowest = torch.finfo(logits_TE.dtype).min
-                logits_TE = logits_TE.masked_fill(~resident_E, lowest)
+                logits_TE = logits_TE.masked_fill(~scope_TE, lowest)
             scores_TE = score_experts(logits_TE=logits_TE, score=options.score)
             preference_TE = scores_TE.detach()
             if options.balance != "loss":
                 preference_TE = preference_TE + self.balance_bias_E
             if options.execute_target is not None and num_resident < num_experts:
                 preference_TE = preference_TE + self.execute_bias * resident_E
-            if options.route_scope == "resident" and num_resident < num_experts:
-                preference_TE = preference_TE.masked_fill(~resident_E, -torch.inf)
+            if scope_TE is not None:
+                preference_TE = preference_TE.masked_fill(~scope_TE, -torch.inf)
             routing = choose_experts(
                 scores_TE=scores_TE,
                 preference_TE=preference_TE,

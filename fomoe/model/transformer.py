@@ -53,15 +53,28 @@ class MoE(nn.Module):
         self.experts = Experts(model, residents, trained)
 
     def forward(
-        self, x_TD: Tensor, experts: Mapping[int, Expert] | None = None
+        self,
+        x_TD: Tensor,
+        experts: Mapping[int, Expert] | None = None,
+        scope_TE: Tensor | None = None,
+        router_ED: Tensor | None = None,
     ) -> tuple[Tensor, Routing, RouterStats]:
-        """Route and run T tokens; `experts`, if given, run instead of the residents."""
+        """Route and run T tokens.
+
+        Args:
+            experts: run instead of the residents.
+            scope_TE: bool, the experts that each token may choose.
+            router_ED: their router's rows, if this model's router has only a part of them.
+        """
         if experts is None:
-            routing, stats = self.router(x_TD, self.experts.resident_E, len(self.experts))
+            residents_E, number = self.experts.resident_E, len(self.experts)
+            routing, stats = self.router(x_TD, residents_E, number, scope_TE)
             y_TD = self.experts(x_TD, routing)
         else:
-            slot_E = slots(tuple(experts), self.num_experts).to(x_TD.device)
-            routing, stats = self.router(x_TD, slot_E < len(experts), len(experts))
+            num_experts = self.num_experts if router_ED is None else len(router_ED)
+            slot_E = slots(tuple(experts), num_experts).to(x_TD.device)
+            residents_E, number = slot_E < len(experts), len(experts)
+            routing, stats = self.router(x_TD, residents_E, number, scope_TE, router_ED)
             y_TD = run_experts(x_TD, routing, experts, slot_E)
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)
@@ -96,13 +109,15 @@ class Layer(nn.Module):
         cos_SH: Tensor,
         sin_SH: Tensor,
         experts: Mapping[int, Expert] | None = None,
+        scope_TE: Tensor | None = None,
+        router_ED: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None, RouterStats | None]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_SH, sin_SH)
         y_BSD = self.ffn_norm(x_BSD)
         if self.moe is None:
             assert self.ffn is not None
             return x_BSD + self.ffn(y_BSD), None, None
-        y_TD, routing, stats = self.moe(y_BSD.flatten(0, 1), experts)
+        y_TD, routing, stats = self.moe(y_BSD.flatten(0, 1), experts, scope_TE, router_ED)
         return x_BSD + y_TD.view_as(x_BSD), routing, stats
 
 
@@ -155,11 +170,14 @@ class Transformer(nn.Module):
         self.register_buffer("sin_SH", sin_SH, persistent=False)
         initialize(self, config)
 
-    def forward(self, tokens_BS: Tensor, targets_BS: Tensor) -> Output:
+    def forward(
+        self, tokens_BS: Tensor, targets_BS: Tensor, scope_TE: Tensor | None = None
+    ) -> Output:
+        """Run B sequences; `scope_TE` is a bool mask of the experts that each token may choose."""
         x_BSD = self.embed(tokens_BS)
         routings, stats = {}, {}
         for index in range(len(self.layers)):
-            x_BSD, routing, stat = self.run_layer(index, x_BSD)
+            x_BSD, routing, stat = self.run_layer(index, x_BSD, scope_TE=scope_TE)
             if routing is not None and stat is not None:
                 routings[index], stats[index] = routing, stat
         return Output(loss=self.loss(x_BSD, targets_BS), routings=routings, stats=stats)
@@ -168,11 +186,17 @@ class Transformer(nn.Module):
         return self.embedding(tokens_BS)
 
     def run_layer(
-        self, index: int, x_BSD: Tensor, experts: Mapping[int, Expert] | None = None
+        self,
+        index: int,
+        x_BSD: Tensor,
+        experts: Mapping[int, Expert] | None = None,
+        *,
+        scope_TE: Tensor | None = None,
+        router_ED: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None, RouterStats | None]:
-        """Run one layer, with its residents or with the experts given."""
+        """Run one layer, with its residents or with the experts (and router rows) given."""
         seq = x_BSD.shape[1]
-        inputs = (x_BSD, self.cos_SH[:seq], self.sin_SH[:seq], experts)
+        inputs = (x_BSD, self.cos_SH[:seq], self.sin_SH[:seq], experts, scope_TE, router_ED)
         if self.recompute == "layers" and torch.is_grad_enabled():
             return checkpoint(self.layers[index], *inputs, use_reentrant=False)
         return self.layers[index](*inputs)

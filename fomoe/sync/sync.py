@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fomoe.copies import coupling, exchanged
 from fomoe.errors import SyncError
 from fomoe.planning import RunPlan
 from fomoe.segments import (
@@ -51,7 +52,8 @@ class Exchanged:
     """The results that all sites agreed on; nothing is committed yet.
 
     Attributes:
-        means: mean pseudo-gradients by bucket index, of the buckets held here.
+        means: mean pseudo-gradients by bucket index, of the buckets held here; those of copies are
+            pulled towards their families'.
         selected_LE: assignments per layer and expert over all sites; None without a balance bias.
     """
 
@@ -75,7 +77,13 @@ class Sync:
         self.plan, self.sites, self.transport = plan, sites, transport
         self.buckets = [b for b in plan.segment_plan.buckets if takes_outer_step(plan.config, b)]
         self.anchors = Anchors(plan.config, self.buckets, sites, pin=pin)
+        self._family_of = {copy.index: f.index for f in plan.families for copy in f.copies}
         self._unplanned = dict.fromkeys(sites, "")
+
+    @property
+    def _steps(self) -> int:
+        """Local steps that every site has taken since the start."""
+        return next(iter(self.sites.values())).step_idx
 
     def prepare(self) -> Prepared:
         """End the round at every site of this process."""
@@ -128,10 +136,21 @@ class Sync:
 
     def _average(self, prepared: Prepared) -> dict[int, Tensor]:
         """Mean pseudo-gradients by bucket index."""
-        return self.reduce(
-            self.buckets,
+        share = coupling(self.plan.config, self._steps)
+        means = self.reduce(
+            exchanged(tuple(self.buckets), self.plan.families, share),
             lambda bucket, site: self._contribute(bucket, site, prepared.counts[site]),
         )
+        return {b.index: self._coupled(b, means, share) for b in self.anchors.buckets}
+
+    def _coupled(self, bucket: Bucket, means: Mapping[int, Tensor], share: float) -> Tensor:
+        """A bucket's mean; of copies, pulled towards the mean of their family by this share."""
+        family = self._family_of.get(bucket.index)
+        if family is None or share == 0:
+            return means[bucket.index]
+        if share == 1:
+            return means[family].clone()  # each set of copies has its own, which a step may change
+        return means[bucket.index] * (1 - share) + means[family] * share
 
     def reduce(self, buckets: Sequence[Bucket], contribute: Contribute) -> dict[int, Tensor]:
         """Means of all buckets of a sync; `exchange` reports bytes that the run did not plan."""
@@ -139,7 +158,7 @@ class Sync:
         before = {site: model_bytes(counts[site]) for site in self.sites}
         means = mean_over_holders(self.transport, buckets, contribute)
         for site, earlier in before.items():
-            planned = self.plan.traffic[site]
+            planned = self.plan.traffic_of_sync(site, self._steps)
             now = model_bytes(counts[site])
             counted = (now[0] - earlier[0], now[1] - earlier[1])
             if counted != (planned.payload, planned.wire):
@@ -151,14 +170,15 @@ class Sync:
 
     def _contribute(self, bucket: Bucket, site: int, counts: RoundCounts) -> Contribution:
         rule = self.plan.config.sync.weight
-        weights = [contribution_weight(s, site, rule=rule, counts=counts) for s in bucket.segments]
+        own = bucket.at(site)
+        weights = [contribution_weight(s, site, rule=rule, counts=counts) for s in own.segments]
 
         def pseudo_grad(segment: Segment, start: int, stop: int) -> Tensor:
             anchor = self.anchor(segment).view(-1)[start:stop]
             local = self.sites[site].view(segment).reshape(-1)[start:stop]
             return anchor - local.to("cpu")
 
-        return Contribution(bucket, weights, pseudo_grad)
+        return Contribution(own, weights, pseudo_grad)
 
     def anchor(self, segment: Segment) -> Tensor:
         """The anchor of a segment that is held here."""
@@ -202,7 +222,7 @@ class Sync:
         Raises:
             SyncError: naming the first bucket whose replicas differ, and its holders.
         """
-        shared = [bucket for bucket in self.plan.segment_plan.buckets if bucket.crosses]
+        shared = self.plan.replicas(self._steps)
         own = {
             index: replica_hashes(shared, index, site.view) for index, site in self.sites.items()
         }
@@ -231,7 +251,7 @@ def replica_hashes(
     for bucket in buckets:
         if site in bucket.holders:
             digest = hashlib.sha256()
-            for segment in bucket.segments:
+            for segment in bucket.at(site).segments:
                 value = view(segment).to("cpu", torch.float32).contiguous()
                 digest.update(memoryview(value.reshape(-1).numpy()))
             hashes[bucket.index] = digest.digest()

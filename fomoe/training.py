@@ -13,6 +13,7 @@ import torch
 
 from fomoe.build import choose_device, started
 from fomoe.config import Config
+from fomoe.errors import ConfigError
 from fomoe.evaluate import MergedEvaluation, topk_agreement
 from fomoe.launch import Launch, launch_from_environment
 from fomoe.metrics import Metrics
@@ -51,6 +52,8 @@ def train(
     Raises:
         FomoeError: for a user's mistake and for a failed sync.
     """
+    if config.run.dir is None:
+        raise ConfigError("run.dir", "null", "must be set to the folder that the run will write")
     launch = launch or launch_from_environment(num_sites=config.num_sites)
     # A problem of this site alone is reported before the site waits for the others.
     where = choose_device(device, launch.local_rank)

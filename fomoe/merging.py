@@ -8,17 +8,19 @@ from pathlib import Path
 
 import torch
 
+from fomoe.copies import num_sets
 from fomoe.errors import CheckpointError
 from fomoe.files import write_text_atomically
 from fomoe.tensorfile import Entry, write_tensors
+from fomoe.textchoice import NUM_COUNTERS
 from fomoe.whole import open_whole
 
 
 def merge(
-    run_dir: Path,
+    run_dir: str | Path,
     *,
     round_idx: int | None = None,
-    out: Path | None = None,
+    out: str | Path | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Write every parameter of the merged model, each taken from one of its holders.
@@ -35,12 +37,17 @@ def merge(
     Raises:
         CheckpointError: if no round is complete, naming what is missing.
     """
-    whole = open_whole(run_dir, round_idx, say)
-    target = out or run_dir / "merged"
+    whole = open_whole(Path(run_dir), round_idx, say)
+    target = Path(out) if out else Path(run_dir) / "merged"
     entries = [
         Entry(name=name, shape=shape, dtype=torch.float32, read=partial(whole.read, name))
         for name, shape in whole.shapes.items()
     ]
+    if num_sets(whole.config) > 1:
+        shape = (num_sets(whole.config), NUM_COUNTERS)
+        entries.append(
+            Entry(name="text_counts", shape=shape, dtype=torch.int64, read=whole.text_counts)
+        )
     try:
         target.mkdir(parents=True, exist_ok=True)
         path = target / "model.safetensors"

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +17,8 @@ from fomoe.adapters.layers import read_model
 from fomoe.adapters.nesting import scale_at
 from fomoe.adapters.shapes import A, B
 from fomoe.checkpoint import Part
-from fomoe.errors import CheckpointError, ConfigError
-from fomoe.export import refuse_in_the_way
-from fomoe.files import remove
+from fomoe.errors import ConfigError
+from fomoe.exporting import new_folder, refuse_in_the_way
 from fomoe.state import entry
 from fomoe.whole import WholeModel, open_whole
 
@@ -69,20 +65,11 @@ def export_adapter(
     if added and not merge:
         rule = "has added its adapters to the base (aggregate flora); --merge writes that"
         raise ConfigError("--adapter", run_dir, rule)
-    aside = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        aside.mkdir(parents=True)
+    with new_folder(out) as aside:
         if merge:
             _write_merged(whole, aside, rank, added)
         else:
             _write_peft(whole, aside, rank)
-        with suppress(FileNotFoundError):
-            out.rmdir()  # it is empty
-        os.replace(aside, out)
-    except OSError as error:
-        raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from None
-    finally:
-        remove(aside)
     what = "base with its adapters" if merge else "adapters"
     say(f"exported the {what} of round {whole.round_idx} at rank {rank}")
     return rank

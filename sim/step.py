@@ -14,22 +14,71 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fomoe_sim.cluster import Accelerator
-from fomoe_sim.shape import ModelShape
-from fomoe_sim.work import TRAIN, token_work
+from fomoe_sim.shape import TRAIN, ModelShape, token_work
 
 Array = NDArray[np.float64]
 
 # (low, central, high) of every range; the central figure is used unless a range is asked for.
 SCALE = (0.75, 1.0, 1.2)  # of the shares below: what equal models reach on equal accelerators
 
-EXPERT_FIXED = 0.06
-VALUE_PASSES = {"fused": 5.0, "eager": 10.0}
+EXPERT_FIXED = 0.06  # of a full expert layer's time, where nothing runs
+VALUE_PASSES = {"fused": 5.0, "eager": 10.0}  # of each kept value through device memory
 LOGIT_BYTES = 12.0
 WEIGHT_BYTES = 12.0  # read forward and backward, gradient read and written in fp32
 OPTIMIZER_BYTES = 28.0  # parameter, gradient and two moments read, all but the gradient written
 REACHED = 0.8  # of the nominal rates of memory, NVLink and NICs
+FP8_SHARE = 0.75  # of the share of peak that bf16 reaches: casts and scales take the rest
 OVERLAP_SHARE = 20 / 132  # of an accelerator's units move tokens then (arXiv 2412.19437, 3.2.2)
 GATHER_BYTES = 2.0  # bf16 shards, and gradients that are scattered
+# What is computed twice: name -> share of the forward products, of the experts', whole layers.
+AGAIN = {
+    "none": (0.0, 0.0, 0.0),
+    "experts": (0.0, 1.0, 0.0),
+    "selective": (0.0, 0.0, 0.0),
+    "half": (0.5, 0.5, 0.0),
+    "full": (1.0, 1.0, 1.0),
+}
+RECOMPUTE = tuple(AGAIN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inside:
+    """How a site computes.
+
+    Attributes:
+        seq_len: context in tokens.
+        micro_batch: sequences per accelerator and micro-batch; 0: the search chooses.
+        recompute: what may be computed twice; several: the search chooses.
+        parallel: degrees that are given, as (name, value) pairs.
+        states, adam: of the parameters and of the optimizer, see `fomoe_sim.memory`.
+        precision: of matrix products; kernels: fused or eager between them.
+    """
+
+    seq_len: int
+    micro_batch: int = 0
+    recompute: tuple[str, ...] = ("selective", "full")
+    parallel: tuple[tuple[str, int], ...] = ()
+    states: str = "fp32"
+    adam: str = "fp32"
+    precision: str = "bf16"
+    kernels: str = "fused"
+
+    @property
+    def element_bytes(self) -> int:
+        """Of an activation element."""
+        return 4 if self.precision == "fp32" else 2
+
+    def peak(self, device: Accelerator) -> float:
+        """FLOP/s of matrix products on the datasheet; 0 where there is no such precision."""
+        return {
+            "bf16": device.peak_flops,
+            "fp32": device.peak_fp32_flops,
+            "fp8": device.peak_fp8_flops,
+        }[self.precision]
+
+    def rate(self, device: Accelerator) -> float:
+        """FLOP/s of which products reach an accelerator's shares."""
+        return self.peak(device) * (FP8_SHARE if self.precision == "fp8" else 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,34 +90,22 @@ class SiteWork:
         executed: share of the top-k assignments that run.
         residents: routed experts per layer that the site holds, mean over layers.
         experts, shared: elements held, of routed experts and of all else; trained: of both.
-        element_bytes: per activation element; 4 where products run in fp32.
-        recompute: what may be computed twice; several: the search chooses.
-        micro_batch: sequences per accelerator and micro-batch; 0: the search chooses.
-        states, adam: of the parameters and of the optimizer, see `fomoe_sim.memory`.
-        counted: bytes of parameters, gradients, optimizer as the trainer counts them; or empty.
+        counted: bytes of parameters, gradients, optimizer as the trainer counts them; or None.
         outer_bytes: of anchor, outer state and sync buffers that live on the accelerators.
-        parallel: degrees that are given, as (name, value) pairs.
     """
 
     shape: ModelShape
     device: Accelerator
     count: int
+    inside: Inside
     tokens: float
-    seq_len: int
     executed: float
     residents: float
     experts: float
     shared: float
     trained: float
-    element_bytes: int = 2
-    recompute: tuple[str, ...] = ("selective", "full")
-    micro_batch: int = 0
-    states: str = "fp32"
-    adam: str = "fp32"
-    kernels: str = "fused"
     counted: tuple[float, float, float] | None = None
     outer_bytes: float = 0.0
-    parallel: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -99,39 +136,36 @@ class Degrees:
     recompute: NDArray[np.int64]
 
 
-RECOMPUTE = ("none", "experts", "selective", "half", "full")
-
-
 def parts(work: SiteWork, degrees: Degrees, scale: float = 1.0) -> dict[str, Array]:
     """Seconds of one step by what they are spent on, [C] each; see `total`.
 
     Args:
         scale: of the shares of peak, one of `SCALE`.
     """
-    device = work.device
-    rate = scale * (device.peak_fp32_flops if work.element_bytes == 4 else device.peak_flops)
-    token = token_work(work.shape, work.seq_len)
+    device, inside = work.device, work.inside
+    rate = scale * inside.rate(device)
+    token = token_work(work.shape, inside.seq_len)
     ranks = degrees.tp * degrees.pp * degrees.cp  # of one replica
     tokens = work.tokens / degrees.dp / ranks  # of one accelerator, as shares of a replica's
     memory = device.memory_bandwidth * REACHED
     forward = tokens * token.products / TRAIN / (rate * device.products)
-    scores = tokens * token.scores / (rate * device.scores)
+    # Scores stay in bf16 where products run in fp8.
+    bf16 = min(inside.peak(device), device.peak_flops)
+    scores = tokens * token.scores / (scale * bf16 * device.scores)
     share = EXPERT_FIXED + (1 - EXPERT_FIXED) * work.executed if work.executed < 1 else 1.0
     experts = tokens * token.experts * share / (rate * device.experts) * _rows(work, degrees)
-    # Full recomputation runs a forward pass again, `half` every second product of it.
-    again = np.array([0.0, 0.0, 0.0, 0.5, 1.0])[degrees.recompute]
-    again_experts = np.array([0.0, 1.0, 0.0, 0.5, 1.0])[degrees.recompute]
+    again, again_experts, whole = np.array(list(AGAIN.values()))[degrees.recompute].T
     kept = token.kept + token.kept_experts * work.executed
     values = (
-        VALUE_PASSES[work.kernels] * kept * work.element_bytes
+        VALUE_PASSES[inside.kernels] * kept * inside.element_bytes
         + 2.5 * LOGIT_BYTES * work.shape.vocab_size
     )
     owned = (work.shared + work.experts) / (degrees.tp * degrees.pp * degrees.shard)
     return {
         "products": forward * (TRAIN + again),
-        "attention scores": scores * (1 + (again == 1.0) / TRAIN),
+        "attention scores": scores * (1 + whole / TRAIN),
         "experts": experts * (1 + again_experts / TRAIN),
-        "values between products": tokens * values * (1 + (again == 1.0) / TRAIN) / memory,
+        "values between products": tokens * values * (1 + whole / TRAIN) / memory,
         "optimizer": OPTIMIZER_BYTES * owned / memory,
         **_traffic(work, degrees),
     }
@@ -160,12 +194,12 @@ def _rows(work: SiteWork, degrees: Degrees) -> Any:
     """How much longer products of few rows per expert take."""
     if not work.shape.num_experts or not work.executed:
         return 1.0
-    chosen = degrees.micro * work.seq_len / degrees.cp * work.shape.top_k * work.executed
+    chosen = degrees.micro * work.inside.seq_len / degrees.cp * work.shape.top_k * work.executed
     rows = chosen * degrees.ep / max(work.residents, 1e-9)
     device = work.device
-    peak = device.peak_fp32_flops if work.element_bytes == 4 else device.peak_flops
     # Three products of 2 FLOPs per weight and row against the bytes of that weight.
-    least = WEIGHT_BYTES * peak * device.experts / (6 * device.memory_bandwidth * REACHED)
+    rate = work.inside.rate(device) * device.experts
+    least = WEIGHT_BYTES * rate / (6 * device.memory_bandwidth * REACHED)
     return np.maximum(1 + device.tile_rows / rows, least / rows)
 
 
@@ -180,10 +214,10 @@ def ring_bytes_per_s(device: Accelerator, ranks: Array, per_node: Array) -> Arra
 
 def _traffic(work: SiteWork, degrees: Degrees) -> dict[str, Array]:
     """Seconds of the traffic inside the site, per accelerator and step."""
-    shape, device = work.shape, work.device
+    shape, device, element = work.shape, work.device, work.inside.element_bytes
     model = degrees.tp * degrees.pp
     per_node = np.maximum(1.0, device.node / degrees.tp)
-    width = GATHER_BYTES * work.element_bytes / 2
+    width = GATHER_BYTES * element / 2
     gathered = _gathered(work, degrees)
     ring = ring_bytes_per_s(device, degrees.shard, per_node)
     every = 3 * width * gathered * degrees.steps / ring  # two gathers and a scatter
@@ -193,8 +227,8 @@ def _traffic(work: SiteWork, degrees: Degrees) -> dict[str, Array]:
     over = ring_bytes_per_s(device, groups, np.maximum(1.0, per_node / degrees.shard))
     replicas = np.where(groups > 1, 2 * width * owned * (1 - 1 / groups) / over, 0.0)
     tokens = work.tokens / degrees.dp / degrees.cp
-    row = shape.d_model * work.element_bytes
-    full = np.array([0.0, 0.0, 0.0, 0.0, 1.0])[degrees.recompute]
+    row = shape.d_model * element
+    full = degrees.recompute == RECOMPUTE.index("full")
     layers = shape.num_layers / degrees.pp
     tensor = (8 + 4 * full) * (1 - 1 / degrees.tp) * row * tokens * layers
     return {
