@@ -68,8 +68,7 @@ def export(
         raise ConfigError("--format", format_name, f"must be one of {', '.join(FORMATS)}")
     refuse_in_the_way(out)
     whole = open_whole(run_dir, round_idx, say)
-    if whole.config.adapters.base is not None:
-        raise ConfigError("export", run_dir, "is a run with adapters; --adapter writes them")
+    whole.refuse_adapters("has adapters and no model of its own")
     whole.refuse_copies("cannot be exported: transformers cannot choose experts by the text")
     name = choose_format(whole.config, format_name)
     tokenizer = run_tokenizer(whole.config, run_dir, whole.fingerprints.get("tokenizer"))

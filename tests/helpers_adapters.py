@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 import torch
 from conftest import RandomStream, Silent, tiny_config
 from torch import Tensor
@@ -30,8 +31,7 @@ _KEPT = TemporaryDirectory(prefix="fomoe-base-")
 @lru_cache
 def base_folder(kind: str = "llama") -> Path:
     """A saved causal model with two layers of width 16 and 257 tokens."""
-    import transformers
-
+    transformers = pytest.importorskip("transformers")
     shape = {"vocab_size": 257, "hidden_size": 16, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "max_position_embeddings": 64}
     torch.manual_seed(0)

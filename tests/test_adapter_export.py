@@ -67,6 +67,16 @@ def test_a_merged_base_computes_the_same(
     torch.testing.assert_close(got, logits_at(run_dir, rank or 4, tokens), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "words", [["generate", "RUN", "--prompt", "a"], ["train", "quickstart", "init_from=RUN"]]
+)
+def test_a_run_with_adapters_is_no_model(run_dir: Path, tmp_path: Path, words: list[str]) -> None:
+    own = [word.replace("RUN", str(run_dir)) for word in words]
+    outcome = fomoe(*own, *([f"run.dir={tmp_path / 'run'}"] if words[0] == "train" else []))
+    assert (outcome.status, outcome.err.count("\n")) == (2, 1)
+    assert f"{run_dir} has adapters and no model" in outcome.err
+
+
 def test_floras_base_is_exported_merged_only(tokens: Tensor, tmp_path: Path) -> None:
     summary = trained(write_adapter_config(tmp_path, method="flora"), "inner.lr=0.1")
     refused = fomoe("export", tmp_path / "run", "--adapter", "--out", tmp_path / "a")
@@ -99,7 +109,7 @@ def test_a_saved_round_is_evaluated_again(tmp_path: Path) -> None:
         (["--rank", "2"], "--rank 2 needs --adapter"),
         (["--merge"], "--merge True needs --adapter"),
         (["--adapter", "--dtype", "bf16"], "--dtype bf16 has no meaning beside --adapter"),
-        ([], "is a run with adapters; --adapter writes them"),
+        ([], "has adapters and no model of its own; fomoe export --adapter writes them"),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -129,9 +129,12 @@ def test_methods_are_compared(tmp_path: Path) -> None:
     assert list(smallest["val_loss_by_rank"]) == ["1"]
     assert smallest["passes_per_step"] == padded_deltas["passes_per_step"] == 1
     assert prelort["passes_per_step"] == 2
-    told = fomoe("compare", config, "--methods", "segments,fedit-max", "--overwrite").out
+    words = ["--methods", "segments,fedit-max", "--seeds", "0,1", "--overwrite"]
+    told = fomoe("compare", config, *words).out
+    assert "mean and deviation of 2 seeds" in " ".join(told.split())
     assert "rank 1" in told
     assert "passes/step" in told
+    assert told.count("±") == 3 + 1  # the one at every rank, the other at the largest
 
 
 def test_a_dry_run_says_who_holds_which_dimensions(tmp_path: Path) -> None:

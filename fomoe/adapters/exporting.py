@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fomoe.adapters.base import read_base
@@ -20,6 +20,7 @@ from fomoe.checkpoint import Part
 from fomoe.errors import ConfigError
 from fomoe.exporting import new_folder, refuse_in_the_way
 from fomoe.state import entry
+from fomoe.tensorfile import Entry, write_tensors
 from fomoe.whole import WholeModel, open_whole
 
 # What a tokenizer may consist of, copied beside a merged model.
@@ -88,12 +89,20 @@ def layers_of(whole: WholeModel) -> list[str]:
 
 
 def _write_peft(whole: WholeModel, folder: Path, rank: int) -> None:
-    tensors = {}
+    entries = []
     for layer in layers_of(whole):
-        a, b = whole.read(f"{layer}.{A}")[:rank], whole.read(f"{layer}.{B}")[:rank]
-        tensors[f"base_model.model.{layer}.lora_A.weight"] = a.contiguous()
-        tensors[f"base_model.model.{layer}.lora_B.weight"] = b.T.contiguous()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        for part in (A, B):
+            own = f"{layer}.{part}"
+            width = whole.shapes[own][1]
+            entries.append(
+                Entry(
+                    name=f"base_model.model.{own}.weight",
+                    shape=(rank, width) if part == A else (width, rank),
+                    dtype=torch.float32,
+                    read=partial(_peft_matrix, whole, own, rank),
+                )
+            )
+    write_tensors(folder / "adapter_model.safetensors", entries, {"format": "pt"})
     settings: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -110,6 +119,12 @@ def _write_peft(whole: WholeModel, folder: Path, rank: int) -> None:
     }
     text = json.dumps(settings, indent=2) + "\n"
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+
+
+def _peft_matrix(whole: WholeModel, name: str, rank: int) -> Tensor:
+    """The first rows of a matrix; B as PEFT has it, [out, r]."""
+    rows = whole.read(name)[:rank]
+    return rows.T if name.endswith(B) else rows
 
 
 def _write_merged(whole: WholeModel, folder: Path, rank: int, added: dict[str, Tensor]) -> None:
