@@ -402,7 +402,8 @@ def test_equal_sites_are_not_refused(tmp_path):
         return data.fingerprints
 
     first, *others = all_good(over_gloo(4, work))
-    assert sorted(first) == ["data split", "held-out part", "tokenizer"] and others == [first] * 3
+    assert sorted(first) == ["data split", "held-out part", "tokenizer"]
+    assert others == [first] * 3
 
 
 def test_a_site_that_cannot_read_its_data_stops_all_sites(tmp_path):
