@@ -86,5 +86,5 @@ def _point(drawing: Drawing, shown: Shown, index: int) -> None:
 
 def _curve(drawing: Drawing, shown: Shown, index: int) -> None:
     low, high = shown.mean - shown.spread, shown.mean + shown.spread
-    drawing.line(shown.arm, shown.xs, shown.mean, axis=index, marker=".")
+    drawing.line(shown.arm, shown.xs, shown.mean.tolist(), axis=index, marker=".")
     drawing.band(shown.arm, shown.xs, low, high, axis=index)
