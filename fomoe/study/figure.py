@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from fomoe.amounts import bytes_text
 from fomoe.errors import ServiceError, say_line
 from fomoe.figures import Drawing
-from fomoe.report import bytes_text
 
 _X_NAMES = {
     "flops": "expert FLOPs of the run, against the control",
@@ -86,5 +86,5 @@ def _point(drawing: Drawing, shown: Shown, index: int) -> None:
 
 def _curve(drawing: Drawing, shown: Shown, index: int) -> None:
     low, high = shown.mean - shown.spread, shown.mean + shown.spread
-    drawing.line(shown.arm, shown.xs, shown.mean, axis=index, marker=".")
+    drawing.line(shown.arm, shown.xs, shown.mean.tolist(), axis=index, marker=".")
     drawing.band(shown.arm, shown.xs, low, high, axis=index)

@@ -9,10 +9,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from fomoe.amounts import bytes_text
 from fomoe.config import Config
 from fomoe.errors import ConfigError, say_line
 from fomoe.files import write_text_atomically
-from fomoe.report import bytes_text
 from fomoe.study.figure import Shown, draw
 from fomoe.study.plan import Arm, Study
 from fomoe.study.results import Line, newest, read_results

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import fomoe
+from fomoe.amounts import duration_text
 from fomoe.config import Config
 from fomoe.errors import CheckpointError, ConfigError, say_line
 from fomoe.files import listing, write_text_atomically
 from fomoe.load import build_config
 from fomoe.records import read_run
-from fomoe.report import duration_text
 from fomoe.study.plan import Study, StudyRun
 from fomoe.study.results import Line, append_result, code_commit, newest, read_results, result_line
 from fomoe.yamlfile import read_yaml
