@@ -10,6 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "fomoe/__init__.py").read_t
 
 HUB = ["datasets>=3,<6"]
 TRANSFORMERS = ["transformers>=4.57,<6"]
+PEFT = ["peft>=0.17,<1"]
 PLOT = ["matplotlib>=3.8,<4"]
 WANDB = ["wandb>=0.20,<1"]
 TENSORBOARD = ["tensorboard>=2.16,<3"]
@@ -57,6 +58,8 @@ setup(
         "hub": HUB,
         # `fomoe generate`, and tokenizers given as a transformers name or folder.
         "transformers": TRANSFORMERS,
+        # Adapters exported for peft (docs/prelort.md), which brings transformers.
+        "peft": PEFT,
         # Downstream tasks on an exported model (docs/export.md).
         "eval": ["lm-eval[hf]>=0.4.9,<1"],
         # Figures: fomoe report, fomoe project --plot.
@@ -69,6 +72,7 @@ setup(
         "dev": [
             *HUB,
             *TRANSFORMERS,
+            *PEFT,
             *PLOT,
             *TENSORBOARD,
             "pytest>=8,<10",

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from fomoe.config import Config
-from fomoe.data.dataset import Data, build_data
+from fomoe.data.dataset import Data
 from fomoe.errors import ConfigError, SiteMismatchError, SyncError
 from fomoe.hostmemory import keep_freed_memory
 from fomoe.initial import Initial, open_initial
@@ -31,10 +31,10 @@ from fomoe.runlock import RunLock
 from fomoe.services import check_services
 from fomoe.site import Site
 from fomoe.summary import Totals
-from fomoe.sync.ddp import GradientSync
 from fomoe.sync.exchange import agreed, share
 from fomoe.sync.sync import Sync
 from fomoe.sync.transport import Transport
+from fomoe.systems import System, system_of
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
@@ -105,12 +105,13 @@ def build_run(
     """Build data and sites, and resume if asked; only then write to the folder."""
     run_dir = lock.run_dir
     plan = plan_run(config)
+    system = agreed(transport, lambda: system_of(config, device))
     if device.type == "cpu":
         keep_freed_memory()
 
     def read() -> Data:
         kept_in = run_dir if mode == "resume" else None
-        return build_data(
+        return system.read(
             config, transport.sites, tokenizer_dir=kept_in, share=partial(share, transport)
         )
 
@@ -123,10 +124,9 @@ def build_run(
     ):
         initial = agreed(transport, lambda: open_initial(config, data.fingerprints["tokenizer"]))
     sites, parkings = agreed(
-        transport, lambda: build_sites(plan, data, transport.sites, device, initial)
+        transport, lambda: build_sites(plan, data, transport.sites, device, system, initial)
     )
-    kind = GradientSync if config.sync.average == "gradients" else Sync
-    sync = kind(plan, sites, transport, pin=device.type == "cuda")
+    sync = system.sync(plan, sites, transport, pin=device.type == "cuda")
     if initial is not None:
         check_equal_start(config, sync)
     progress = Progress(config, num_local_sites=len(sites), show=show and transport.sites[0] == 0)
@@ -135,7 +135,7 @@ def build_run(
     if parkings:
         progress.notes.append("waiting sites parked")
     totals = {site: Totals() for site in sites}
-    run = Run(config, run_dir, plan, transport, data, sites, sync, progress, totals)
+    run = Run(config, run_dir, plan, transport, data, system, sites, sync, progress, totals)
     run.parkings = parkings
     if mode == "resume":
         resume(run, resume_round, show=show)
@@ -174,6 +174,7 @@ def build_sites(
     data: Data,
     own: Sequence[int],
     device: torch.device,
+    system: System,
     initial: Initial | None = None,
 ) -> tuple[dict[int, Site], dict[int, Parking]]:
     """This process's sites; if sites are parked, each is parked before the next is built.
@@ -184,7 +185,7 @@ def build_sites(
     sites, parkings = {}, {}
     parking = parks(plan.config, [plan.memory[site] for site in own], device)
     for site in own:
-        sites[site] = Site(plan, site, stream=data.streams[site], device=device)
+        sites[site] = system.make_site(plan, site, data.streams[site])
         if initial is not None:
             sites[site].start_from(initial.read, initial.biases)
         if parking:

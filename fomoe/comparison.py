@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fomoe.config import METHODS, Config
+from fomoe.config import ADAPTER_METHODS, METHODS, Config
 from fomoe.errors import ConfigError, say_line
 from fomoe.hints import hint
 from fomoe.launch import Launch
@@ -19,10 +19,10 @@ def read_methods(text: str) -> list[str]:
     Raises:
         ConfigError: if one is no method, or stands twice.
     """
-    methods = text.split(",")
+    methods, known = text.split(","), METHODS + ADAPTER_METHODS
     for method in methods:
-        if method not in METHODS:
-            raise ConfigError("--methods", method, f"is not a method; {hint(method, METHODS)}")
+        if method not in known:
+            raise ConfigError("--methods", method, f"is not a method; {hint(method, known)}")
         if methods.count(method) > 1:
             raise ConfigError("--methods", method, "is given twice")
     return methods

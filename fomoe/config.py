@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import Field
 
+from fomoe.adapters.base import read_base
+from fomoe.adapters.options import AdapterMethod, AdaptersConfig
 from fomoe.kinds import CyclicPlacement, PlacementConfig
 from fomoe.options import (
     MOST,
@@ -134,7 +136,7 @@ class RouterConfig(Options):
     execute_rate: PositiveFloat = 0.01
     """Step of that bias per inner step."""
     skip_scale: Literal["none", "inverse"] = "none"
-    """Scale of the routed output. inverse: all experts over resident experts."""
+    """Scale of the routed output where tokens skip. inverse: all experts over resident ones."""
     balance: Literal["loss", "bias", "both"] = "loss"
     """What balances the load: the loss, a selection bias, or both."""
     bias_rate: PositiveFloat = 0.01
@@ -231,7 +233,8 @@ class DataConfig(Options):
     """Text, tokens and their split over sites."""
 
     source: Text = "python-stdlib"
-    """python-stdlib, a text file or glob, token shards (*.bin, *.npy), or hf:NAME."""
+    """python-stdlib, a text file or glob, package:NAME/GLOB (files of an installed package), token
+    shards (*.bin, *.npy), or hf:NAME."""
     sites: TextTuple | None = None
     """One source per site, or per part, instead of `source`."""
     held_out: Text | None = None
@@ -253,6 +256,14 @@ class DataConfig(Options):
     """Column of a hub data set, or field of JSON Lines, that holds the text."""
     hub_split: Text = "train"
     """Split of a hub data set."""
+    format: Literal["text", "prompt-completion"] = "text"
+    """text, or JSON Lines with the fields prompt and completion, of which only the completion is
+    learned; needs adapters.base."""
+    client_field: Text | None = None
+    """Field of the pairs that splits them over the clients; null: they are dealt evenly."""
+    dirichlet_alpha: PositiveFloat | None = None
+    """Concentration of the Dirichlet draw by which each value of client_field is shared out over
+    the clients; null: each value has one client."""
 
     @property
     def fixed_vocab_size(self) -> int | None:
@@ -300,13 +311,14 @@ Method = Literal[
     "single",
     "copies",
 ]
-METHODS: tuple[str, ...] = get_args(Method)
+METHODS: tuple[str, ...] = get_args(Method)  # of pre-training
+ADAPTER_METHODS: tuple[str, ...] = get_args(AdapterMethod)
 
 
 class Config(Options):
     """One experiment: everything that decides its numbers, and `run`, which does not."""
 
-    method: Method = "fomoe"
+    method: Literal[Method, AdapterMethod] = "fomoe"
     """FoMoE, or a baseline; its name sets other options (README, Configuration)."""
     num_sites: Positive = 4
     """[sites] Weakly connected places that train."""
@@ -333,12 +345,16 @@ class Config(Options):
     """What crosses between sites and how it is averaged."""
     data: DataConfig = DataConfig()
     """Text, tokens and their split over sites."""
+    adapters: AdaptersConfig = AdaptersConfig()
+    """Fine-tuning of a frozen base with adapters of different ranks (docs/prelort.md)."""
     run: RunConfig = RunConfig()
     """Where a run writes and how often."""
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding: `model.vocab_size`, or the tokenizer's own size."""
+        """Rows of the embedding: the base's, `model.vocab_size`, or the tokenizer's own size."""
+        if self.adapters.base is not None:
+            return read_base(self.adapters.base).vocab_size
         size = self.model.vocab_size or self.data.fixed_vocab_size
         assert size is not None  # check_config refuses a config without either
         return size

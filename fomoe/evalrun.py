@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from fomoe.adapters.evalrun import evaluate_adapters
 from fomoe.build import choose_device
 from fomoe.config import Config
 from fomoe.data.dataset import build_data, run_tokenizer
 from fomoe.data.stream import encode_document
 from fomoe.data.tokenizer import Tokenizer
-from fomoe.errors import DataError
+from fomoe.errors import ConfigError, DataError
 from fomoe.evaluate import evaluate_local, evaluate_stored
 from fomoe.site import Site
 from fomoe.textfile import TextError, read_text
@@ -63,6 +64,10 @@ def evaluate_run(
     """
     where = choose_device(device, 0)
     whole = open_whole(run_dir, round_idx, say)
+    if whole.config.adapters.base is not None:
+        if text is not None:
+            raise ConfigError("--text", text, "has no meaning for a run with adapters")
+        return evaluate_adapters(whole, where)
     whole.refuse_copies("is evaluated by the run itself (val_loss_merged)")
     tokenizer = run_tokenizer(whole.config, run_dir, whole.fingerprints.get("tokenizer"))
     windows = _held_out(whole) if text is None else _windows(whole.config, text, tokenizer)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -49,10 +49,12 @@ class MergedEvaluation:
     Attributes:
         loss: mean cross-entropy in nats.
         load_LE: assignments per layer and expert.
+        more: further figures of the record and the summary.
     """
 
     loss: float
     load_LE: list[list[int]]
+    more: dict[str, Any] = field(default_factory=dict)
 
 
 @torch.no_grad()

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,26 +66,19 @@ def export(
         raise ConfigError("--dtype", dtype, f"must be one of {', '.join(DTYPES)}")
     if format_name is not None and format_name not in FORMATS:
         raise ConfigError("--format", format_name, f"must be one of {', '.join(FORMATS)}")
-    out = Path(os.path.abspath(out))  # `.` has no name to put a folder beside
     refuse_in_the_way(out)
     whole = open_whole(run_dir, round_idx, say)
+    whole.refuse_adapters("has adapters and no model of its own")
     whole.refuse_copies("cannot be exported: transformers cannot choose experts by the text")
     name = choose_format(whole.config, format_name)
     tokenizer = run_tokenizer(whole.config, run_dir, whole.fingerprints.get("tokenizer"))
-    aside = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        aside.mkdir(parents=True)
+    with new_folder(out) as aside:
         _write_tensors(whole, name, aside, DTYPES[dtype], shard_bytes)
         _write_settings(whole, name, aside, tokenizer, dtype)
         if tokenizer is not None:
             write_tokenizer(tokenizer, aside, seq_len=whole.config.data.seq_len)
         card = model_card(whole, name, dtype, has_tokenizer=tokenizer is not None)
         (aside / "README.md").write_text(card, encoding="utf-8")
-        os.replace(aside, out)
-    except OSError as error:
-        raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from None
-    finally:
-        remove(aside)
     say(f"exported round {whole.round_idx} as {name} ({FORMATS[name].architecture}), {dtype}")
     return name
 
@@ -99,6 +93,25 @@ def refuse_in_the_way(out: Path) -> None:
         raise CheckpointError(f"--out {out} is in the way: it is a file, not a folder")
     if listing(out):
         raise CheckpointError(f"--out {out} is in the way: it is not empty; name a new folder")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside the target, to write to; at the end it takes the target's place.
+
+    Raises:
+        CheckpointError: if it cannot be written; nothing of it is left then.
+    """
+    out = Path(os.path.abspath(out))  # `.` has no name to put a folder beside
+    aside = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        os.replace(aside, out)
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from None
+    finally:
+        remove(aside)
 
 
 def _write_tensors(

@@ -39,6 +39,15 @@ def _add_export(commands: Any) -> None:
         help=f"{', '.join(FORMATS)} (default: the first that can say the model)",
     )
     parser.add_argument("--dtype", default="fp32", help="fp32 (default), bf16 or fp16")
+    parser.add_argument(
+        "--adapter", action="store_true", help="write the adapters of a fine-tuning run for peft"
+    )
+    parser.add_argument(
+        "--rank", type=int, metavar="N", help="with --adapter: keep N dimensions (default: all)"
+    )
+    parser.add_argument(
+        "--merge", action="store_true", help="with --adapter: write the base with them added"
+    )
     parser.set_defaults(run=_export)
 
 
@@ -73,6 +82,11 @@ def _add_generate(commands: Any) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
+    if args.adapter:
+        return _export_adapter(args)
+    for field, value in (("--rank", args.rank), ("--merge", args.merge or None)):
+        if value is not None:
+            raise ConfigError(field, value, "needs --adapter")
     from fomoe.exporting import export
 
     export(
@@ -81,6 +95,24 @@ def _export(args: argparse.Namespace) -> int:
         format_name=args.format,
         round_idx=args.round,
         dtype=args.dtype,
+        say=say_line,
+    )
+    print(args.out)
+    return 0
+
+
+def _export_adapter(args: argparse.Namespace) -> int:
+    from fomoe.adapters.exporting import export_adapter
+
+    if args.format is not None or args.dtype != "fp32":
+        field = "--format" if args.format is not None else "--dtype"
+        raise ConfigError(field, args.format or args.dtype, "has no meaning beside --adapter")
+    export_adapter(
+        args.run_dir,
+        args.out,
+        rank=args.rank,
+        merge=args.merge,
+        round_idx=args.round,
         say=say_line,
     )
     print(args.out)

@@ -102,6 +102,7 @@ def _from_run(config: Config, folder: Path, tokenizer: str | None) -> Initial:
     try:
         whole = open_whole(folder, None, check=False)
         whole.refuse_copies("cannot be started from")
+        whole.refuse_adapters("has adapters and no model to start from")
     except CheckpointError as error:
         raise CheckpointError(f"init_from: {error}") from None
     theirs, ours = function_of(whole.config), function_of(config)

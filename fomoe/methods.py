@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
+from fomoe.adapters.options import Aggregate
 from fomoe.config import Config
 
 
@@ -28,6 +29,10 @@ def method_settings(config: Config) -> dict[str, Any]:
         # on the held-out part of all of it.
         "data.num_shards": config.data.num_shards or config.num_sites,
     }
+    ranks, num_clients = config.adapters.ranks or (1,), len(config.adapters.ranks)
+    # The base is a model of its own, without experts that sites could hold.
+    no_experts = {**everywhere, "model.ffn": "dense"}
+    baseline = {**no_experts, **plain_mean, "adapters.nesting": "none"}
     settings: dict[str, dict[str, Any]] = {
         "fomoe": {},
         "diloco": everywhere,
@@ -39,5 +44,17 @@ def method_settings(config: Config) -> dict[str, Any]:
         "diloco-half": {**everywhere, "model.expert_ffn_scale": 0.5},
         "single": alone,
         "copies": {"placement.kind": "copies"},
+        "prelort": no_experts,
+        "fedit-min": {
+            **baseline,
+            "adapters.aggregate": "segments",
+            "adapters.ranks": [min(ranks)] * num_clients,
+        },
+        "fedit-max": {
+            **baseline,
+            "adapters.aggregate": "segments",
+            "adapters.ranks": [max(ranks)] * num_clients,
+        },
+        **{name: {**baseline, "adapters.aggregate": name} for name in get_args(Aggregate)},
     }
     return settings[config.method]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from statistics import stdev
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +13,8 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from fomoe.adapters.report import methods_table, ranks_table, server_rows
+from fomoe.amounts import bytes_text, duration_text, mean_of, spread_text, times_text
 from fomoe.config import Config
 from fomoe.errors import say_line
 from fomoe.planning import RunPlan, memory_by_kind, planned_summary
@@ -113,11 +114,11 @@ class Progress:
         local = [r["val_loss_local"] for r in rounds if r["val_loss_local"] is not None]
         self.say(
             f"round {round_idx + 1}/{self.config.rounds}{self._whose}"
-            f"  train loss {_mean([r['loss'] for r in steps]):.3f}"
-            + (f"  local val {_mean(local):.3f}" if local else "")
+            f"  train loss {mean_of([r['loss'] for r in steps]):.3f}"
+            + (f"  local val {mean_of(local):.3f}" if local else "")
             + (f"  merged val {merged[0]:.3f}" if merged else "")
-            + f"  skipped {_mean([r['skipped_fraction'] for r in rounds]):.3f}"
-            f"  executed {_mean([r['executed_fraction'] for r in rounds]):.3f}"
+            + f"  skipped {mean_of([r['skipped_fraction'] for r in rounds]):.3f}"
+            f"  executed {mean_of([r['executed_fraction'] for r in rounds]):.3f}"
             f"  sync {rounds[0]['sync_s']:.2f} s, {bytes_text(rounds[0]['payload_bytes'])}"
             f"  {self._speed()}" + "".join(f"  {note}" for note in self.notes)
         )
@@ -129,7 +130,7 @@ class Progress:
         elapsed = max(time.monotonic() - self.started, 1e-9)
         done = min(self._steps_done / max(self._steps_to_do, 1), 1.0)
         left = elapsed / done * (1 - done) if done else 0.0
-        speed = _mean([site_speed(*sums) for sums in self._sums.values()])
+        speed = mean_of([site_speed(*sums) for sums in self._sums.values()])
         known = f"{speed:,.0f} tokens/s per site, " if self._sums else ""
         return f"{known}{duration_text(left)} left"
 
@@ -141,14 +142,18 @@ def print_dry_run(run: RunPlan) -> None:
     """The resolved config, who holds what, parameters, memory and bytes."""
     out = console(wide=True)
     out.print(run.config.to_yaml(), markup=False)
-    out.print(_holders_table(run))
+    fine_tunes = run.config.adapters.base is not None
+    out.print(ranks_table(run.config.adapters) if fine_tunes else _holders_table(run))
     out.print(_sites_table(run))
     summary = planned_summary(run)
-    out.print(
-        f"whole model {summary['params_total']:,} parameters; "
-        f"{summary['replication_factor']:g} of {summary['num_sites']} sites hold an expert "
-        f"on average"
-    )
+    if fine_tunes:
+        out.print(f"adapters at the largest rank {summary['params_total']:,} parameters")
+    else:
+        out.print(
+            f"whole model {summary['params_total']:,} parameters; "
+            f"{summary['replication_factor']:g} of {summary['num_sites']} sites hold an expert "
+            f"on average"
+        )
     out.print(_traffic_table(run))
 
 
@@ -227,7 +232,7 @@ def print_summary(summary: dict[str, Any], config: Config) -> None:
     rows = {
         "merged validation loss (nats per token)": f"{summary['val_loss_merged']:.4f}",
         "unigram entropy of the same text": f"{summary['unigram_entropy']:.4f}",
-        "local validation loss, mean over sites": f"{_mean(local):.4f}" if local else "-",
+        "local validation loss, mean over sites": f"{mean_of(local):.4f}" if local else "-",
         "holders per expert": f"{summary['replication_factor']:g} of {summary['num_sites']}",
         "assignments skipped / executed": f"{summary['skipped_fraction']:.3f} / "
         f"{summary['executed_fraction']:.3f}",
@@ -240,6 +245,11 @@ def print_summary(summary: dict[str, Any], config: Config) -> None:
         "tokens/s per site": f"{summary['tokens_per_s']:,.0f}",
         "peak memory of a process": bytes_text(summary["peak_memory_bytes"]),
     }
+    if config.adapters.base is not None:
+        for name in ("merged validation loss (nats per token)", "holders per expert"):
+            del rows[name]
+        del rows["assignments skipped / executed"]
+        rows = server_rows(summary) | rows
     if summary["peak_accelerator_memory_bytes"]:
         rows["peak memory of its accelerator"] = bytes_text(
             summary["peak_accelerator_memory_bytes"]
@@ -255,6 +265,14 @@ def print_summary(summary: dict[str, Any], config: Config) -> None:
 
 def print_comparison(summaries: list[dict[str, Any]]) -> None:
     """One row per method: means over its seeds, with the standard deviation of several."""
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for summary in summaries:
+        by_method.setdefault(summary["method"], []).append(summary)
+    seeds = max(len(runs) for runs in by_method.values())
+    over = f", mean and deviation of {seeds} seeds" if seeds > 1 else ""
+    if "val_loss_by_rank" in summaries[0]:
+        console(wide=True).print(methods_table(by_method, over))
+        return
     columns = [
         "method",
         "merged val",
@@ -268,11 +286,6 @@ def print_comparison(summaries: list[dict[str, Any]]) -> None:
         "vs DiLoCo",
         "memory/site",
     ]
-    by_method: dict[str, list[dict[str, Any]]] = {}
-    for summary in summaries:
-        by_method.setdefault(summary["method"], []).append(summary)
-    seeds = max(len(runs) for runs in by_method.values())
-    over = f", mean and deviation of {seeds} seeds" if seeds > 1 else ""
     table = Table(*columns, title=f"Equal tokens per site, same text{over}")
     for method, runs in by_method.items():
         first = runs[0]
@@ -280,11 +293,11 @@ def print_comparison(summaries: list[dict[str, Any]]) -> None:
         table.add_row(
             method,
             spread_text([run["val_loss_merged"] for run in runs], ".4f"),
-            spread_text([_mean(losses) for losses in local], ".4f") if all(local) else "-",
+            spread_text([mean_of(losses) for losses in local], ".4f") if all(local) else "-",
             spread_text([run["executed_fraction"] for run in runs], ".3f"),
             spread_text([run["skipped_fraction"] for run in runs], ".3f"),
-            f"{_mean([run['expert_flops_fraction'] for run in runs]):.2f}",
-            f"{_mean([run['tokens_per_s'] for run in runs]):,.0f}",
+            f"{mean_of([run['expert_flops_fraction'] for run in runs]):.2f}",
+            f"{mean_of([run['tokens_per_s'] for run in runs]):,.0f}",
             bytes_text(first["payload_bytes_per_site_per_round"]),
             times_text(first["ratio_vs_ddp"]),
             times_text(first["ratio_vs_diloco"]),
@@ -293,20 +306,19 @@ def print_comparison(summaries: list[dict[str, Any]]) -> None:
     console(wide=True).print(table)
 
 
-def spread_text(values: list[float], form: str) -> str:
-    """The value, or mean and standard deviation of several."""
-    text = format(_mean(values), form)
-    return text if len(values) == 1 else f"{text} ± {format(stdev(values), form)}"
-
-
 def print_evaluation(result: dict[str, Any]) -> None:
     """The losses of a saved round: of the merged model, then of every site's own."""
     title = f"round {result['round']} on {result['text']}, {result['tokens']:,} tokens"
     table = Table("", "loss (nats/token)", "perplexity", "bits per byte", title=title)
-    named = {"merged": result["merged"]}
-    named |= {f"site {site}": own for site, own in enumerate(result["sites"])}
+    if "ranks" in result:
+        named = {f"server at rank {rank}": own for rank, own in result["ranks"].items()}
+        clients = enumerate(result["clients"])
+        named |= {f"client {client}, own part": own for client, own in clients if own}
+    else:
+        named = {"merged": result["merged"]}
+        named |= {f"site {site}": own for site, own in enumerate(result["sites"])}
     for name, own in named.items():
-        bits = own["bits_per_byte"]
+        bits = own.get("bits_per_byte")
         table.add_row(
             name,
             f"{own['loss']:.4f}",
@@ -338,26 +350,3 @@ def ranges_text(numbers: tuple[int, ...]) -> str:
         else:
             parts.append([number])
     return ",".join("-".join(str(end) for end in part) for part in parts) or "none"
-
-
-def bytes_text(count: float) -> str:
-    """Bytes in units of 1000, as for network links."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def duration_text(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-def times_text(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f}x"
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else float("nan")

@@ -9,12 +9,12 @@ from statistics import mean
 from typing import Any
 
 from fomoe import __version__
+from fomoe.amounts import bytes_text, spread_text, times_text
 from fomoe.errors import ConfigError
 from fomoe.figures import Drawing, need_matplotlib
 from fomoe.options import yaml_word
 from fomoe.overrides import flatten
 from fomoe.records import Group, Record, RunRecords, read_groups
-from fomoe.report import bytes_text, spread_text, times_text
 from fomoe.runfigures import figures
 
 _STYLE = """

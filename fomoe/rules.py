@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fomoe.adapters.rules import check_adapters
 from fomoe.config import Config, OuterConfig
 from fomoe.copies import set_size
 from fomoe.errors import ConfigError
@@ -27,6 +28,7 @@ def check_config(config: Config) -> None:
     Raises:
         ConfigError: naming the first field, value and rule that do not hold.
     """
+    check_adapters(config)
     _check_model(config)
     _check_sizes(config)
     _check_outer(config.outer)
@@ -70,7 +72,7 @@ def _check_copies(config: Config) -> None:
 def _check_model(config: Config) -> None:
     model = config.model
     known = config.data.fixed_vocab_size
-    if model.vocab_size is None and known is None:
+    if model.vocab_size is None and known is None and config.adapters.base is None:
         rule = f"must be set for data.tokenizer {config.data.tokenizer}"
         raise ConfigError("model.vocab_size", "null", rule)
     if model.vocab_size is not None and known is not None and model.vocab_size < known:

@@ -18,6 +18,7 @@ from fomoe.site import Site
 from fomoe.summary import Counts, Totals
 from fomoe.sync.sync import Sync
 from fomoe.sync.transport import Transport
+from fomoe.systems import System
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Run:
     plan: RunPlan
     transport: Transport
     data: Data
+    system: System
     sites: dict[int, Site]
     sync: Sync
     progress: Progress

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from fomoe.amounts import bytes_text
 from fomoe.figures import Drawing
 from fomoe.planning import memory_by_kind, plan_run, planned_summary
 from fomoe.records import Group, Record, RunRecords, site_speed
-from fomoe.report import bytes_text
 
 Values = Callable[[RunRecords], list[float | None]]
 _WHAT = "fomoe report"

@@ -13,6 +13,7 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
+from fomoe.adapters.shapes import rank_ranges
 from fomoe.codecs import FP32, Codec
 from fomoe.config import Config
 from fomoe.kinds import Sites
@@ -187,6 +188,8 @@ def _segment(spec: ParameterSpec, piece: Piece) -> Segment:
 
 def rule_of(config: Config, placement: Placement) -> Rule:
     """The rule that the config asks for; this is the only place that chooses one."""
+    if config.adapters.base is not None:
+        return adapter_rule(config.adapters.ranks)
     return placement_rule(placement, router_rows=config.sync.router_rows)
 
 
@@ -220,6 +223,19 @@ def placement_rule(placement: Placement, *, router_rows: str = "all") -> Rule:
             trainers = placement.trainers[index_of[spec.layer]]
             return [Piece(e, e + 1, everyone, trainers[e], e) for e in rows]
         return [Piece(0, spec.shape[0], everyone, everyone)]
+
+    return rule
+
+
+def adapter_rule(ranks: tuple[int, ...]) -> Rule:
+    """Rows of adapters are cut at the distinct ranks; a range is held by who has all of it.
+
+    Args:
+        ranks: rank of every client.
+    """
+
+    def rule(spec: ParameterSpec) -> list[Piece]:
+        return [Piece(start, stop, own, own) for start, stop, own in rank_ranges(ranks)]
 
     return rule
 

@@ -8,6 +8,7 @@ import torch
 
 from fomoe.config import Config
 from fomoe.data import sources
+from fomoe.errors import ConfigError
 from fomoe.logs import import_tensorboard, import_wandb, log_in
 from fomoe.site import expert_backend
 
@@ -18,7 +19,11 @@ def check_services(config: Config, sites: Iterable[int], device: torch.device) -
     Raises:
         FomoeError: naming the option, the package or service, and what to do.
     """
-    expert_backend(config, device)
+    if config.adapters.base is None:
+        expert_backend(config, device)
+    elif config.adapters.aggregate != "segments" and len(tuple(sites)) < config.num_sites:
+        rule = "needs all clients in one process: a server computes it"
+        raise ConfigError("adapters.aggregate", config.adapters.aggregate, rule)
     names = config.data.sites or (config.data.source,) * config.num_sites
     needed = {names[site] for site in sites}
     needed |= {config.data.held_out} if config.data.held_out else set(names)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from fomoe.adapters.base import read_base
+from fomoe.adapters.shapes import adapter_shapes
 from fomoe.config import Config
 
 
@@ -20,7 +22,7 @@ class ParameterSpec:
         name: the name in the model.
         shape: sizes; matrices are [out, in] as in torch.nn.Linear. Routed experts are stacked:
             [E, out, in], one row per expert.
-        kind: embedding, attention, norm, router, ffn, shared_expert or expert.
+        kind: embedding, attention, norm, router, ffn, shared_expert, expert or adapter.
         layer: index of the layer, None outside the layers.
         residual: whether its product is added to the residual stream, which scales its init.
     """
@@ -45,7 +47,16 @@ class ParameterSpec:
 
 
 def parameter_specs(config: Config) -> list[ParameterSpec]:
-    """Parameters of the whole model, all experts included, in the model's order."""
+    """Parameters of the whole model, all experts included, in the model's order.
+
+    With adapters: their matrices with all rows, and nothing of the frozen base.
+    """
+    if config.adapters.base is not None:
+        targets = read_base(config.adapters.base).targets(config.adapters.targets)
+        return [
+            ParameterSpec(name, shape, "adapter")
+            for name, shape in adapter_shapes(targets, max(config.adapters.ranks))
+        ]
     model = config.model
     specs = [ParameterSpec("embedding.weight", (config.vocab_size, model.d_model), "embedding")]
     for layer in range(model.num_layers):

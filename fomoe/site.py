@@ -67,16 +67,10 @@ class Site:
         config = plan.config
         self.config, self.site, self.stream, self.device = config, site, stream, device
         bf16 = uses_bf16(config.inner.precision, device)
-        # Checked before anything is built: a backend that cannot run here is a user's mistake.
-        self.expert_backend = expert_backend(config, device)
         # With copies, the model here is one of this site's set, whose experts are numbered from 0.
         self.first_expert = set_of_site(config, site) * set_size(config)
-        residents = _from(self.first_expert, plan.placement.residents(site))
-        trained = _from(self.first_expert, plan.placement.trained(site))
-        self.model = Transformer(site_config(config), residents, trained)
-        self.model.to(device)
         self.segments = plan.segment_plan.segments_at(site)
-        self.parameters = dict(self.model.named_parameters())
+        self.parameters = self._build(plan)
         self.trainable = {n: p for n, p in self.parameters.items() if p.requires_grad}
         self.optimizer = build_inner_optimizer(config.inner, self.trainable)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
@@ -86,6 +80,16 @@ class Site:
             torch.zeros(NUM_COUNTERS, dtype=torch.int64) if num_sets(config) > 1 else None
         )
         self._reset_round()
+
+    def _build(self, plan: RunPlan) -> dict[str, nn.Parameter]:
+        """Make the model; returns its parameters by name."""
+        # Checked before anything is built: a backend that cannot run here is a user's mistake.
+        self.expert_backend = expert_backend(self.config, self.device)
+        residents = _from(self.first_expert, plan.placement.residents(self.site))
+        trained = _from(self.first_expert, plan.placement.trained(self.site))
+        self.model = Transformer(site_config(self.config), residents, trained)
+        self.model.to(self.device)
+        return dict(self.model.named_parameters())
 
     def run_local_steps(self, num_steps: int, on_step: Callable[[Tensor], None]) -> list[Tensor]:
         """Take some local steps; `on_step` is called with the record of each step.

@@ -22,6 +22,7 @@ _KINDS = {
     "text": "counts of n-grams are",
     "anchor": "anchors are",
     "outer": "outer optimizer state is",
+    "merged": "values merged into the base are",
     "residual": "residuals of the codec are",
 }
 

@@ -111,6 +111,7 @@ def merged_record(merged: MergedEvaluation, round_idx: int) -> dict[str, Any]:
         "round": round_idx,
         "val_loss_merged": merged.loss,
         "load": merged.load_LE,
+        **merged.more,
     }
 
 
@@ -147,6 +148,7 @@ def summarize(
     summary |= _measured(plan, rows, proxy=len(transport.sites) == len(rows) > 1)
     summary |= {
         "val_loss_merged": merged.loss,
+        **merged.more,
         "val_loss_local": [row["val_loss_local"] for row in rows],
         "unigram_entropy": data.unigram_entropy,
         "text_sha256": _text_hash(data),

@@ -14,7 +14,7 @@ import torch
 from fomoe.build import choose_device, started
 from fomoe.config import Config
 from fomoe.errors import ConfigError
-from fomoe.evaluate import MergedEvaluation, evaluate_local, evaluate_merged, topk_agreement
+from fomoe.evaluate import MergedEvaluation, topk_agreement
 from fomoe.launch import Launch, launch_from_environment
 from fomoe.metrics import Metrics
 from fomoe.parking import unparked
@@ -159,6 +159,7 @@ def run_local_steps(
             **dict(zip(STEP_FIELDS, values, strict=True)),
         }
         for site, steps in vectors.items()
+        if steps  # a client that does not take part in the round has none
         for step, values in enumerate(torch.stack(steps).tolist())
     ]
     return records, seconds, averaged_s
@@ -217,7 +218,7 @@ def evaluate_sites(run: Run, round_idx: int) -> dict[int, float]:
     if is_due(run.config.run.eval_every, round_idx, run.config.rounds):
         for site_idx, site in run.sites.items():
             with unparked(run.parkings_of(site_idx), optimizer=False):
-                result = evaluate_local(site, run.data.held_out)
+                result = run.system.evaluate_site(site, run.data.held_out)
             run.local_losses[site_idx] = result.loss
             if site_idx in run.probes:
                 agreement[site_idx] = topk_agreement(run.probes[site_idx], result.probe_LTK)
@@ -227,9 +228,7 @@ def evaluate_sites(run: Run, round_idx: int) -> dict[int, float]:
 
 def merged_loss(run: Run) -> MergedEvaluation:
     with unparked(run.parkings.values(), optimizer=False):
-        return evaluate_merged(
-            run.config, run.sites, run.plan.segment_plan, run.transport, run.data.held_out
-        )
+        return run.system.evaluate_whole(run.plan, run.sites, run.transport, run.data)
 
 
 def is_due(every: int, round_idx: int, rounds: int) -> bool:

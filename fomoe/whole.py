@@ -76,6 +76,12 @@ class WholeModel:
         if num_sets(self.config) > 1:
             raise ConfigError("placement.kind", "copies", f"{what}; fomoe merge writes the model")
 
+    def refuse_adapters(self, what: str) -> None:
+        """Raises ConfigError if the run has trained adapters on a base, which `what` cannot do."""
+        if self.config.adapters.base is not None:
+            rule = f"{what}; fomoe export --adapter writes them, --merge the model with them"
+            raise ConfigError("run", str(self.run_dir), rule)
+
 
 def open_whole(
     run_dir: Path,

@@ -82,8 +82,15 @@ def load(path: str, overrides: tuple[str, ...] = ()) -> Config:
 
     With copies of experts it is that of a site's model, which is what the sites store, compute and
     exchange until the copies part.
+
+    Raises:
+        ConfigError: also for a run with adapters, whose cost is not that of pre-training.
     """
-    return _load_at(path, overrides, stamp(path))
+    config = _load_at(path, overrides, stamp(path))
+    if config.adapters.base is not None:
+        rule = "is fine-tuned with adapters: fomoe train CONFIG --dry-run says what they cost"
+        raise ConfigError("adapters.base", config.adapters.base, rule)
+    return config
 
 
 @lru_cache(maxsize=512)

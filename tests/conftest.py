@@ -32,6 +32,7 @@ from fomoe.sync.ddp import GradientSync
 from fomoe.sync.gloo import GlooTransport
 from fomoe.sync.sync import Sync
 from fomoe.sync.transport import InMemoryTransport, Transport, failure_text
+from fomoe.systems import system_of
 from fomoe.training import run_local_steps, synchronize
 
 torch.set_num_threads(1)
@@ -163,6 +164,7 @@ def make_run(config: Config, transport: Transport | None = None) -> Run:
         plan=plan,
         transport=transport,
         data=data,
+        system=system_of(config, torch.device("cpu")),
         sites=sites,
         sync=make_sync(plan, sites, transport),
         progress=Silent(),  # type: ignore[arg-type]

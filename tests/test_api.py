@@ -43,9 +43,9 @@ def test_planning_from_python_needs_no_torch(tmp_path: Path) -> None:
         "assert fomoe.plan(config).payload_per_round(0) > 0\n"
         "answer = fomoe.project(fomoe.Ask(model='dbrx', sites=8), method='diloco')\n"
         "assert answer['days'] > 0\n"
-        "assert 'torch' not in sys.modules\n"
+        "print('torch' in sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, timeout=60) == "False\n"
 
 
 def test_a_run_from_python(tmp_path: Path) -> None:

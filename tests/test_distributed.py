@@ -351,8 +351,9 @@ def test_options_that_do_not_matter_may_differ():
         (site,) = transport.sites
         config = tiny_config({"run.dir": f"runs/{site}", "run.log_every": site + 1})
         compare_configs(config, transport, "new")
+        return config.fingerprint()
 
-    all_good(over_gloo(4, work))
+    assert len(set(all_good(over_gloo(4, work)))) == 1
 
 
 def test_the_mode_of_starting_is_compared():
@@ -398,8 +399,11 @@ def test_equal_sites_are_not_refused(tmp_path):
         compare_configs(config, transport, "new")
         data = build_data(config, [site])
         compare_fingerprints(data.fingerprints, transport)
+        return data.fingerprints
 
-    all_good(over_gloo(4, work))
+    first, *others = all_good(over_gloo(4, work))
+    assert sorted(first) == ["data split", "held-out part", "tokenizer"]
+    assert others == [first] * 3
 
 
 def test_a_site_that_cannot_read_its_data_stops_all_sites(tmp_path):

@@ -400,4 +400,4 @@ def test_a_site_per_slurm_node(stub, tmp_path: Path) -> None:
 
 def test_the_tiny_experiment_itself_is_right(tmp_path: Path) -> None:
     """Else the refusals above would come for another reason."""
-    trained(write_config(tmp_path), "rounds=1")
+    assert trained(write_config(tmp_path), "rounds=1")["rounds"] == 1

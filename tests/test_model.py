@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from conftest import assert_same_bits, make_site, tiny_config
 from torch import Tensor
 
-from fomoe.config import Config
+from fomoe.config import Config, RouterConfig
 from fomoe.model import attention
 from fomoe.model.attention import Attention
 from fomoe.model.elementwise import rotate
 from fomoe.model.experts import Expert, swiglu
-from fomoe.model.router import choose_experts
+from fomoe.model.router import Router, choose_experts
 from fomoe.model.transformer import MoE, Transformer, rotary_table
 from fomoe.planning import plan_run
 
@@ -309,6 +309,22 @@ def test_gates_are_normalised_as_asked(gate_norm, gates):
     assert routing.expert_TK.tolist() == [[0, 1], [3, 2]]
     assert routing.executed_TK.tolist() == [[True, False], [False, True]]
     torch.testing.assert_close(routing.gate_TK, torch.tensor(gates))
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_skip_scale_leaves_routing_over_residents_alone(score):
+    """Nothing is skipped there, so that gates sum to 1 as they do in the merged model."""
+    x_TD = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    resident_E = torch.tensor([True, False, True, False])
+    gates = []
+    for scale in ("none", "inverse"):
+        options = RouterConfig(score=score, route_scope="resident", skip_scale=scale)
+        torch.manual_seed(2)
+        router = Router(d_model=8, num_experts=4, top_k=2, options=options)
+        torch.nn.init.normal_(router.weight)
+        gates.append(router(x_TD, resident_E=resident_E, num_resident=2)[0].gate_TK)
+    assert torch.equal(*gates)
+    assert torch.allclose(gates[0].sum(-1), torch.ones(5))
 
 
 def test_skip_scale_multiplies_by_all_over_resident():

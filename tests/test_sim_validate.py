@@ -136,9 +136,9 @@ def test_no_torch_is_imported():
         "import pkgutil, sys, importlib, fomoe_sim\n"
         "names = [m.name for m in pkgutil.iter_modules(fomoe_sim.__path__)]\n"
         "[importlib.import_module(f'fomoe_sim.{n}') for n in names]\n"
-        "assert 'torch' not in sys.modules"
+        "print(len(names) > 10, 'torch' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "True False\n"
 
 
 def test_the_documented_figures_are_those_of_the_code(tables):

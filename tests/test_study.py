@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -190,6 +191,7 @@ def test_each_run_has_one_line_and_is_not_run_again(tmp_path: Path, calls: Path)
     assert (line["study"], line["regime"]) == ("small", None)
     assert line["overrides"] == {"router.skip_scale": "inverse"}
     assert (line["val_loss_merged"], line["val_loss_local"]) == (1.875, 2.5)
+    assert line["curve"] == [[500, 3.0], [2000, 1.875]]  # the last is the summary's loss
     assert line["config"]["seed"] == 1
     assert "run" not in line["config"]
     assert line["wall_s"] >= 0
@@ -232,8 +234,7 @@ def test_what_has_ended_is_recorded_and_what_was_stopped_goes_on(
     for run in (saved, unsaved):
         (run.folder / "summary.json").unlink()
     (saved.folder / "checkpoints" / "round-1").mkdir(parents=True)
-    for name in ("config.yaml", "summary.json"):
-        (new.folder / name).unlink()
+    shutil.rmtree(new.folder)
     assert fomoe("study", path).status == 0
     assert called(calls) == sorted(
         [f"{saved.folder.name} --resume", f"{unsaved.folder.name} --overwrite", new.folder.name]

@@ -142,9 +142,18 @@ def test_one_value_has_no_spread() -> None:
 
 def test_the_figure_is_the_same_each_time(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    points = {"": [("all", 1.0, 1.5, 0.1), ("half", 0.5, 1.6, 0.0)]}
-    assert figure.draw(tmp_path / "a.svg", "Tiny", points)
-    first = (tmp_path / "a.svg").read_text()
-    assert figure.draw(tmp_path / "a.svg", "Tiny", points)
-    assert (tmp_path / "a.svg").read_text() == first
-    assert "half" in first
+    arms = [
+        figure.Shown("all", [1e3, 2e3], [[1.5, 1.25], [1.0, 1.75]]),
+        figure.Shown("half", [500.0, 1e3], [[1.6, 1.5]]),
+    ]
+    assert arms[0].mean.tolist() == [1.25, 1.5]
+    assert arms[0].spread.tolist() == pytest.approx([0.125**0.5, 0.125**0.5])
+    assert arms[1].spread.tolist() == [0.0, 0.0]
+    for over in ("flops", "bytes"):
+        shown = arms if over == "bytes" else [figure.Shown("half", [0.5], [[1.5]])]
+        assert figure.draw(tmp_path / "a.svg", "Tiny", over, {"": shown})
+        first = (tmp_path / "a.svg").read_text()
+        assert figure.draw(tmp_path / "a.svg", "Tiny", over, {"": shown})
+        assert (tmp_path / "a.svg").read_text() == first
+        assert "half" in first
+        assert "NaN" not in first

@@ -779,8 +779,14 @@ def test_nothing_is_unpickled_from_the_wire(monkeypatch):
     def work(transport):
         run = make_run(tiny_config(router__balance="both"), transport)
         one_round(run)
+        return parameters_of(run)
 
-    all_good(over_gloo(4, work))
+    replicas: dict[str, list[torch.Tensor]] = {}
+    for site in all_good(over_gloo(4, work)):
+        for (_, name), value in site.items():
+            replicas.setdefault(name, []).append(value)
+    assert {len(values) for values in replicas.values()} == {2, 4}
+    assert all(torch.equal(values[0], value) for values in replicas.values() for value in values)
 
 
 @pytest.mark.usefixtures("poisoned_memory")

@@ -19,7 +19,7 @@ import pytest
 from helpers_cli import fomoe, words, write_config
 
 from fomoe.data.dataset import build_data
-from fomoe.data.sources import read_documents
+from fomoe.data.sources import find_files, read_documents
 from fomoe.errors import DataError
 from fomoe.load import load_config
 
@@ -370,3 +370,16 @@ def test_a_config_may_come_from_a_pipe(tmp_path: Path) -> None:
     os.close(writer)
     assert load_config(f"/dev/fd/{reader}").num_sites == 3
     os.close(reader)
+
+
+def test_a_source_names_files_of_a_package() -> None:
+    names = {path.name for path in find_files("package:fomoe/data/*.py")}
+    assert {"sources.py", "dataset.py"} <= names
+
+
+@pytest.mark.parametrize(
+    "source", ["package:fomoe", "package:no_such_package/*.py", "package:json.x/*"]
+)
+def test_a_source_of_no_package_is_refused(source: str) -> None:
+    with pytest.raises(DataError, match="names no folder of an installed package"):
+        find_files(source)

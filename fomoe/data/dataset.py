@@ -6,7 +6,7 @@ import hashlib
 import heapq
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ class Data:
             that a model without context could do.
         fingerprints: hashes that must be equal at all sites.
         tokenizer_json: the trained tokenizer's file, None if none was trained.
+        own_held_out: as `held_out`, of one client's own examples; with adapters only.
     """
 
     streams: dict[int, Stream]
@@ -40,6 +41,7 @@ class Data:
     unigram_entropy: float
     fingerprints: dict[str, str]
     tokenizer_json: bytes | None
+    own_held_out: dict[int, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

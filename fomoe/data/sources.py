@@ -1,7 +1,8 @@
 """Sources: where text and tokens come from; docs/data.md describes them.
 
-A source is `python-stdlib`, a file or glob of text or JSON Lines, a file or glob of token shards
-(`*.bin` in llm.c's layout, `*.npy`), or `hf:NAME[:CONFIG]`, a hub data set that is streamed.
+A source is `python-stdlib`, a file or glob of text or JSON Lines, `package:NAME/GLOB` (files of an
+installed package), a file or glob of token shards (`*.bin` in llm.c's layout, `*.npy`), or
+`hf:NAME[:CONFIG]`, a hub data set that is streamed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from fomoe.textfile import TextError, read_text, why_no_file
 
 STDLIB = "python-stdlib"
 HUB = "hf:"
+PACKAGE = "package:"
 
 # Folders of the standard library that hold tests and generated or third-party code.
 _STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
@@ -100,6 +103,8 @@ def find_files(source: str) -> list[Path]:
     """
     if source == STDLIB:
         return _stdlib_files()
+    if source.startswith(PACKAGE):
+        return find_files(_in_package(source))
     home = os.path.expanduser(source)
     named = next((name for name in (source, home) if os.path.lexists(name)), None)
     names = [named] if named is not None else glob.glob(home, recursive=True)
@@ -117,6 +122,17 @@ def find_files(source: str) -> list[Path]:
     if not files:
         raise DataError(f"data source {source} {_why_nothing(home, names)}")
     return [Path(name) for name in sorted(files.values())]
+
+
+def _in_package(source: str) -> str:
+    """The pattern of files in an installed package's folder, which is not imported."""
+    name, _, pattern = source.removeprefix(PACKAGE).partition("/")
+    found = find_spec(name) if name.isidentifier() else None
+    folders = list(found.submodule_search_locations or []) if found else []
+    if not folders or not pattern:
+        rule = f"names no folder of an installed package ({PACKAGE}NAME/GLOB)"
+        raise DataError(f"data source {source} {rule}")
+    return os.path.join(glob.escape(folders[0]), pattern)
 
 
 def _check(path: Path, problem: str) -> None:

@@ -129,7 +129,7 @@ class Router(nn.Module):
                 top_k=self.top_k,
                 gate_norm=options.gate_norm,
                 at_least_one=options.at_least_one,
-                skip_scale=options.skip_scale,
+                skip_scale="none" if options.route_scope == "resident" else options.skip_scale,
             )
             stats = router_stats(
                 routing=routing,

@@ -9,11 +9,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from fomoe.amounts import bytes_text
 from fomoe.config import Config
 from fomoe.errors import ConfigError, say_line
 from fomoe.files import write_text_atomically
-from fomoe.report import bytes_text
-from fomoe.study.figure import Point, draw
+from fomoe.study.figure import Shown, draw
 from fomoe.study.plan import Arm, Study
 from fomoe.study.results import Line, newest, read_results
 
@@ -30,6 +30,7 @@ class Row:
     Attributes:
         losses: merged loss by seed.
         lead: the control's loss minus this arm's, for each seed that both have.
+        curves: merged loss by bytes that a site has sent, for each seed.
         local: mean of the sites' own losses, over seeds.
         token_flops, flops: forward FLOPs of routed experts, per token and of the whole run.
         memory, payload: bytes per site; and per round.
@@ -38,6 +39,7 @@ class Row:
     arm: Arm
     losses: dict[int, float]
     lead: tuple[float, ...] = ()
+    curves: tuple[dict[float, float], ...] = ()
     local: float | None = None
     token_flops: float = 0.0
     flops: float = 0.0
@@ -94,26 +96,36 @@ def section(study: Study, page: Path) -> str:
     parts.append(_legend(study))
     if used:
         figure = page.with_name(f"{page.stem}-{study.name}.svg")
-        panels = {name: _points(rows) for name, rows in tables.items()}
-        if draw(figure, study.title, {name: points for name, points in panels.items() if points}):
-            parts.append(f"![Merged loss over expert FLOPs of the run]({figure.name})")
+        of = _curves if study.figure == "bytes" else _points
+        panels = {name: shown for name, rows in tables.items() if (shown := of(rows))}
+        if panels and draw(figure, study.title, study.figure, panels):
+            what = {"bytes": "bytes that a site has sent", "flops": "expert FLOPs of the run"}
+            parts.append(f"![Merged loss over {what[study.figure]}]({figure.name})")
     parts.append(_origin(study, used))
     if older := len(lines) - len(used):
         say_line(f"{study.results}: {older} lines left out: of other configs, or not the newest")
     return "\n\n".join(part for part in parts if part)
 
 
-def _points(rows: list[Row]) -> list[Point]:
-    """What the figure shows: arms with results, where their control has some."""
+def _points(rows: list[Row]) -> list[Shown]:
+    """Arms with results, where their control has some, over their FLOPs."""
     by_name = {row.arm.name: row for row in rows}
-    points = []
+    return [
+        Shown(row.arm.name, [row.flops / control.flops], [[x] for x in row.losses.values()])
+        for row in rows
+        if row.losses and (control := by_name[row.arm.control]).flops
+    ]
+
+
+def _curves(rows: list[Row]) -> list[Shown]:
+    """Arms that send something, over the bytes of the rounds that every seed has evaluated."""
+    shown = []
     for row in rows:
-        control = by_name[row.arm.control]
-        if row.losses and control.flops:
-            losses = list(row.losses.values())
-            spread = stdev(losses) if len(losses) > 1 else 0.0
-            points.append((row.arm.name, row.flops / control.flops, fmean(losses), spread))
-    return points
+        sent = [set(curve) for curve in row.curves]
+        xs = sorted(set.intersection(*sent)) if sent else []
+        if xs and xs[-1] > 0:
+            shown.append(Shown(row.arm.name, xs, [[own[x] for x in xs] for own in row.curves]))
+    return shown
 
 
 # ------------------------------------------------------------------------------------------ tables
@@ -141,6 +153,7 @@ def _rows(study: Study, regime: str, lines: Sequence[Line]) -> tuple[list[Line],
                     for seed, loss in row.losses.items()
                     if seed in control
                 ),
+                curves=tuple(dict(line["curve"]) for line in found),
                 local=fmean(local) if local else None,
                 token_flops=fmean(map(expert_flops, found)),
                 flops=fmean(expert_flops(line) * line["tokens"] for line in found),

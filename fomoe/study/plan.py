@@ -8,7 +8,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -37,6 +37,7 @@ class StudyFile(Options):
     arms: dict[str, Any] = Field(default_factory=dict)  # name -> overrides, and a note
     grid: dict[str, Any] = Field(default_factory=dict)  # option -> values that every arm takes
     regimes: dict[str, Any] = Field(default_factory=dict)  # name -> overrides that every arm takes
+    figure: Literal["flops", "bytes"] = "flops"  # merged loss over expert FLOPs, or bytes sent
     results: Text | None = None  # null: docs/results/<name of the file>.jsonl
     runs: Text = "runs/study"  # the folder of all studies' runs
 
@@ -99,6 +100,7 @@ class Study:
         path: its file.
         more: the overrides of the command line.
         runs: every run, all arms of the first seed first, so that an early look compares arms.
+        figure: what the figure shows the merged loss over.
         results: the file of results.
     """
 
@@ -110,6 +112,7 @@ class Study:
     arms: tuple[Arm, ...]
     regimes: tuple[str, ...]
     runs: tuple[StudyRun, ...]
+    figure: Literal["flops", "bytes"]
     results: Path
 
 
@@ -155,6 +158,7 @@ def load_study(path: str | Path, more: Sequence[str] = ()) -> Study:
         arms=tuple(arms),
         regimes=tuple(regimes),
         runs=runs,
+        figure=file.figure,
         results=Path(file.results or Path("docs", "results", f"{name}.jsonl")),
     )
 

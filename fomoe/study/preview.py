@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from fomoe.amounts import bytes_text
 from fomoe.planning import plan_run, planned_summary
-from fomoe.report import bytes_text, console
+from fomoe.report import console
 from fomoe.study.plan import Study, StudyRun
 from fomoe.study.results import read_results
 from fomoe.study.work import state_of

@@ -18,6 +18,7 @@ from fomoe.errors import CheckpointError, say_line
 from fomoe.files import not_written
 from fomoe.jsonlines import read_lines
 from fomoe.options import declared_options, section_kinds
+from fomoe.records import RunRecords
 from fomoe.study.plan import StudyRun
 
 Line = dict[str, Any]
@@ -69,6 +70,7 @@ def append_result(path: Path, line: Line) -> None:
 def result_line(
     run: StudyRun,
     summary: Mapping[str, Any],
+    records: RunRecords,
     *,
     wall_s: float | None = None,
     commit: str | None = None,
@@ -77,6 +79,7 @@ def result_line(
 
     Args:
         summary: the content of the run's summary.json.
+        records: of its rounds, for the curve: bytes that a site has sent, and the merged loss.
         wall_s: seconds of its process; None if it was resumed, or ran before.
         commit: of the code when its process started; None if not known.
 
@@ -84,6 +87,7 @@ def result_line(
         KeyError: if the summary lacks a value.
     """
     local = [loss for loss in summary["val_loss_local"] if loss is not None]
+    curve = zip(records.sent(), records.merged_losses(), strict=True)
     environment = summary["environment"]
     return {
         "study": run.study,
@@ -93,6 +97,7 @@ def result_line(
         "overrides": run.overrides,
         **{name: summary[name] for name in _TAKEN},
         "val_loss_local": sum(local) / len(local) if local else None,
+        "curve": [[sent, loss] for sent, loss in curve if loss is not None],
         "wall_s": None if wall_s is None else round(wall_s, 1),
         "text_sha256": summary.get("text_sha256"),
         **{name: environment.get(name) for name in ("torch", "python", "fomoe", "accelerator")},

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import fomoe
+from fomoe.amounts import duration_text
 from fomoe.config import Config
 from fomoe.errors import CheckpointError, ConfigError, say_line
 from fomoe.files import listing, write_text_atomically
 from fomoe.load import build_config
-from fomoe.report import duration_text
+from fomoe.records import read_run
 from fomoe.study.plan import Study, StudyRun
 from fomoe.study.results import Line, append_result, code_commit, newest, read_results, result_line
 from fomoe.yamlfile import read_yaml
@@ -115,7 +116,9 @@ def _record(
     if summary is None:
         return f"{run.folder} has no summary.json"
     try:
-        line = result_line(run, summary, wall_s=wall_s, commit=commit)
+        line = result_line(run, summary, read_run(run.folder), wall_s=wall_s, commit=commit)
+    except CheckpointError as error:
+        return str(error)
     except (KeyError, TypeError) as error:
         return f"{run.folder}/summary.json is not complete: {error}"
     append_result(results, line)

@@ -180,11 +180,15 @@ class Sync:
         weights = [contribution_weight(s, site, rule=rule, counts=counts) for s in own.segments]
 
         def pseudo_grad(segment: Segment, start: int, stop: int) -> Tensor:
-            anchor = self.anchors.values[segment.name].detach().view(-1)[start:stop]
+            anchor = self.anchor(segment).view(-1)[start:stop]
             local = self.sites[site].view(segment).reshape(-1)[start:stop]
             return anchor - local.to("cpu")
 
         return Contribution(own, weights, pseudo_grad)
+
+    def anchor(self, segment: Segment) -> Tensor:
+        """The anchor of a segment that is held here."""
+        return self.anchors.values[segment.name].detach()
 
     def _balance_counts(self, prepared: Prepared) -> Tensor | None:
         config = self.plan.config

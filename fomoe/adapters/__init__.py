@@ -1,0 +1,1 @@
+"""Federated fine-tuning with low-rank adapters of different ranks (PreLort)."""
