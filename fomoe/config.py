@@ -135,8 +135,9 @@ class RouterConfig(Options):
     """[share] Executed share of assignments to hold by a selection bias; null: no bias."""
     execute_rate: PositiveFloat = 0.01
     """Step of that bias per inner step."""
-    skip_scale: Literal["none", "inverse"] = "none"
-    """Scale of the routed output where tokens skip. inverse: all experts over resident ones."""
+    skip_scale: Literal["none", "inverse"] = "inverse"
+    """Scale of the routed output where tokens skip, unless gate_norm is survivors. inverse: all
+    experts over resident ones."""
     balance: Literal["loss", "bias", "both"] = "loss"
     """What balances the load: the loss, a selection bias, or both."""
     bias_rate: PositiveFloat = 0.01

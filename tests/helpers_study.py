@@ -23,7 +23,7 @@ def study_tree(folder: Path) -> dict[str, Any]:
         "control": "all",
         "arms": {
             "all": {"method": "diloco", "note": "every | expert"},
-            "inverse": ["router.skip_scale=inverse"],
+            "plain": ["router.at_least_one=false"],
         },
         "runs": str(folder / "runs"),
         "results": str(folder / "results.jsonl"),
@@ -64,7 +64,7 @@ if (home / "fail").exists() and (home / "fail").read_text() in run.name:
     print("fomoe: error: it broke", file=sys.stderr)
     sys.exit(1)
 seed = int(re.search(r"^seed: (.*)", text, re.M)[1])
-inverse = "skip_scale: inverse" in text
+plain = "at_least_one: false" in text
 (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\\n" for record in [
     {"kind": "round", "round": 0, "site": 0, "wire_bytes": 500},
     {"kind": "merged", "round": 0, "val_loss_merged": 3.0},
@@ -72,12 +72,12 @@ inverse = "skip_scale: inverse" in text
     {"kind": "round", "round": 2, "site": 0, "wire_bytes": 1000},
 ]))
 (run / "summary.json").write_text(json.dumps({
-    "val_loss_merged": 1.5 - 0.25 * inverse + 0.5 * seed + 0.125 * seed * inverse,
+    "val_loss_merged": 1.5 - 0.25 * plain + 0.5 * seed + 0.125 * seed * plain,
     "val_loss_local": [2.0, None, 3.0],
-    "skipped_fraction": 0.5 * inverse, "executed_fraction": 1 - 0.5 * inverse,
-    "expert_flops_fraction": 1 - 0.5 * inverse,
-    "memory_bytes_per_site": 2000 - 500 * inverse,
-    "payload_bytes_per_site_per_round": 1000 - 250 * inverse,
+    "skipped_fraction": 0.5 * plain, "executed_fraction": 1 - 0.5 * plain,
+    "expert_flops_fraction": 1 - 0.5 * plain,
+    "memory_bytes_per_site": 2000 - 500 * plain,
+    "payload_bytes_per_site_per_round": 1000 - 250 * plain,
     "params_total": 500, "tokens": 4096, "text_sha256": f"{seed}" * 64,
     "environment": {"torch": "2.0", "python": "3.12", "fomoe": "0.1", "accelerator": None},
 }))

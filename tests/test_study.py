@@ -38,10 +38,10 @@ def test_runs_are_arms_times_grid_times_regimes_times_seeds(tmp_path: Path) -> N
     )
     study = load_study(path, ["inner.batch_size=1"])
     assert [run.folder.name for run in study.runs[:8]] == [
-        *("all-outer.lr=0.5-short-seed0", "inverse-outer.lr=0.5-short-seed0"),
-        *("all-outer.lr=1.0-short-seed0", "inverse-outer.lr=1.0-short-seed0"),
-        *("all-outer.lr=0.5-long-seed0", "inverse-outer.lr=0.5-long-seed0"),
-        *("all-outer.lr=1.0-long-seed0", "inverse-outer.lr=1.0-long-seed0"),
+        *("all-outer.lr=0.5-short-seed0", "plain-outer.lr=0.5-short-seed0"),
+        *("all-outer.lr=1.0-short-seed0", "plain-outer.lr=1.0-short-seed0"),
+        *("all-outer.lr=0.5-long-seed0", "plain-outer.lr=0.5-long-seed0"),
+        *("all-outer.lr=1.0-long-seed0", "plain-outer.lr=1.0-long-seed0"),
     ]
     assert len(study.runs) == 16
     assert [arm.control for arm in study.arms[2:]] == ["all-outer.lr=1.0"] * 2
@@ -49,11 +49,11 @@ def test_runs_are_arms_times_grid_times_regimes_times_seeds(tmp_path: Path) -> N
     assert run.folder.parent == tmp_path / "runs" / "small"
     config = run.config
     assert (config.seed, config.outer.lr, config.rounds, config.inner.batch_size) == (1, 1.0, 3, 1)
-    assert (config.router.skip_scale, config.method) == ("inverse", "fomoe")
+    assert (config.router.at_least_one, config.method) == (False, "fomoe")
     assert run.overrides == {
         "inner.batch_size": 1,
         "rounds": 3,
-        "router.skip_scale": "inverse",
+        "router.at_least_one": False,
         "outer.lr": 1.0,
     }
 
@@ -71,7 +71,7 @@ def test_a_base_lies_under_the_config(tmp_path: Path) -> None:
     [
         ({"arms": {}}, "arms must name at least one arm"),
         ({"control": None}, "control null must name the arm"),
-        ({"control": "invers"}, "control invers is no arm; did you mean inverse?"),
+        ({"control": "plian"}, "control plian is no arm; did you mean plain?"),
         ({"sedes": [1]}, "sedes is not an option; did you mean seeds?"),
         ({"seeds": []}, "seeds [] must list at least one seed"),
         ({"seeds": [1, 2, 1]}, "seeds 1 stands twice"),
@@ -97,7 +97,7 @@ def test_a_base_lies_under_the_config(tmp_path: Path) -> None:
         ({"grid": {"outer.lr": 0.5}}, "grid.outer.lr 0.5 must be a list of values"),
         ({"grid": {"outer.lr": [1, 1]}}, "grid.outer.lr 1 stands twice"),
         ({"grid": {"data.source": ["a/b"]}}, "grid.data.source a/b must be a number or a word"),
-        ({"grid": {"router.skip_scale": ["none"]}}, "arms.inverse.router.skip_scale is set by"),
+        ({"grid": {"router.at_least_one": [True]}}, "arms.plain.router.at_least_one is set by"),
         ({"regimes": {"x": {"round": 3}}}, "regimes.x.round is no option; did you mean rounds?"),
         ({"regimes": {"x": {"rounds": 0}}}, "arm all, regime x: rounds 0 must be at least 1"),
         ({"base": "no.yaml"}, "no.yaml does not exist"),
@@ -115,12 +115,12 @@ def test_a_wrong_file_is_one_line(tmp_path: Path, changes: dict[str, Any], expec
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        (["router.skip_scale=none"], "router.skip_scale none is set by arm inverse"),
+        (["router.at_least_one=true"], "router.at_least_one True is set by arm plain"),
         (["seed=3"], "seed 3 is set by the study's seeds"),
         (["run.dir=x"], "run.dir x is set by the study"),
         (["run={dir: x}"], "is set by the study"),
         (["round=3"], "round is not an option; did you mean rounds?"),
-        (["--only", "invers"], "--only invers is no arm; did you mean inverse?"),
+        (["--only", "plian"], "--only plian is no arm; did you mean plain?"),
         (["--jobs", "0"], "--jobs 0 must be at least 1"),
         (["--cores", "9999"], "--cores 9999 is no core that this process may use"),
         (["small.yaml"], "small.yaml does not exist"),
@@ -167,7 +167,7 @@ def test_the_controls_of_the_capacity_study_are_equal() -> None:
     """In state and payload of a site, to the bytes that routers differ by."""
     runs = load_study(ROOT / "configs" / "study" / "capacity.yaml").runs
     planned = {run.arm: planned_summary(plan_run(run.config)) for run in runs if run.seed == 0}
-    for names in (("d8", "half", "fomoe", "inverse-plain", "resident", "top1"), ("d4", "quarter")):
+    for names in (("d8", "half", "fomoe", "plain-skip", "resident", "top1"), ("d4", "quarter")):
         for what in ("memory_bytes_per_site", "payload_bytes_per_site_per_round"):
             values = [planned[name][what] for name in names]
             assert max(values) < 1.03 * min(values), (names, what)
@@ -176,7 +176,7 @@ def test_the_controls_of_the_capacity_study_are_equal() -> None:
 
 # ------------------------------------------------------------------------------------------- runs
 
-EVERY = ["all-seed0", "all-seed1", "inverse-seed0", "inverse-seed1"]
+EVERY = ["all-seed0", "all-seed1", "plain-seed0", "plain-seed1"]
 
 
 def test_each_run_has_one_line_and_is_not_run_again(tmp_path: Path, calls: Path) -> None:
@@ -187,9 +187,9 @@ def test_each_run_has_one_line_and_is_not_run_again(tmp_path: Path, calls: Path)
     assert called(calls) == EVERY
     found = {(line["arm"], line["seed"]): line for line in lines(tmp_path)}
     assert len(found) == len(lines(tmp_path)) == 4
-    line = found["inverse", 1]
+    line = found["plain", 1]
     assert (line["study"], line["regime"]) == ("small", None)
-    assert line["overrides"] == {"router.skip_scale": "inverse"}
+    assert line["overrides"] == {"router.at_least_one": False}
     assert (line["val_loss_merged"], line["val_loss_local"]) == (1.875, 2.5)
     assert line["curve"] == [[500, 3.0], [2000, 1.875]]  # the last is the summary's loss
     assert line["config"]["seed"] == 1
@@ -208,11 +208,11 @@ def test_each_run_has_one_line_and_is_not_run_again(tmp_path: Path, calls: Path)
 
 def test_only_some_arms(tmp_path: Path, calls: Path) -> None:
     path = write_study(tmp_path, grid={"outer.lr": [1.0, 0.5]})
-    assert fomoe("study", path, "--only", "inverse").status == 0
+    assert fomoe("study", path, "--only", "plain").status == 0
     assert called(calls) == sorted(
-        f"inverse-outer.lr={x}-seed{s}" for x in (0.5, 1.0) for s in (0, 1)
+        f"plain-outer.lr={x}-seed{s}" for x in (0.5, 1.0) for s in (0, 1)
     )
-    assert fomoe("study", "--only", "all-outer.lr=0.5,inverse", path).status == 0
+    assert fomoe("study", "--only", "all-outer.lr=0.5,plain", path).status == 0
     assert called(calls) == ["all-outer.lr=0.5-seed0", "all-outer.lr=0.5-seed1"]
 
 
@@ -301,12 +301,12 @@ def test_an_interrupt_ends_every_process_and_loses_nothing(tmp_path: Path, calls
     assert signal.getsignal(signal.SIGINT) == handler
     assert sorted((line["arm"], line["seed"]) for line in lines(tmp_path)) == [
         ("all", 0),
-        ("inverse", 0),
+        ("plain", 0),
     ]
     called(calls)
     (tmp_path / "hang").unlink()
     assert fomoe("study", path).status == 0
-    assert called(calls) == ["all-seed1 --overwrite", "inverse-seed1 --overwrite"]
+    assert called(calls) == ["all-seed1 --overwrite", "plain-seed1 --overwrite"]
 
 
 def test_a_study_trains_for_real(tmp_path: Path) -> None:

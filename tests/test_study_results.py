@@ -91,8 +91,8 @@ def test_the_page_has_the_mean_the_spread_and_the_paired_lead(
         *("**all**", "2", "1.7500 ± 0.3536", "control", "2.5000", "1.00x", "1.00x"),
         *("2.0 kB, 1.00x", "1.0 kB, 1.00x", "every \\| expert"),
     ]
-    assert cells(text, "inverse") == [
-        *("inverse", "2", "1.5625 ± 0.4419", "+0.1875 ± 0.0884", "2.5000", "0.50x", "0.50x"),
+    assert cells(text, "plain") == [
+        *("plain", "2", "1.5625 ± 0.4419", "+0.1875 ± 0.0884", "2.5000", "0.50x", "0.50x"),
         *("1.5 kB, 0.75x", "750 B, 0.75x", ""),
     ]
     assert "Does it pay?" in text
@@ -107,13 +107,13 @@ def test_the_page_waits_for_nothing(
     without_matplotlib(monkeypatch)
     path, page = write_study(tmp_path), tmp_path / "page.md"
     assert fomoe("study", path, "--report", page).status == 0
-    assert cells(page.read_text(), "inverse") == ["inverse", "0", *["-"] * 7, ""]
-    assert fomoe("study", path, "--only", "inverse", "rounds=1").status == 0
+    assert cells(page.read_text(), "plain") == ["plain", "0", *["-"] * 7, ""]
+    assert fomoe("study", path, "--only", "plain", "rounds=1").status == 0
     outcome = fomoe("study", path, "--report", page)
     assert "2 lines left out" in outcome.err
-    assert cells(page.read_text(), "inverse")[1] == "0"
+    assert cells(page.read_text(), "plain")[1] == "0"
     assert fomoe("study", path, "--report", page, "rounds=1").status == 0
-    assert cells(page.read_text(), "inverse")[:4] == ["inverse", "2", "1.5625 ± 0.4419", "-"]
+    assert cells(page.read_text(), "plain")[:4] == ["plain", "2", "1.5625 ± 0.4419", "-"]
     with (tmp_path / "results.jsonl").open("a") as file:
         other = lines(tmp_path)[0] | {"arm": "all", "text_sha256": "f" * 64, "overrides": {}}
         other["config"] = json.loads(json.dumps(load_study(path, ["rounds=1"]).runs[0].config

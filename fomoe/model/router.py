@@ -181,9 +181,9 @@ def choose_experts(
         gate_TK = gate_TK / gate_TK.sum(-1, keepdim=True).clamp_min(1e-20)
     if num_resident < num_experts:
         gate_TK = gate_TK * executed_TK
-    if gate_norm == "survivors":
+    if gate_norm == "survivors":  # these sum to 1: the scale has nothing to make up for
         gate_TK = gate_TK / gate_TK.sum(-1, keepdim=True).clamp_min(1e-20)
-    if skip_scale == "inverse" and num_resident:
+    elif skip_scale == "inverse" and num_resident:
         gate_TK = gate_TK * (num_experts / num_resident)
     return Routing(
         expert_TK=expert_TK, gate_TK=gate_TK, executed_TK=executed_TK, selected_TK=selected_TK
