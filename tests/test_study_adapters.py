@@ -65,7 +65,9 @@ def test_a_line_has_the_losses_at_every_rank(tmp_path: Path) -> None:
     outcome = fomoe("study", path, "rounds=1")
     assert outcome.status == 0, outcome.err
     (line,) = results.read_results(tmp_path / "results.jsonl")
-    summary = json.loads((tmp_path / "runs" / "rates" / "nested-seed0" / "summary.json").read_text())
+    summary = json.loads(
+        (tmp_path / "runs" / "rates" / "nested-seed0" / "summary.json").read_text()
+    )
     for name in ("val_loss_by_rank", "val_loss_by_client", "passes_per_step", "energy"):
         assert line[name] == summary[name]
     page = tmp_path / "page.md"
