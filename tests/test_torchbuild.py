@@ -94,7 +94,8 @@ def test_the_options_for_pip() -> None:
     assert torchbuild.pip_options(small=True, reachable=True) == (both, "")
     options, line = torchbuild.pip_options(small=True, reachable=False)
     assert options == both[:2]
-    assert torchbuild.SMALL_BUILDS in line and "\n" not in line
+    assert torchbuild.SMALL_BUILDS in line
+    assert "\n" not in line
 
 
 def test_make_hands_cpu_on_and_pip_gets_the_options() -> None:
@@ -116,7 +117,8 @@ def test_the_command_line() -> None:
     ended = run("0")
     assert (ended.returncode, ended.stdout.strip(), ended.stderr) == (0, "", "")
     ended = run("yes")
-    assert ended.returncode != 0 and ended.stderr.startswith("CPU=yes is not known")
+    assert ended.returncode != 0
+    assert ended.stderr.startswith("CPU=yes is not known")
     assert ended.stderr.count("\n") == 1
 
 
@@ -124,5 +126,6 @@ def test_the_small_build_fits_the_package() -> None:
     """A constraint outside of setup.py's range could never be met."""
     required = re.search(r'"torch>=(\d+)\.(\d+),<', (ROOT / "setup.py").read_text())
     newest = re.search(r"^torch<(\d+)\.(\d+)$", (ROOT / "constraints-cpu.txt").read_text(), re.M)
-    assert required is not None and newest is not None
+    assert required is not None
+    assert newest is not None
     assert [int(n) for n in newest.groups()] > [int(n) for n in required.groups()]
