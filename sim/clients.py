@@ -42,8 +42,9 @@ def clients_of(
     """
     up, down = read_up_down(bandwidth, "--bandwidth")
     rows = []
-    for method in methods or [None]:
-        config = load_clients(path, () if method is None else (f"method={method}",))
+    chosen: list[tuple[str, ...]] = [(f"method={method}",) for method in methods]
+    for overrides in chosen or [()]:
+        config = load_clients(path, overrides)
         plan = plan_run(config)
         for client, rank in enumerate(config.adapters.ranks):
             payload, wire = plan.payload_per_round(client), plan.wire_per_round(client)
