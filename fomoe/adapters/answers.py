@@ -155,7 +155,8 @@ def complete(
         prompt: token ids, [S].
     """
     found: list[int] = []
-    tokens, cache = prompt[None], {}
+    cache: dict[str, Any] = {}
+    tokens = prompt[None]
     for _ in range(max_tokens):
         out: Any = adapted.model(input_ids=tokens, use_cache=True, **cache)
         token = out.logits[0, -1].argmax()
