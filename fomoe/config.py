@@ -222,6 +222,11 @@ class SyncConfig(Options):
     codec: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
     """What pseudo-gradients and their means are sent as. int8, int4: blocks of 128 with a bf16
     scale. What a codec leaves out of one sync is added to the next (error feedback)."""
+    fragments: Positive = 1
+    """[parts] Parts of the layers that are synced one after the other, one every local_steps /
+    fragments steps (Streaming DiLoCo); 1: all at the round's end. It must divide both."""
+    fragment_order: Literal["strided", "contiguous"] = "strided"
+    """Layers of a fragment: every fragments-th layer, or neighbours."""
     single_holder: Literal["outer", "local"] = "outer"
     """A segment with one holder takes the outer step, or stays as trained (local)."""
     timeout_s: Annotated[float, Field(ge=1, le=1_000_000, allow_inf_nan=False)] = 600.0

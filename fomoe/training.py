@@ -15,6 +15,7 @@ from fomoe.build import choose_device, started
 from fomoe.config import Config
 from fomoe.errors import ConfigError
 from fomoe.evaluate import MergedEvaluation, topk_agreement
+from fomoe.fragments import legs
 from fomoe.launch import Launch, launch_from_environment
 from fomoe.metrics import Metrics
 from fomoe.parking import unparked
@@ -126,10 +127,10 @@ def run_rounds(run: Run) -> dict[str, Any]:
 def run_local_steps(
     run: Run, round_idx: int
 ) -> tuple[list[dict[str, Any]], dict[int, float], float]:
-    """H local steps at every site of this process.
+    """H local steps at every site of this process, and the syncs that are due before the last.
 
     Returns:
-        Step records, seconds of local training per site, seconds spent averaging gradients.
+        Step records, seconds of local training per site, seconds of averaging in between.
     """
     config = run.config
     run.counts_before = count_bytes(run)
@@ -140,13 +141,18 @@ def run_local_steps(
         for _ in range(config.local_steps):
             averaged_s += _step_together(run, run.sync, round_idx, vectors, seconds)
     else:
-        for index, site in run.sites.items():
-            started = time.perf_counter()
-            with unparked(run.parkings_of(index), optimizer=True):
-                on_step = run.progress.step_callback(index, round_idx)
-                vectors[index] = site.run_local_steps(config.local_steps, on_step)
-            finish_device_work(site.device)
-            seconds[index] += time.perf_counter() - started
+        for leg in legs(config):
+            for index, site in run.sites.items():
+                started = time.perf_counter()
+                with unparked(run.parkings_of(index), optimizer=True):
+                    on_step = run.progress.step_callback(index, round_idx)
+                    vectors[index] += site.run_local_steps(leg.steps, on_step)
+                finish_device_work(site.device)
+                seconds[index] += time.perf_counter() - started
+            if leg.fragment is not None:
+                started = time.perf_counter()
+                run.sync.sync_fragment(leg.fragment)
+                averaged_s += time.perf_counter() - started
     first_step = round_idx * config.local_steps
     records = [
         {
@@ -199,9 +205,13 @@ def finish_device_work(device: torch.device) -> None:
 def synchronize(run: Run) -> dict[int, RoundRouting]:
     """The sync that ends a round: it is committed at all sites, or at none.
 
+    At the end of the run every other fragment is synced once more before it.
+
     Raises:
         SyncError: saying what is lost, if a site fails or its state is not finite.
     """
+    for fragment in run.sync.synced_again():
+        run.sync.sync_fragment(fragment)
     prepared = run.sync.prepare()
     run.sync.commit(run.sync.exchange(prepared))
     return prepared.routing
@@ -227,7 +237,7 @@ def evaluate_sites(run: Run, round_idx: int) -> dict[int, float]:
 
 
 def merged_loss(run: Run) -> MergedEvaluation:
-    with unparked(run.parkings.values(), optimizer=False):
+    with run.sync.whole(), unparked(run.parkings.values(), optimizer=False):
         return run.system.evaluate_whole(run.plan, run.sites, run.transport, run.data)
 
 

@@ -235,7 +235,9 @@ def _settings(ask: Ask, question: Question, *, trainable: bool) -> Grid:
     steps = (ask.local_steps,) if ask.local_steps else LOCAL_STEPS[: 1 if every else None]
     bits = (ask.bits,) if ask.bits else BITS[: 1 if every and trainable else None]
     size = -(-question.shape.num_layers // LAYERS_PER_FRAGMENT)
-    parts = (1,) if trainable or every else (1, size)
+    if trainable:  # it cuts the layers evenly
+        size = max(n for n in range(1, size + 1) if question.shape.num_layers % n == 0)
+    parts = (1,) if every else (1, size)
     if question.method.layers_per_fragment:
         parts = (size,)
     overlaps = (0,) if trainable or every else (0, 1)
@@ -245,8 +247,12 @@ def _settings(ask: Ask, question: Question, *, trainable: bool) -> Grid:
     points = [
         point
         for point in product(steps, bits, parts, overlaps)
-        if point[2] > 1 or not point[3] or ask.overlap_steps is not None
+        if (point[2] > 1 or not point[3] or ask.overlap_steps is not None)
+        and not (trainable and (point[0] % point[2] or question.shape.num_layers % point[2]))
     ]
+    if not points:
+        rule = f"does not divide the {question.shape.num_layers} layers and the local steps"
+        raise ConfigError("--fragments", ask.fragments, rule)
     names = ("local_steps", "bits", "fragments", "overlap_steps")
     return grid(question, **dict(zip(names, np.array(points, float).T, strict=True)))
 

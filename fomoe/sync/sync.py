@@ -1,4 +1,7 @@
-"""The sync of a round: prepare, exchange, commit.
+"""A sync: prepare, exchange, commit.
+
+With one fragment it follows a round. With several each fragment has its own in every round; the
+last is due at the round's end, and `sync_fragment` runs the others between local steps.
 
 `prepare` ends the round at every site. `exchange` averages values over their holders, adds the
 balance counts, compares bytes with the plan and checks that every state is finite; it changes no
@@ -19,6 +22,7 @@ from torch import Tensor
 from fomoe.codecs import CODECS
 from fomoe.copies import coupling, encoded_buckets, exchanged
 from fomoe.errors import SyncError
+from fomoe.fragments import streams, synced_again
 from fomoe.planning import RunPlan
 from fomoe.segments import (
     Bucket,
@@ -33,20 +37,23 @@ from fomoe.sync.buckets import Contribution
 from fomoe.sync.coder import Coder
 from fomoe.sync.exchange import Contribute, check_sites, gather, mean_over_holders
 from fomoe.sync.outer import Anchors
+from fomoe.sync.since import Since
 from fomoe.sync.transport import Transport, model_bytes
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The counts of a round at the sites of this process.
+    """The counts of a round, or of the steps since a fragment's last sync.
 
     Attributes:
-        routing: its routing, by site.
-        counts: what the contribution weights are computed from, by site.
+        routing: the round's, by site of this process; empty within a round.
+        counts: what the contribution weights are computed from, by site of this process.
+        fragment: what is synced.
     """
 
     routing: dict[int, RoundRouting]
     counts: dict[int, RoundCounts]
+    fragment: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,8 @@ class Exchanged:
 class Sync:
     """Averages parameters over their holders and steps the anchors.
 
+    Within the methods below, `due` are the buckets of the fragment that is synced.
+
     Args:
         plan: the experiment: its buckets and options.
         sites: the sites of this process.
@@ -83,17 +92,34 @@ class Sync:
         self.coder = Coder(CODECS[plan.config.sync.codec], encoded, sites)
         self._family_of = {copy.index: f.index for f in plan.families for copy in f.copies}
         self._unplanned = dict.fromkeys(sites, "")
+        self.since = {index: Since(plan.config, site) for index, site in sites.items()}
 
     @property
     def _steps(self) -> int:
         """Local steps that every site has taken since the start."""
         return next(iter(self.sites.values())).step_idx
 
+    def sync_fragment(self, fragment: int) -> None:
+        """Sync a fragment within a round.
+
+        Raises:
+            SyncError: as `exchange` and `commit` do.
+        """
+        counts = {site: since.take(fragment) for site, since in self.since.items()}
+        self.commit(self.exchange(Prepared({}, counts, fragment)))
+
+    def synced_again(self) -> range:
+        """Fragments that are synced at the round's end beside the one that is due."""
+        config = self.plan.config
+        ends = self._steps == config.rounds * config.local_steps
+        return synced_again(config) if ends else range(0)
+
     def prepare(self) -> Prepared:
-        """End the round at every site of this process."""
-        routing = {index: site.end_round() for index, site in self.sites.items()}
-        counts = {i: site.round_counts(routing[i]) for i, site in self.sites.items()}
-        return Prepared(routing, counts)
+        """End the round at every site of this process; its last fragment is due."""
+        fragment = self.plan.config.sync.fragments - 1
+        counts = {site: since.take(fragment) for site, since in self.since.items()}
+        routing = {site: since.end_round() for site, since in self.since.items()}
+        return Prepared(routing, counts, fragment)
 
     def exchange(self, prepared: Prepared) -> Exchanged:
         """Average, and check the state and the byte counts of every site.
@@ -143,11 +169,14 @@ class Sync:
     def _average(self, prepared: Prepared) -> dict[int, Tensor]:
         """Mean pseudo-gradients by bucket index."""
         share = coupling(self.plan.config, self._steps)
+        due = tuple(b for b in self.buckets if b.fragment == prepared.fragment)
         means = self.reduce(
-            exchanged(tuple(self.buckets), self.plan.families, share),
+            exchanged(due, self.plan.families, share),
             lambda bucket, site: self._contribute(bucket, site, prepared.counts[site]),
+            prepared.fragment,
         )
-        return {b.index: self._coupled(b, means, share) for b in self.anchors.buckets}
+        held = (b for b in self.anchors.buckets if b.fragment == prepared.fragment)
+        return {b.index: self._coupled(b, means, share) for b in held}
 
     def _coupled(self, bucket: Bucket, means: Mapping[int, Tensor], share: float) -> Tensor:
         """A bucket's mean; of copies, pulled towards the mean of their family by this share."""
@@ -158,18 +187,20 @@ class Sync:
             return means[family].clone()  # each set of copies has its own, which a step may change
         return means[bucket.index] * (1 - share) + means[family] * share
 
-    def reduce(self, buckets: Sequence[Bucket], contribute: Contribute) -> dict[int, Tensor]:
+    def reduce(
+        self, buckets: Sequence[Bucket], contribute: Contribute, fragment: int = 0
+    ) -> dict[int, Tensor]:
         """Means of all buckets of a sync; `exchange` reports bytes that the run did not plan."""
         counts = self.transport.counts
         before = {site: model_bytes(counts[site]) for site in self.sites}
         means = mean_over_holders(self.transport, buckets, contribute, self.coder)
         for site, earlier in before.items():
-            planned = self.plan.traffic_of_sync(site, self._steps)
+            planned = self.plan.traffic_of_sync(site, self._steps, fragment)
             now = model_bytes(counts[site])
             counted = (now[0] - earlier[0], now[1] - earlier[1])
             if counted != (planned.payload, planned.wire):
                 self._unplanned[site] = (
-                    f"it sent (payload, wire) = {counted} bytes in this round, but the plan says "
+                    f"it sent (payload, wire) = {counted} bytes in this sync, but the plan says "
                     f"{(planned.payload, planned.wire)}"
                 )
         return means
@@ -192,7 +223,7 @@ class Sync:
 
     def _balance_counts(self, prepared: Prepared) -> Tensor | None:
         config = self.plan.config
-        if config.router.balance == "loss" or not config.model.moe_layers:
+        if not prepared.routing or config.router.balance == "loss" or not config.model.moe_layers:
             return None
         own = {site: routing.selected_LE for site, routing in prepared.routing.items()}
         messages = gather(self.transport, lambda site: own[site].numpy().tobytes())
@@ -202,27 +233,56 @@ class Sync:
     # ---------------------------------------------------------------------------- checkpoint
 
     def state_of(self, site: int) -> dict[str, Tensor]:
-        """What the sync keeps for one site between rounds, by entry: anchors, outer state and
-        residuals."""
-        return self.anchors.state_of(site) | self.coder.state_of(site)
+        """What the sync keeps for one site between rounds, by entry: anchors, outer state,
+        residuals and counts."""
+        kept = self.anchors.state_of(site) | self.coder.state_of(site)
+        return kept | self.since[site].state()
 
     def state_layout(self, site: int) -> Layout:
         """Shapes and types of what `state_of` returns after the first sync."""
-        return self.anchors.state_layout(site) | self.coder.state_layout(site)
+        kept = self.anchors.state_layout(site) | self.coder.state_layout(site)
+        return kept | self.since[site].state_layout()
 
     def load_state_of(self, site: int, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `state_of` returned."""
         self.anchors.load_state_of(site, tensors)
         self.coder.load_state_of(site, tensors)
+        self.since[site].load_state(tensors)
 
     def divergence(self, site: int) -> str:
         """Says what in the state of one site is not finite; empty if everything is."""
         return divergence(self.state_of(site))
 
+    # ------------------------------------------------------------------------- the whole model
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within the block every site has the merged model's values: those of the anchors."""
+        if not streams(self.plan.config):
+            yield
+            return
+        views = [
+            (self.sites[site].view(segment), self.anchor(segment))
+            for bucket in self.anchors.buckets
+            for site in sorted(set(bucket.holders) & set(self.sites))
+            for segment in bucket.segments
+        ]
+        kept = [view.clone() for view, _ in views]
+        for view, anchor in views:
+            view.copy_(anchor)
+        try:
+            yield
+        finally:
+            for (view, _), own in zip(views, kept, strict=True):
+                view.copy_(own)
+
     # ------------------------------------------------------------------------------ replicas
 
     def check_replicas(self) -> dict[int, str]:
         """Compare hashes of the sites' own parameters between the holders of every bucket.
+
+        Where fragments have different ages, the anchors are compared: the parameters of one site
+        are equal to another's only until their next local step.
 
         Returns:
             The hash of each bucket that is held here and has several holders.
@@ -232,7 +292,10 @@ class Sync:
         """
         shared = self.plan.replicas(self._steps)
         own = {
-            index: replica_hashes(shared, index, site.view) for index, site in self.sites.items()
+            index: replica_hashes(
+                shared, index, self.anchor if streams(self.plan.config) else site.view
+            )
+            for index, site in self.sites.items()
         }
         messages = gather(self.transport, lambda site: b"".join(own[site].values()))
         size = hashlib.sha256().digest_size
