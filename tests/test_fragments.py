@@ -293,9 +293,7 @@ def test_dry_run_run_and_cost_model_say_the_same_bytes(tmp_path, codec):
     assert [row["layers"] for row in dry["fragments"]] == [[0], [1]]
     assert [row["step"] for row in dry["fragments"]] == [1, 2]
     cut = config.with_name("cut.yaml")
-    cut.write_text(
-        f"{config.read_text()}sync: {{codec: {codec}, fragments: 2, weight: tokens}}\n"
-    )
+    cut.write_text(f"{config.read_text()}sync: {{codec: {codec}, fragments: 2, weight: tokens}}\n")
     asked = answer_one(build(Ask(config=str(cut)), "fomoe"))
     assert asked["needs"] == "runs today"
     assert asked["fragments"] == 2

@@ -73,8 +73,6 @@ class Exchanged:
 class Sync:
     """Averages parameters over their holders and steps the anchors.
 
-    Within the methods below, `due` are the buckets of the fragment that is synced.
-
     Args:
         plan: the experiment: its buckets and options.
         sites: the sites of this process.
@@ -173,7 +171,6 @@ class Sync:
         means = self.reduce(
             exchanged(due, self.plan.families, share),
             lambda bucket, site: self._contribute(bucket, site, prepared.counts[site]),
-            prepared.fragment,
         )
         held = (b for b in self.anchors.buckets if b.fragment == prepared.fragment)
         return {b.index: self._coupled(b, means, share) for b in held}
@@ -187,13 +184,12 @@ class Sync:
             return means[family].clone()  # each set of copies has its own, which a step may change
         return means[bucket.index] * (1 - share) + means[family] * share
 
-    def reduce(
-        self, buckets: Sequence[Bucket], contribute: Contribute, fragment: int = 0
-    ) -> dict[int, Tensor]:
+    def reduce(self, buckets: Sequence[Bucket], contribute: Contribute) -> dict[int, Tensor]:
         """Means of all buckets of a sync; `exchange` reports bytes that the run did not plan."""
         counts = self.transport.counts
         before = {site: model_bytes(counts[site]) for site in self.sites}
         means = mean_over_holders(self.transport, buckets, contribute, self.coder)
+        fragment = buckets[0].fragment if buckets else 0
         for site, earlier in before.items():
             planned = self.plan.traffic_of_sync(site, self._steps, fragment)
             now = model_bytes(counts[site])
