@@ -5,6 +5,9 @@ local steps one of them is synced, so that each is synced once in a round of H. 
 the round's end. What belongs to no layer goes with a layer beside it: the embedding with the first,
 the final norm and the head with the last. At the end of the run the others are synced once more, so
 that every site has the same model.
+
+A sync may run beside tau local steps. Its result is then mixed with the site's own values, as
+alpha x own + (1 - alpha) x what all holders got, which is the new anchor.
 """
 
 from __future__ import annotations
@@ -31,31 +34,45 @@ def fragment_of(config: Config, spec: ParameterSpec) -> int:
 
 
 def streams(config: Config) -> bool:
-    """Whether the parts of the model are of different ages within the run.
+    """Whether a site's parameters differ from the anchors at a round's end.
 
     The merged model is then that of the anchors: what every holder got when a part was last synced.
     """
-    return config.sync.fragments > 1
+    return config.sync.fragments > 1 or config.sync.overlap_steps > 0
 
 
 @dataclass(frozen=True)
 class Leg:
-    """Some local steps of a round, and the sync that follows them.
+    """Some local steps of a round, and what follows them before the next.
 
     Attributes:
         steps: local steps.
-        fragment: synced after them; None: what is due at the round's end.
+        begins: the fragment whose sync begins after them.
+        ends: the fragment whose sync ends after them; that of the last ends with the round.
     """
 
     steps: int
-    fragment: int | None
+    begins: int | None = None
+    ends: int | None = None
 
 
-def legs(config: Config) -> tuple[Leg, ...]:
-    """The local steps of a round, cut where something happens between them."""
-    number = config.sync.fragments
+def legs(config: Config, round_idx: int) -> tuple[Leg, ...]:
+    """The local steps of a round, cut where something happens between them.
+
+    A sync that overlaps with steps begins so many steps before it is due, so that none is under way
+    between two rounds. The run's last one begins when it is due: its result is the model.
+    """
+    number, beside = config.sync.fragments, config.sync.overlap_steps
     every = config.local_steps // number
-    return tuple(Leg(every, f if f < number - 1 else None) for f in range(number))
+    found: list[Leg] = []
+    for fragment in range(number):
+        last = fragment == number - 1
+        ends = None if last else fragment
+        if beside and not (last and round_idx + 1 == config.rounds):
+            found += [Leg(every - beside, begins=fragment), Leg(beside, ends=ends)]
+        else:
+            found.append(Leg(every, begins=ends, ends=ends))
+    return tuple(found)
 
 
 def synced_again(config: Config) -> range:

@@ -180,7 +180,7 @@ def planned_summary(run: RunPlan) -> dict[str, Any]:
         "ratio_vs_ddp": _ratio(diloco * config.local_steps, payload),
         "ratio_vs_diloco": _ratio(diloco, payload),
         **({"phases": [_phase_row(run, phase) for phase in run.phases]} if run.families else {}),
-        **({"fragments": fragment_rows(run)} if config.sync.fragments > 1 else {}),
+        **({"fragments": fragment_rows(run)} if streams(config) else {}),
     }
 
 
@@ -196,13 +196,14 @@ def _phase_row(run: RunPlan, phase: Phase) -> dict[str, Any]:
 
 
 def fragment_rows(run: RunPlan) -> list[dict[str, Any]]:
-    """Each fragment's layers, the step of a round at which it is synced, and mean bytes of that."""
-    config, number = run.config, len(run.fragments)
+    """Each fragment's layers, the steps of a round between which it is synced, and mean bytes."""
+    config, every = run.config, run.config.local_steps // len(run.fragments)
     layers = range(config.model.num_layers)
     return [
         {
             "layers": [layer for layer in layers if fragment_of_layer(config, layer) == fragment],
-            "step": (fragment + 1) * config.local_steps // number,
+            "begins_after_step": (fragment + 1) * every - config.sync.overlap_steps,
+            "ends_after_step": (fragment + 1) * every,
             "payload_bytes_per_site": sum(t.payload for t in traffic) / len(traffic),
             "wire_bytes_per_site": sum(t.wire for t in traffic) / len(traffic),
         }

@@ -17,6 +17,7 @@ from fomoe.adapters.report import methods_table, ranks_table, server_rows
 from fomoe.amounts import bytes_text, duration_text, mean_of, spread_text, times_text
 from fomoe.config import Config
 from fomoe.errors import say_line
+from fomoe.fragments import streams
 from fomoe.planning import RunPlan, fragment_rows, memory_by_kind, planned_summary
 from fomoe.records import site_speed
 from fomoe.segments import full_payload, holder_bytes
@@ -155,7 +156,7 @@ def print_dry_run(run: RunPlan) -> None:
             f"on average"
         )
     out.print(_traffic_table(run))
-    if len(run.fragments) > 1:
+    if streams(run.config):
         out.print(_fragments_table(run))
 
 
@@ -189,12 +190,12 @@ def _fragments_table(run: RunPlan) -> Table:
     """What is synced at which step of a round, and how much of a site's link that takes."""
     rows = fragment_rows(run)
     title = "Syncs of a round: bytes per site; the run's last sync has all fragments"
-    table = Table("fragment", "layers", "after step", "payload", "wire", title=title)
+    table = Table("fragment", "layers", "after steps", "payload", "wire", title=title)
     for fragment, row in enumerate(rows):
         table.add_row(
             str(fragment),
             ranges_text(tuple(row["layers"])),
-            str(row["step"]),
+            "-".join(map(str, dict.fromkeys((row["begins_after_step"], row["ends_after_step"])))),
             bytes_text(row["payload_bytes_per_site"]),
             bytes_text(row["wire_bytes_per_site"]),
         )

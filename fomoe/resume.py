@@ -28,7 +28,7 @@ from fomoe.site import learning_rate
 from fomoe.state import Layout, misfit, not_finite, of_kind
 from fomoe.summary import Totals
 from fomoe.sync.exchange import agreed, check_sites, gather
-from fomoe.sync.sync import replica_hashes
+from fomoe.sync.replicas import replica_hashes
 from fomoe.sync.transport import Transport
 
 _MOST = 2**63  # no count in a checkpoint reaches it

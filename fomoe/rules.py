@@ -134,9 +134,7 @@ def _check_sizes(config: Config) -> None:
 
 def _check_fragments(config: Config) -> None:
     """Fragments are cut from layers and steps without rounding, and every site syncs the same."""
-    number = config.sync.fragments
-    if number == 1:
-        return
+    sync, number = config.sync, config.sync.fragments
     for name, count in (
         ("local_steps", config.local_steps),
         ("model.num_layers", config.model.num_layers),
@@ -149,8 +147,17 @@ def _check_fragments(config: Config) -> None:
         "adapters.base": config.adapters.base is not None,
     }
     for what, here in excluded.items():
-        if here:
+        if here and number > 1:
             raise ConfigError("sync.fragments", number, f"must be 1 with {what}")
+        if here and sync.overlap_steps:
+            raise ConfigError("sync.overlap_steps", sync.overlap_steps, f"must be 0 with {what}")
+    between = config.local_steps // number
+    if sync.overlap_steps and sync.overlap_steps >= between:
+        rule = f"must be below the {between} local steps between two syncs"
+        raise ConfigError("sync.overlap_steps", sync.overlap_steps, rule)
+    if sync.mix is not None and not sync.overlap_steps:
+        rule = "has no meaning without steps beside a sync (sync.overlap_steps)"
+        raise ConfigError("sync.mix", sync.mix, rule)
 
 
 def _check_outer(outer: OuterConfig) -> None:

@@ -23,7 +23,7 @@ from fomoe.remains import differences, parse_saved
 from fomoe.segments import Segment
 from fomoe.shapes import parameter_specs
 from fomoe.state import Layout, entry, misfit
-from fomoe.sync.sync import replica_hashes
+from fomoe.sync.replicas import replica_hashes
 from fomoe.textchoice import NUM_COUNTERS
 
 _ATTEMPTS = 20

@@ -20,7 +20,7 @@ from helpers_cli import fomoe, load_part, records, trained, write_config
 
 from fomoe.checkpoint import remove_parts
 from fomoe.errors import ConfigError
-from fomoe.fragments import fragment_of, legs, synced_again
+from fomoe.fragments import Leg, fragment_of, legs, synced_again
 from fomoe.planning import plan_run
 from fomoe.run import Run
 from fomoe.shapes import parameter_specs
@@ -65,7 +65,7 @@ def test_every_parameter_is_in_one_fragment_with_its_layer(order: str, layers: l
 
 def test_one_fragment_is_a_sync_at_the_rounds_end_and_nothing_else() -> None:
     config = tiny_config()
-    assert [(leg.steps, leg.fragment) for leg in legs(config)] == [(config.local_steps, None)]
+    assert legs(config, 0) == legs(config, config.rounds - 1) == (Leg(config.local_steps),)
     assert not synced_again(config)
     assert {b.fragment for b in plan_run(config).segment_plan.buckets} == {0}
 
@@ -291,7 +291,7 @@ def test_dry_run_run_and_cost_model_say_the_same_bytes(tmp_path, codec):
         mean = dry[f"{kind}_bytes_per_site_per_round"]
         assert mean == pytest.approx(sum(per_sync) + per_sync[0] / 3)
     assert [row["layers"] for row in dry["fragments"]] == [[0], [1]]
-    assert [row["step"] for row in dry["fragments"]] == [1, 2]
+    assert [row["ends_after_step"] for row in dry["fragments"]] == [1, 2]
     cut = config.with_name("cut.yaml")
     cut.write_text(f"{config.read_text()}sync: {{codec: {codec}, fragments: 2, weight: tokens}}\n")
     asked = answer_one(build(Ask(config=str(cut)), "fomoe"))

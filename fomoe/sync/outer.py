@@ -57,11 +57,13 @@ class Anchors:
                 self.values[segment.name] = nn.Parameter(value, requires_grad=False)
         self.optimizer = build_outer_optimizer(config, list(self.values.values()))
 
-    def step(self, means: Mapping[int, Tensor]) -> None:
-        """Step with the mean pseudo-gradients and copy the result to every local holder.
+    def step(self, means: Mapping[int, Tensor], own_share: float = 0.0) -> None:
+        """Step with the mean pseudo-gradients and give the result to every local holder.
 
         Args:
             means: by bucket index; what has none keeps its anchor.
+            own_share: alpha of Streaming DiLoCo (arXiv 2501.18512): a holder then has alpha x its
+                own value + (1 - alpha) x the anchor.
 
         Raises:
             SyncError: if a finite mean overflows in the step. The anchors have changed then, no
@@ -81,7 +83,11 @@ class Anchors:
         for bucket in due:
             for site in set(bucket.holders) & set(self.sites):
                 for segment in bucket.segments:
-                    self.sites[site].view(segment).copy_(self.values[segment.name].detach())
+                    own, anchor = self.sites[site].view(segment), self.values[segment.name].detach()
+                    if own_share:
+                        own.mul_(own_share).add_(anchor.to(own.device), alpha=1 - own_share)
+                    else:
+                        own.copy_(anchor)
 
     # -------------------------------------------------------------------------------- checkpoint
 

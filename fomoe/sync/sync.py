@@ -1,7 +1,9 @@
 """A sync: prepare, exchange, commit.
 
 With one fragment it follows a round. With several each fragment has its own in every round; the
-last is due at the round's end, and `sync_fragment` runs the others between local steps.
+last is due at the round's end, and `sync_fragment` runs the others between local steps. Where steps
+run beside a sync, `begin` stages the values of its fragment and starts its exchange in another
+thread, with connections of its own; `exchange` then waits for the result.
 
 `prepare` ends the round at every site. `exchange` averages values over their holders, adds the
 balance counts, compares bytes with the plan and checks that every state is finite; it changes no
@@ -11,8 +13,8 @@ site, and can fail only where a step overflows.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -37,8 +39,10 @@ from fomoe.sync.buckets import Contribution
 from fomoe.sync.coder import Coder
 from fomoe.sync.exchange import Contribute, check_sites, gather, mean_over_holders
 from fomoe.sync.outer import Anchors
+from fomoe.sync.replicas import compare_replicas
 from fomoe.sync.since import Since
 from fomoe.sync.transport import Transport, model_bytes
+from fomoe.sync.waiting import Beside
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,40 @@ class Exchanged:
         means: mean pseudo-gradients by bucket index, of the buckets held here; those of copies are
             pulled towards their families'.
         selected_LE: assignments per layer and expert over all sites; None without a balance bias.
+        own_share: share of a site's own values in what it takes.
     """
 
     means: dict[int, Tensor]
     selected_LE: Tensor | None
+    own_share: float = 0.0
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One reduction at the sites of this process.
+
+    Attributes:
+        fragment: what was reduced.
+        seconds: that it took, whether or not local steps ran meanwhile.
+        wire: model bytes sent, by site.
+    """
+
+    fragment: int
+    seconds: float
+    wire: dict[int, int]
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A sync that runs beside local steps.
+
+    Attributes:
+        fragment: what is synced.
+        means: returns its means, once they are there.
+    """
+
+    fragment: int
+    means: Callable[[], dict[int, Tensor]]
 
 
 class Sync:
@@ -91,6 +125,9 @@ class Sync:
         self._family_of = {copy.index: f.index for f in plan.families for copy in f.copies}
         self._unplanned = dict.fromkeys(sites, "")
         self.since = {index: Since(plan.config, site) for index, site in sites.items()}
+        self._beside = transport.beside() if plan.config.sync.overlap_steps else transport
+        self._flight: Flight | None = None
+        self.timed: list[Timed] = []
 
     @property
     def _steps(self) -> int:
@@ -106,6 +143,40 @@ class Sync:
         counts = {site: since.take(fragment) for site, since in self.since.items()}
         self.commit(self.exchange(Prepared({}, counts, fragment)))
 
+    def begin(self, fragment: int) -> None:
+        """Begin a fragment's sync, beside the local steps that follow."""
+        assert self._flight is None, "two syncs would be under way"
+        counts = {site: since.take(fragment) for site, since in self.since.items()}
+        due = tuple(b for b in self.buckets if b.fragment == fragment)
+        staged = {
+            (bucket.index, site): self._contribute(bucket, site, counts[site]).staged()
+            for bucket in due
+            for site in set(bucket.holders) & set(self.sites)
+        }
+        problems = {index: site.divergence() for index, site in self.sites.items()}
+
+        def average() -> dict[int, Tensor]:
+            self.coder.discard()
+            with self._uncommitted("at any site"):
+                means = self.reduce(due, lambda b, site: staged.pop((b.index, site)), self._beside)
+            with self._uncommitted("at this site"):
+                self._check(problems.__getitem__, self._beside)
+            return means
+
+        if self._beside.remote:
+            self._flight = Flight(fragment, Beside(average).result)
+        else:
+            means = average()
+            self._flight = Flight(fragment, lambda: means)
+
+    def end(self, fragment: int) -> None:
+        """Wait for the fragment's sync that has begun, and commit it.
+
+        Raises:
+            SyncError: as `exchange` and `commit` do.
+        """
+        self.commit(self.exchange(Prepared({}, {}, fragment)))
+
     def synced_again(self) -> range:
         """Fragments that are synced at the round's end beside the one that is due."""
         config = self.plan.config
@@ -115,7 +186,9 @@ class Sync:
     def prepare(self) -> Prepared:
         """End the round at every site of this process; its last fragment is due."""
         fragment = self.plan.config.sync.fragments - 1
-        counts = {site: since.take(fragment) for site, since in self.since.items()}
+        counts: dict[int, RoundCounts] = {}
+        if self._flight is None:
+            counts = {site: since.take(fragment) for site, since in self.since.items()}
         routing = {site: since.end_round() for site, since in self.since.items()}
         return Prepared(routing, counts, fragment)
 
@@ -126,17 +199,38 @@ class Sync:
             SyncError: if an exchange failed, or naming the sites whose state is not finite or whose
                 bytes are not those planned. Nothing is committed at this site then.
         """
+        if self._flight is not None:
+            return self._landed(prepared)
         self.coder.discard()
         # Before a site has said that it is well, no other commits.
         with self._uncommitted("at any site"):
             means = self._average(prepared)
             selected_LE = self._balance_counts(prepared)
-        unplanned, self._unplanned = self._unplanned, dict.fromkeys(self.sites, "")
         with self._uncommitted("at this site"):
-            check_sites(
-                self.transport, lambda site: self.sites[site].divergence() or unplanned[site]
-            )
+            self._check(lambda site: self.sites[site].divergence(), self.transport)
         return Exchanged(means, selected_LE)
+
+    def _landed(self, prepared: Prepared) -> Exchanged:
+        """The result of the sync that has begun before."""
+        flight, self._flight = self._flight, None
+        assert flight is not None
+        assert flight.fragment == prepared.fragment
+        means = flight.means()
+        if self._beside is not self.transport:
+            for site in self.sites:
+                self.transport.counts[site].take(self._beside.counts[site])
+        with self._uncommitted("at any site"):
+            selected_LE = self._balance_counts(prepared)
+        own_share = self.plan.config.sync.own_share
+        if not own_share:  # what the steps beside it have trained is dropped, and so are its counts
+            for since in self.since.values():
+                since.take(flight.fragment)
+        return Exchanged(means, selected_LE, own_share)
+
+    def _check(self, problem: Callable[[int], str], transport: Transport) -> None:
+        """Compare every site's problems and bytes; all continue, or none does."""
+        unplanned, self._unplanned = self._unplanned, dict.fromkeys(self.sites, "")
+        check_sites(transport, lambda site: problem(site) or unplanned[site])
 
     def commit(self, exchanged: Exchanged) -> None:
         """Step the anchors and give them to every holder of this process.
@@ -145,7 +239,7 @@ class Sync:
             SyncError: if the step overflows; nothing is committed at this site then.
         """
         with self._uncommitted("at this site"):
-            self.anchors.step(exchanged.means)
+            self.anchors.step(exchanged.means, exchanged.own_share)
         self.coder.commit()
         if exchanged.selected_LE is not None:
             for site in self.sites.values():
@@ -184,21 +278,30 @@ class Sync:
             return means[family].clone()  # each set of copies has its own, which a step may change
         return means[bucket.index] * (1 - share) + means[family] * share
 
-    def reduce(self, buckets: Sequence[Bucket], contribute: Contribute) -> dict[int, Tensor]:
+    def reduce(
+        self,
+        buckets: Sequence[Bucket],
+        contribute: Contribute,
+        transport: Transport | None = None,
+    ) -> dict[int, Tensor]:
         """Means of all buckets of a sync; `exchange` reports bytes that the run did not plan."""
-        counts = self.transport.counts
+        transport = transport or self.transport
+        counts, started = transport.counts, time.perf_counter()
         before = {site: model_bytes(counts[site]) for site in self.sites}
-        means = mean_over_holders(self.transport, buckets, contribute, self.coder)
+        means = mean_over_holders(transport, buckets, contribute, self.coder)
+        seconds, wire = time.perf_counter() - started, dict[int, int]()
         fragment = buckets[0].fragment if buckets else 0
         for site, earlier in before.items():
             planned = self.plan.traffic_of_sync(site, self._steps, fragment)
             now = model_bytes(counts[site])
             counted = (now[0] - earlier[0], now[1] - earlier[1])
+            wire[site] = counted[1]
             if counted != (planned.payload, planned.wire):
                 self._unplanned[site] = (
                     f"it sent (payload, wire) = {counted} bytes in this sync, but the plan says "
                     f"{(planned.payload, planned.wire)}"
                 )
+        self.timed.append(Timed(fragment, seconds, wire))
         return means
 
     def _contribute(self, bucket: Bucket, site: int, counts: RoundCounts) -> Contribution:
@@ -277,8 +380,7 @@ class Sync:
     def check_replicas(self) -> dict[int, str]:
         """Compare hashes of the sites' own parameters between the holders of every bucket.
 
-        Where fragments have different ages, the anchors are compared: the parameters of one site
-        are equal to another's only until their next local step.
+        Where parameters move on between two syncs (`streams`), the anchors are compared.
 
         Returns:
             The hash of each bucket that is held here and has several holders.
@@ -286,40 +388,6 @@ class Sync:
         Raises:
             SyncError: naming the first bucket whose replicas differ, and its holders.
         """
-        shared = self.plan.replicas(self._steps)
-        own = {
-            index: replica_hashes(
-                shared, index, self.anchor if streams(self.plan.config) else site.view
-            )
-            for index, site in self.sites.items()
-        }
-        messages = gather(self.transport, lambda site: b"".join(own[site].values()))
-        size = hashlib.sha256().digest_size
-        by_bucket: dict[int, set[bytes]] = {bucket.index: set() for bucket in shared}
-        for site, message in zip(self.transport.members, messages, strict=True):
-            held = [bucket.index for bucket in shared if site in bucket.holders]
-            for position, index in enumerate(held):
-                by_bucket[index].add(message[position * size : (position + 1) * size])
-        wrong = [bucket for bucket in shared if len(by_bucket[bucket.index]) > 1]
-        if wrong:
-            raise SyncError(
-                f"replicas differ after a sync: bucket {wrong[0].index} "
-                f"({wrong[0].segments[0].name}, ...) is not equal at its holders "
-                f"{list(wrong[0].holders)}"
-            )
-        return {i: digest.hex() for hashes in own.values() for i, digest in hashes.items()}
-
-
-def replica_hashes(
-    buckets: Iterable[Bucket], site: int, view: Callable[[Segment], Tensor]
-) -> dict[int, bytes]:
-    """sha256 of a site's values of each of these buckets that it holds, by bucket index."""
-    hashes = {}
-    for bucket in buckets:
-        if site in bucket.holders:
-            digest = hashlib.sha256()
-            for segment in bucket.at(site).segments:
-                value = view(segment).to("cpu", torch.float32).contiguous()
-                digest.update(memoryview(value.reshape(-1).numpy()))
-            hashes[bucket.index] = digest.digest()
-    return hashes
+        moving = streams(self.plan.config)
+        views = {i: self.anchor if moving else site.view for i, site in self.sites.items()}
+        return compare_replicas(self.transport, self.plan.replicas(self._steps), views)
