@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -16,7 +18,9 @@ from rich.table import Table
 from fomoe.adapters.report import methods_table, ranks_table, server_rows
 from fomoe.amounts import bytes_text, duration_text, mean_of, spread_text, times_text
 from fomoe.config import Config
+from fomoe.copies import num_sets
 from fomoe.errors import say_line
+from fomoe.formats import FORMATS, why_not
 from fomoe.fragments import streams
 from fomoe.planning import RunPlan, fragment_rows, memory_by_kind, planned_summary
 from fomoe.records import site_speed
@@ -283,7 +287,23 @@ def print_summary(summary: dict[str, Any], config: Config) -> None:
     folder = summary["run_dir"]
     out.print(f"records   {folder}/metrics.jsonl   (fields: docs/metrics.md)", markup=False)
     out.print(f"summary   {folder}/summary.json", markup=False)
-    out.print(f"merge     fomoe merge {folder}", markup=False)
+    for number, line in enumerate(next_commands(config, folder)):
+        out.print(f"{'next' if number == 0 else '':8}  {line}", markup=False)
+
+
+def next_commands(config: Config, run_dir: str) -> list[str]:
+    """Commands on a run that is done, as a shell takes them; only those that its model allows."""
+    run, name = shlex.quote(run_dir), shlex.quote(Path(run_dir).resolve().name)
+    if config.adapters.base is not None:
+        first = [f"fomoe export {run} --adapter --out models/{name}"]
+    elif num_sets(config) > 1 or all(why_not(config, form) for form in FORMATS):
+        first = [f"fomoe merge {run}"]
+    else:
+        first = [
+            f"fomoe generate {run} --prompt 'The '",
+            f"fomoe export {run} --out models/{name}",
+        ]
+    return [*first, f"fomoe report {run} --out report.html"]
 
 
 def print_comparison(summaries: list[dict[str, Any]]) -> None:
