@@ -21,7 +21,8 @@ from fomoe.config import Config
 from fomoe.copies import num_sets
 from fomoe.errors import say_line
 from fomoe.formats import FORMATS, why_not
-from fomoe.planning import RunPlan, memory_by_kind, planned_summary
+from fomoe.fragments import streams
+from fomoe.planning import RunPlan, fragment_rows, memory_by_kind, planned_summary
 from fomoe.records import site_speed
 from fomoe.segments import full_payload, holder_bytes
 
@@ -160,6 +161,8 @@ def print_dry_run(run: RunPlan) -> None:
             f"on average"
         )
     out.print(_traffic_table(run))
+    if streams(run.config):
+        out.print(_fragments_table(run))
 
 
 def _traffic_table(run: RunPlan) -> Table:
@@ -185,6 +188,25 @@ def _traffic_table(run: RunPlan) -> Table:
     for name, counts in rows.items():
         ratios = (times_text(n / o if o else None) for n, o in zip(counts, own, strict=True))
         table.add_row(name, *(bytes_text(count) for count in counts), *ratios)
+    return table
+
+
+def _fragments_table(run: RunPlan) -> Table:
+    """What is synced at which step of a round, and how much of a site's link that takes."""
+    rows = fragment_rows(run)
+    title = "Syncs of a round: bytes per site; the run's last sync has all fragments"
+    table = Table("fragment", "layers", "after steps", "payload", "wire", title=title)
+    for fragment, row in enumerate(rows):
+        table.add_row(
+            str(fragment),
+            ranges_text(tuple(row["layers"])),
+            "-".join(map(str, dict.fromkeys((row["begins_after_step"], row["ends_after_step"])))),
+            bytes_text(row["payload_bytes_per_site"]),
+            bytes_text(row["wire_bytes_per_site"]),
+        )
+    wire = [row["wire_bytes_per_site"] for row in rows]
+    largest = f"{bytes_text(max(wire))} at once, {bytes_text(sum(wire) / run.config.local_steps)}"
+    table.caption = f"wire: at most {largest} per local step on average"
     return table
 
 

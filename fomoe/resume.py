@@ -20,6 +20,7 @@ from fomoe import checkpoint
 from fomoe.config import Config
 from fomoe.copies import coupling
 from fomoe.errors import CheckpointError, ConfigError, say_line
+from fomoe.fragments import streams
 from fomoe.remains import WAYS_OUT, by_site, choose_rounds, differences, look, parse_saved
 from fomoe.run import Run
 from fomoe.segments import Bucket
@@ -27,7 +28,7 @@ from fomoe.site import learning_rate
 from fomoe.state import Layout, misfit, not_finite, of_kind
 from fomoe.summary import Totals
 from fomoe.sync.exchange import agreed, check_sites, gather
-from fomoe.sync.sync import replica_hashes
+from fomoe.sync.replicas import replica_hashes
 from fomoe.sync.transport import Transport
 
 _MOST = 2**63  # no count in a checkpoint reaches it
@@ -205,7 +206,8 @@ def _inspect(
         problem = _wrong_random_state(tensors["rng"])
     if problem:
         raise CheckpointError(f"site-{site}.safetensors: {problem}")
-    own = of_kind(tensors, "param")
+    # What a sync gave every holder: the parameters of fragments move on between two of theirs.
+    own = of_kind(tensors, "anchor" if streams(config) else "param")
     hashes = replica_hashes(replicas, site, lambda segment: own[segment.name])
     return {"problem": "", "replicas": {str(i): digest.hex() for i, digest in hashes.items()}}
 

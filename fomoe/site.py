@@ -259,9 +259,9 @@ class Site:
             counter.zero_()
         return shares
 
-    def end_round(self) -> RoundRouting:
-        """Return the round's counts and reset the counters."""
-        routing = RoundRouting(
+    def routing(self) -> RoundRouting:
+        """Counts of the round so far."""
+        return RoundRouting(
             selected_LE=self._selected_LE.cpu(),
             executed_LE=self._executed_LE.cpu(),
             skipped_L=self._skipped_L.cpu(),
@@ -269,6 +269,10 @@ class Site:
             entropy_L=self._entropy_L.cpu() / max(self._batches, 1),
             tokens=self._tokens,
         )
+
+    def end_round(self) -> RoundRouting:
+        """Return the round's counts and reset the counters."""
+        routing = self.routing()
         self._reset_round()
         return routing
 
