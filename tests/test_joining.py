@@ -338,6 +338,7 @@ def test_a_call_that_does_not_come_back_is_given_up():
 
 def test_a_silent_site_is_named_while_it_is_waited_for_and_at_the_timeout(monkeypatch, capsys):
     monkeypatch.setattr(waiting, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(waiting, "_LOOK_S", 0.1)  # well before the timeout
     noticed = threading.Barrier(3)
 
     def work(transport):
