@@ -182,6 +182,9 @@ class InnerConfig(Options):
     """[micro-batches] Gradients that are summed for one inner step."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on accelerators, fp32 on CPU."""
+    parallel: Literal["none", "ddp", "fsdp"] = "none"
+    """How the ranks of a site share the work, where it has several (--ranks-per-site): each has all
+    parameters and a part of the batch (ddp), or a part of both (fsdp, torch's FSDP2)."""
 
 
 class OuterConfig(Options):

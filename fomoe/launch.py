@@ -1,4 +1,4 @@
-"""The launch environment: which site this process is, and where the sites join.
+"""The launch environment: which site this process belongs to, and where the sites join.
 
 torchrun, `launch/site.sh` and `launch/slurm.sbatch` set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR
 and MASTER_PORT. Everything is checked before any wait (no torch here): with a wrong number the
@@ -24,7 +24,8 @@ class Launch:
     """The role of this process in a distributed run: launch arguments, never config.
 
     Attributes:
-        rank, world_size: this site and the number of sites; (0, 1) for a proxy run.
+        site, num_sites: this site and the number of sites; (0, 1) for a proxy run.
+        rank, ranks: which of the site's processes this is, and their number.
         local_rank: index on this machine, which chooses the accelerator.
         address, port: of the store through which the sites join: site 0's, or torchrun's.
         agent_store: whether torchrun's agent runs the store, so that site 0 does not.
@@ -33,8 +34,10 @@ class Launch:
             distributed launch.
     """
 
+    site: int = 0
+    num_sites: int = 1
     rank: int = 0
-    world_size: int = 1
+    ranks: int = 1
     local_rank: int = 0
     address: str = ""
     port: int = 0
@@ -44,7 +47,12 @@ class Launch:
 
     @property
     def distributed(self) -> bool:
-        return self.world_size > 1
+        return self.num_sites > 1 or self.ranks > 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process speaks for the run."""
+        return self.site == self.rank == 0
 
     @property
     def where(self) -> str:
@@ -54,18 +62,27 @@ class Launch:
 
 
 def launch_from_environment(
-    environment: Mapping[str, str] | None = None, *, num_sites: int | None = None
+    environment: Mapping[str, str] | None = None,
+    *,
+    num_sites: int | None = None,
+    ranks: int = 1,
 ) -> Launch:
     """Read and check the variables that a launcher sets; without them the run is a proxy run.
 
     Args:
         environment: the process's own by default.
         num_sites: number of sites of the experiment; as many must have been started.
+        ranks: processes of every site; the ranks of a site follow one another.
 
     Raises:
         ConfigError: naming the variable, its value and the rule.
     """
     given = os.environ if environment is None else environment
+    if ranks < 1:
+        raise ConfigError("--ranks-per-site", ranks, "must be at least 1")
+    if ranks > 1 and not {"RANK", "WORLD_SIZE"} <= given.keys():
+        rule = "needs a process per rank: start it with torchrun (README, Several ranks)"
+        raise ConfigError("--ranks-per-site", ranks, rule)
     if "RANK" not in given or "WORLD_SIZE" not in given:
         return Launch(warning=_looks_distributed(given))
     rank, world_size = _integer(given, "RANK"), _integer(given, "WORLD_SIZE")
@@ -76,11 +93,13 @@ def launch_from_environment(
         if not 0 <= value < world_size:
             rule = f"must be from 0 to {world_size - 1}: WORLD_SIZE is {world_size}"
             raise ConfigError(name, value, rule)
-    if world_size == 1:
+    if world_size == 1 and ranks == 1:
         alone = f"WORLD_SIZE is 1 but num_sites is {num_sites}: {_PROXY}; {_USE}"
         return Launch(warning=alone if num_sites not in (None, 1) else "")
-    if num_sites not in (None, world_size):
+    if num_sites is not None and world_size != num_sites * ranks:
         rule = f"must equal num_sites, which is {num_sites}: start one process per site"
+        if ranks > 1:
+            rule = f"must be num_sites x --ranks-per-site = {num_sites} x {ranks}"
         raise ConfigError("WORLD_SIZE", world_size, rule)
     address = given.get("MASTER_ADDR", "").strip()
     if not address:
@@ -91,8 +110,10 @@ def launch_from_environment(
     if not 1 <= port <= 65535:
         raise ConfigError("MASTER_PORT", port, "must be from 1 to 65535")
     return Launch(
-        rank=rank,
-        world_size=world_size,
+        site=rank // ranks,
+        num_sites=world_size // ranks,
+        rank=rank % ranks,
+        ranks=ranks,
         local_rank=local_rank,
         address=address,
         port=port,
@@ -101,13 +122,14 @@ def launch_from_environment(
     )
 
 
-def site_label() -> str:
+def site_label(ranks: int = 1) -> str:
     """Names this site of a distributed run in a line on stderr; empty in a proxy run."""
     try:
-        launch = launch_from_environment()
+        launch = launch_from_environment(ranks=ranks)
     except ConfigError:
         return ""
-    return f" (site {launch.rank})" if launch.distributed else ""
+    rank = f", rank {launch.rank}" if launch.ranks > 1 else ""
+    return f" (site {launch.site}{rank})" if launch.distributed else ""
 
 
 def _integer(given: Mapping[str, str], name: str) -> int:

@@ -288,6 +288,8 @@ def open_logs(
     logs = Logs(config, sites, [])
 
     def enter() -> None:
+        if transport.inside.rank:  # a site's first rank sends its records
+            return
         if config.run.tensorboard:
             first_step = first_round * config.local_steps
             logs._sinks.append(TensorBoard(run_dir, sites, first_step))

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fomoe.codecs import CODECS
@@ -21,8 +21,10 @@ from fomoe.segments import (
     build_plan,
     full_payload,
     rule_of,
+    sum_traffic,
 )
 from fomoe.shapes import parameter_specs
+from fomoe.shards import cut_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,8 @@ class Phase:
     Attributes:
         coupling: how far copies of experts are tied to one another; 1 without copies.
         rounds: how many there are in the run.
-        traffic: bytes of one sync per site (of one gradient average with `ddp`).
+        traffic: bytes of one sync per site (of one gradient average with `ddp`), of all ranks of
+            the site together.
     """
 
     coupling: float
@@ -48,7 +51,10 @@ class RunPlan:
         segment_plan: who holds and who trains which rows.
         families: buckets of experts' copies with the same origin; none without copies.
         phases: one, or that of tied copies and that of copies that have parted.
+        memory: state per site; of a rank's plan, per rank.
         syncs_per_round: 1, or local_steps where gradients are averaged every step.
+        ranks: the plan of every rank of a site, in order; none if a site is one process.
+        whole: of a rank's plan, that of the site: the segments that its checkpoints name.
     """
 
     config: Config
@@ -58,6 +64,23 @@ class RunPlan:
     phases: tuple[Phase, ...]
     memory: tuple[SiteMemory, ...]
     syncs_per_round: int
+    ranks: tuple[RunPlan, ...] = ()
+    whole: Plan | None = None
+
+    def at_rank(self, rank: int) -> RunPlan:
+        """The plan of one rank: what it averages with the same rank of the other sites."""
+        return self.ranks[rank] if self.ranks else self
+
+    @property
+    def site_plan(self) -> Plan:
+        """The segments of whole sites."""
+        return self.whole or self.segment_plan
+
+    @property
+    def memory_plan(self) -> Plan:
+        """The segments that are in the memory of this rank."""
+        shards = self.config.inner.parallel == "fsdp"
+        return self.segment_plan if shards else self.site_plan
 
     @property
     def traffic(self) -> tuple[Traffic, ...]:
@@ -92,13 +115,18 @@ class RunPlan:
         return tuple(bucket for bucket in buckets if bucket.crosses)
 
 
-def plan_run(config: Config) -> RunPlan:
-    """Work out who holds what and what it costs."""
+def plan_run(config: Config, num_ranks: int = 1) -> RunPlan:
+    """Work out who holds what and what it costs.
+
+    Args:
+        num_ranks: processes of every site.
+    """
     placement = build_placement(config)
-    plan = build_plan(parameter_specs(config), config.num_sites, rule_of(config, placement))
+    specs = parameter_specs(config)
+    plan = build_plan(specs, config.num_sites, rule_of(config, placement))
     families = build_families(config, plan)
     sites = range(config.num_sites)
-    return RunPlan(
+    run = RunPlan(
         config=config,
         placement=placement,
         segment_plan=plan,
@@ -106,6 +134,39 @@ def plan_run(config: Config) -> RunPlan:
         phases=_phases(config, plan, families),
         memory=tuple(site_memory(config, plan, site, families) for site in sites),
         syncs_per_round=config.local_steps if config.sync.average == "gradients" else 1,
+    )
+    if num_ranks == 1:
+        return run
+    rows = {spec.name: spec.shape[spec.kind == "expert"] for spec in specs}
+    ranks = tuple(_rank_plan(run, rows, rank, num_ranks) for rank in range(num_ranks))
+    return replace(run, ranks=ranks, phases=_summed_phases(ranks))
+
+
+def _rank_plan(run: RunPlan, rows: dict[str, int], rank: int, num_ranks: int) -> RunPlan:
+    config, whole = run.config, run.segment_plan
+    plan = cut_plan(whole, rows, rank, num_ranks)
+    in_memory = plan if config.inner.parallel == "fsdp" else whole
+    return replace(
+        run,
+        segment_plan=plan,
+        phases=_phases(config, plan, ()),
+        memory=tuple(
+            site_memory(config, plan, site, in_memory=in_memory) for site in range(config.num_sites)
+        ),
+        whole=whole,
+    )
+
+
+def _summed_phases(ranks: tuple[RunPlan, ...]) -> tuple[Phase, ...]:
+    """Phases of whole sites, whose bytes are those of their ranks together."""
+    return tuple(
+        replace(
+            phases[0],
+            traffic=tuple(
+                sum_traffic(own) for own in zip(*(p.traffic for p in phases), strict=True)
+            ),
+        )
+        for phases in zip(*(rank.phases for rank in ranks), strict=True)
     )
 
 

@@ -247,8 +247,8 @@ def test_rule_3_an_expert_step_depends_on_no_other_segment(optimizer, lr):
 def run_with_counts(run: Run) -> Run:
     """Pretend that every resident expert executed tokens."""
     for own in run.sites.values():
-        own._executed_LE += 7
-        own._tokens += 7
+        own.counter.executed_LE += 7
+        own.counter.tokens += 7
     return run
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fomoe.errors import ConfigError, SyncError
+from fomoe.ranks import ONE_RANK, Ranks
 from fomoe.sync import waiting
 from fomoe.sync.membership import Membership
 from fomoe.sync.transport import ByteCounts, Message, count_wire, failure_text
@@ -31,7 +32,7 @@ class GlooTransport:
         join_s: longest wait for all members to join, `timeout_s` by default.
         interface: network interface to use, such as eth0; by default the host name's address.
         prefix: name of this membership in the store; a name is used once.
-        local_rank: which of the site's ranks this is; equal local ranks of all sites are peers.
+        inside: the ranks of this site; equal ranks of all sites are peers.
         place, hosts_store: see `Membership`.
 
     Raises:
@@ -51,13 +52,14 @@ class GlooTransport:
         join_s: float | None = None,
         interface: str | None = None,
         prefix: str = "sync",
-        local_rank: int = 0,
+        inside: Ranks = ONE_RANK,
         place: str = "",
         hosts_store: bool = False,
     ) -> None:
         self.members = tuple(sorted(members))
         self.sites: tuple[int, ...] = (site,)
         self.counts = {site: ByteCounts()}
+        self.inside = inside
         self._site, self._timeout_s = site, timeout_s
         self._rank = {member: rank for rank, member in enumerate(self.members)}
         self._aborted = False
@@ -65,7 +67,7 @@ class GlooTransport:
         options = dist.ProcessGroupGloo._Options()
         options._timeout = timedelta(seconds=timeout_s)
         options._devices = [open_interface(interface)]
-        prefixed = dist.PrefixStore(f"{prefix}/{local_rank}", store)
+        prefixed = dist.PrefixStore(f"{prefix}/{inside.rank}", store)
         self._membership = Membership(
             prefixed, self.members, site, place=place, hosts_store=hosts_store
         )

@@ -16,12 +16,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from fomoe.errors import ConfigError, SyncError
 from fomoe.launch import Launch
+from fomoe.ranks import ONE_RANK
 from fomoe.sync import waiting
 from fomoe.sync.gloo import GlooTransport, open_interface
+from fomoe.sync.inside import SiteRanks
 from fomoe.sync.transport import InMemoryTransport, Transport
 from fomoe.sync.waiting import in_thread, one_line, say
 
@@ -36,9 +39,19 @@ Address = tuple[int, Any]
 
 
 def open_transport(
-    launch: Launch, num_sites: int, *, timeout_s: float, interface: str | None = None
+    launch: Launch,
+    num_sites: int,
+    *,
+    timeout_s: float,
+    interface: str | None = None,
+    parallel: str = "none",
+    device: torch.device | None = None,
 ) -> Transport:
     """A transport for this process: all sites in memory, or this site over gloo.
+
+    Args:
+        parallel: `inner.parallel`, for a site of several ranks.
+        device: where its model will be; None: the CPU.
 
     Raises:
         ConfigError: if the launch does not fit this machine.
@@ -46,24 +59,39 @@ def open_transport(
     """
     if not launch.distributed:
         return InMemoryTransport(range(num_sites))
-    assert launch.world_size == num_sites
+    assert launch.num_sites == num_sites
     open_interface(interface)
     end = time.monotonic() + timeout_s
     addresses = resolve(launch.address, launch.port, timeout_s)
-    hosts_store = launch.rank == 0 and not launch.agent_store
+    hosts_store = launch.first and not launch.agent_store
     if hosts_store:
         store, own = host_store(launch, addresses, interface)
     else:
         store, own = reach_store(launch, addresses, timeout_s)
+    prefix, inside = f"attempt-{launch.attempt}", ONE_RANK
+    if launch.ranks > 1:
+        inside = SiteRanks(
+            dist.PrefixStore(f"{prefix}/inside-{launch.site}", store),
+            launch.rank,
+            launch.ranks,
+            parallel=parallel,
+            device=device or torch.device("cpu"),
+            join_s=end - time.monotonic(),
+            # A sibling may wait that long for another site before it comes.
+            timeout_s=2 * timeout_s,
+        )
+    if num_sites == 1:
+        return InMemoryTransport(range(1), inside)
     try:
         return GlooTransport(
             store,
             range(num_sites),
-            launch.rank,
+            launch.site,
             timeout_s=timeout_s,
             join_s=end - time.monotonic(),
             interface=interface,
-            prefix=f"attempt-{launch.attempt}",
+            prefix=prefix,
+            inside=inside,
             place=f"{socket.gethostname()}, {own}",
             hosts_store=hosts_store,
         )
@@ -101,7 +129,7 @@ def host_store(
     inside = [(f, a) for f, a in addresses if a[0] in interface_addresses(interface)]
     if interface is not None and not inside:
         say(
-            launch.rank,
+            launch.site,
             f"MASTER_ADDR {launch.address} is not an address of --interface {interface}, so the "
             f"sites' store listens on all addresses of this machine",
         )
@@ -145,7 +173,7 @@ def reach_store(
         if waited > waiting.PATIENCE_S and not said:
             said = True
             text = f"waiting for site 0 at {launch.where} ({reason}), up to {timeout_s:g} s"
-            say(launch.rank, text)
+            say(launch.site, text)
         time.sleep(_RETRY_S)
 
 

@@ -9,6 +9,7 @@ site, and can fail only where a step overflows.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +19,10 @@ from torch import Tensor
 
 from fomoe.codecs import CODECS
 from fomoe.copies import coupling, encoded_buckets, exchanged
+from fomoe.counting import RoundRouting
 from fomoe.errors import SyncError
 from fomoe.planning import RunPlan
+from fomoe.ranks import Ranks
 from fomoe.segments import (
     Bucket,
     RoundCounts,
@@ -27,7 +30,7 @@ from fomoe.segments import (
     contribution_weight,
     takes_outer_step,
 )
-from fomoe.site import RoundRouting, Site
+from fomoe.site import Site
 from fomoe.state import Layout, divergence
 from fomoe.sync.buckets import Contribution
 from fomoe.sync.coder import Coder
@@ -207,8 +210,14 @@ class Sync:
         return self.anchors.state_of(site) | self.coder.state_of(site)
 
     def state_layout(self, site: int) -> Layout:
-        """Shapes and types of what `state_of` returns after the first sync."""
-        return self.anchors.state_layout(site) | self.coder.state_layout(site)
+        """Shapes and types of what `state_of` returns after the first sync, of all ranks of a site
+        together."""
+        config, buckets = self.plan.config, self.plan.site_plan.buckets
+        stepped = [b for b in buckets if site in b.holders and takes_outer_step(config, b)]
+        encoded = encoded_buckets(config, buckets, self.plan.families)
+        return self.anchors.state_layout(
+            segment for bucket in stepped for segment in bucket.segments
+        ) | self.coder.state_layout(b for b in encoded if site in b.holders)
 
     def load_state_of(self, site: int, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `state_of` returned."""
@@ -241,14 +250,31 @@ class Sync:
             held = [bucket.index for bucket in shared if site in bucket.holders]
             for position, index in enumerate(held):
                 by_bucket[index].add(message[position * size : (position + 1) * size])
-        wrong = [bucket for bucket in shared if len(by_bucket[bucket.index]) > 1]
-        if wrong:
-            raise SyncError(
-                f"replicas differ after a sync: bucket {wrong[0].index} "
-                f"({wrong[0].segments[0].name}, ...) is not equal at its holders "
-                f"{list(wrong[0].holders)}"
-            )
-        return {i: digest.hex() for hashes in own.values() for i, digest in hashes.items()}
+        problem = next(
+            (
+                f"replicas differ after a sync: bucket {bucket.index} "
+                f"({bucket.segments[0].name}, ...) is not equal at its holders "
+                f"{list(bucket.holders)}"
+                for bucket in shared
+                if len(by_bucket[bucket.index]) > 1
+            ),
+            "",
+        )
+        # The same ranks of all sites have seen the same hashes, so all ranks raise or none does.
+        if found := next(filter(None, self.transport.inside.gather(problem.encode())), b""):
+            raise SyncError(found.decode())
+        texts = {i: digest.hex() for hashes in own.values() for i, digest in hashes.items()}
+        return hashes_of_ranks(self.transport.inside, texts)
+
+
+def hashes_of_ranks(inside: Ranks, own: dict[int, str]) -> dict[int, str]:
+    """Hashes of a site's buckets, from those of every rank's part of them."""
+    if inside.size == 1:
+        return own
+    parts = [json.loads(message) for message in inside.gather(json.dumps(own).encode())]
+    indices = sorted({int(index) for part in parts for index in part})
+    texts = {i: "".join(part.get(str(i), "") for part in parts) for i in indices}
+    return {i: hashlib.sha256(text.encode()).hexdigest() for i, text in texts.items()}
 
 
 def replica_hashes(
