@@ -37,6 +37,12 @@ class SiteMemory:
         return sum(asdict(self).values())
 
 
+def sum_memory(parts: list[SiteMemory]) -> SiteMemory:
+    """State of several ranks of a site together."""
+    rows = [asdict(part) for part in parts]
+    return SiteMemory(**{name: sum(row[name] for row in rows) for name in rows[0]})
+
+
 def site_memory(
     config: Config,
     plan: Plan,

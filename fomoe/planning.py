@@ -11,7 +11,7 @@ from typing import Any
 from fomoe.codecs import CODECS
 from fomoe.config import Config
 from fomoe.copies import build_families, coupling, exchanged, rounds_by_coupling
-from fomoe.memory import SiteMemory, site_memory
+from fomoe.memory import SiteMemory, site_memory, sum_memory
 from fomoe.placement import Placement, build_placement
 from fomoe.segments import (
     Bucket,
@@ -139,7 +139,8 @@ def plan_run(config: Config, num_ranks: int = 1) -> RunPlan:
         return run
     rows = {spec.name: spec.shape[spec.kind == "expert"] for spec in specs}
     ranks = tuple(_rank_plan(run, rows, rank, num_ranks) for rank in range(num_ranks))
-    return replace(run, ranks=ranks, phases=_summed_phases(ranks))
+    memory = tuple(sum_memory([own.memory[site] for own in ranks]) for site in sites)
+    return replace(run, ranks=ranks, phases=_summed_phases(ranks), memory=memory)
 
 
 def _rank_plan(run: RunPlan, rows: dict[str, int], rank: int, num_ranks: int) -> RunPlan:
@@ -211,8 +212,16 @@ def planned_summary(run: RunPlan) -> dict[str, Any]:
         **spread("wire_bytes_per_site_per_round", [run.wire_per_round(site) for site in sites]),
         "ratio_vs_ddp": _ratio(diloco * config.local_steps, payload),
         "ratio_vs_diloco": _ratio(diloco, payload),
+        **(_of_ranks(run) if run.ranks else {}),
         **({"phases": [_phase_row(run, phase) for phase in run.phases]} if run.families else {}),
     }
+
+
+def _of_ranks(run: RunPlan) -> dict[str, Any]:
+    """What is known of sites of several ranks; the memory is that of a site's largest rank."""
+    sites = range(run.config.num_sites)
+    most = [max(own.memory[site].total for own in run.ranks) for site in sites]
+    return {"ranks_per_site": len(run.ranks), **spread("memory_bytes_per_rank", most)}
 
 
 def _phase_row(run: RunPlan, phase: Phase) -> dict[str, Any]:

@@ -6,6 +6,7 @@ what they print, and runs one after the other.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,6 +28,12 @@ class World:
     status: int
     out: list[str]
     err: list[str]
+    held: list[dict[str, Any]]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        assert self.status == 0, self.err
+        return json.loads(self.out[0])
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,11 @@ def worlds(*commands: Command, seconds: float = 600.0) -> list[World]:
     return [
         World(
             int((c.folder / "status").read_text()),
-            *([(c.folder / f"{r}.{s}").read_text() for r in range(c.count)] for s in ("out", "err")),
+            *(
+                [(c.folder / f"{r}.{s}").read_text() for r in range(c.count)]
+                for s in ("out", "err")
+            ),
+            [json.loads(p.read_text()) for p in sorted(c.folder.glob("*.held"))],
         )
         for c in commands
     ]
@@ -91,6 +103,34 @@ def _run_all(file: Path) -> None:
         (Path(folder) / "status").write_text(str(status))
 
 
+def _report_held(path: Path) -> None:
+    """At the end of training, write what the rank holds: bytes by kind, and the hash of it all."""
+    from fomoe import training
+
+    summarize = training.run_rounds
+
+    def run_rounds(run: Any) -> Any:
+        summary = summarize(run)
+        (site,) = run.sites.values()
+        values = list(site.parameters.values())
+        inner = [t for state in site.optimizer.state.values() for t in state.values()]
+        outer = list(run.sync.state_of(site.site).values())
+        hashed = hashlib.sha256()
+        for tensor in [*values, *inner]:
+            hashed.update(tensor.detach().contiguous().numpy().tobytes())
+        held = {
+            "parameters": values,
+            "gradients": [p.grad for p in values if p.grad is not None],
+            "inner_optimizer": inner,
+            "outer": outer,
+        }
+        found = {name: sum(t.nbytes for t in tensors) for name, tensors in held.items()}
+        path.write_text(json.dumps(found | {"hash": hashed.hexdigest()}))
+        return summary
+
+    training.run_rounds = run_rounds
+
+
 def _run(main: Callable[[list[str]], int], folder: Path, count: int, words: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     port = str(_free_port())
@@ -101,6 +141,7 @@ def _run(main: Callable[[list[str]], int], folder: Path, count: int, words: list
             os.dup2(file, number)
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        _report_held(folder / f"{rank}.held")
         return main(words)
 
     return forked(count, work)
