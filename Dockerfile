@@ -18,7 +18,8 @@ WORKDIR /work
 FROM base AS cpu
 COPY --from=wheel /wheels /wheels
 COPY constraints-cpu.txt /wheels/
-RUN pip install --no-cache-dir --constraint /wheels/constraints-cpu.txt /wheels/*.whl
+RUN pip install --no-cache-dir --constraint /wheels/constraints-cpu.txt \
+    --extra-index-url https://download.pytorch.org/whl/cpu /wheels/*.whl
 USER 1000
 ENTRYPOINT ["fomoe"]
 CMD ["--help"]

@@ -1,14 +1,15 @@
 # make quickstart   set up .venv, install, and train four sites on real text
 # make test         the tests           make check   format, lint, types
 # make docs         docs/options.md and its schema      make package   a wheel, tried out
-# make CPU=1 ...    torch's CPU build, for a machine without an accelerator
+# make CPU=1 ...    torch's small build, as on any machine without an accelerator; CPU=0: never
 # make compat       exported models on both majors of transformers
 # make bench        speed of experts and steps, beside transformers (docs/performance.md)
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 TOOLS := .venv/.installed-dev
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CPU),-c constraints-cpu.txt)
+CPU ?= auto
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 COMPAT := tests/test_export.py tests/test_transformers.py
 
 .PHONY: install quickstart test compat check format docs package bench clean
@@ -19,7 +20,7 @@ $(INSTALLED): setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "fomoe needs Python 3.11 or newer; name one with: make PYTHON=python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(INSTALL) -e .
+	options=$$($(BIN)/python torchbuild.py '$(CPU)') && $(INSTALL) $$options -e .
 	@touch $@
 
 $(TOOLS): $(INSTALLED)
@@ -34,11 +35,11 @@ test: $(TOOLS)
 
 compat: $(TOOLS) build/transformers-4/.installed
 	PYTHONPATH=build/transformers-4 $(BIN)/python -m pytest $(COMPAT)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'transformers>=5,<6'
+	$(INSTALL) --upgrade 'transformers>=5,<6'
 	$(BIN)/python -m pytest $(COMPAT)
 
 build/transformers-4/.installed: # beside the environment, which has the newest
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) \
+	$(INSTALL) --no-deps --target $(@D) \
 	  'transformers==4.57.*' 'huggingface_hub>=0.34,<1' 'tokenizers>=0.22,<0.23' hf-xet
 	@touch $@
 

@@ -11,6 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "fomoe/__init__.py").read_t
 HUB = ["datasets>=3,<6"]
 TRANSFORMERS = ["transformers>=4.57,<6"]
 PEFT = ["peft>=0.17,<1"]
+ROUGE = ["rouge-score>=0.1.2,<1"]
 PLOT = ["matplotlib>=3.8,<4"]
 WANDB = ["wandb>=0.20,<1"]
 TENSORBOARD = ["tensorboard>=2.16,<3"]
@@ -62,6 +63,8 @@ setup(
         "peft": PEFT,
         # Downstream tasks on an exported model (docs/export.md).
         "eval": ["lm-eval[hf]>=0.4.9,<1"],
+        # fomoe eval --metrics rouge-l.
+        "rouge": ROUGE,
         # Figures: fomoe report, fomoe project --plot.
         "plot": PLOT,
         # Records beside metrics.jsonl: run.wandb, run.tensorboard.
@@ -73,6 +76,7 @@ setup(
             *HUB,
             *TRANSFORMERS,
             *PEFT,
+            *ROUGE,
             *PLOT,
             *TENSORBOARD,
             "pytest>=8,<10",

@@ -256,6 +256,9 @@ class DataConfig(Options):
     """[tokens] Length of a training sequence."""
     num_shards: Positive | None = None
     """[parts] Parts that the training text is split into; null: num_sites."""
+    deal: Literal["random", "clusters"] = "random"
+    """How the documents of a text source are dealt to the parts: at random, or by kind, so that
+    documents whose n-grams resemble each other are at one site."""
     text_field: Text = "text"
     """Column of a hub data set, or field of JSON Lines, that holds the text."""
     hub_split: Text = "train"

@@ -7,7 +7,7 @@ the merged model one layer's experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ def evaluate_run(
     text: Path | None = None,
     round_idx: int | None = None,
     device: str = "auto",
+    metrics: Sequence[str] = (),
+    max_tokens: int = 32,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Loss (nats per token), perplexity and bits per byte of the merged model and of every site.
@@ -56,10 +58,13 @@ def evaluate_run(
         text: a text file; None: the run's held-out part.
         round_idx: rounds done; None: the newest that is complete.
         device: auto, cpu, cuda or cuda:N.
+        metrics: accuracy and rouge-l, of a run with adapters on pairs.
+        max_tokens: of a completion that is generated for rouge-l.
         say: called with a line that says why a newer round is refused.
 
     Raises:
         CheckpointError: if no round is complete.
+        ConfigError: for a text or metrics that do not fit the run.
         DataError: if the text cannot be read, or the held-out part is no longer that of the run.
     """
     where = choose_device(device, 0)
@@ -67,7 +72,10 @@ def evaluate_run(
     if whole.config.adapters.base is not None:
         if text is not None:
             raise ConfigError("--text", text, "has no meaning for a run with adapters")
-        return evaluate_adapters(whole, where)
+        return evaluate_adapters(whole, where, metrics=metrics, max_tokens=max_tokens)
+    if metrics:
+        rule = "is of runs with adapters; docs/export.md says how others are evaluated on tasks"
+        raise ConfigError("--metrics", ",".join(metrics), rule)
     whole.refuse_copies("is evaluated by the run itself (val_loss_merged)")
     tokenizer = run_tokenizer(whole.config, run_dir, whole.fingerprints.get("tokenizer"))
     windows = _held_out(whole) if text is None else _windows(whole.config, text, tokenizer)

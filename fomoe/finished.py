@@ -10,8 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fomoe.adapters.options import ANSWER_METRICS
 from fomoe.errors import ConfigError, say_line
 from fomoe.formats import FORMATS
+from fomoe.hints import hint
 
 
 def add_commands(commands: Any) -> None:
@@ -57,6 +59,14 @@ def _add_eval(commands: Any) -> None:
         "--text", type=Path, metavar="FILE", help="a text (default: the run's held-out part)"
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--metrics",
+        metavar="NAME,NAME",
+        help=f"with adapters on pairs, beside the losses: {', '.join(ANSWER_METRICS)}",
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help="with rouge-l: of a completion (default 32)"
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.set_defaults(run=_eval)
 
@@ -122,8 +132,23 @@ def _export_adapter(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     from fomoe.evalrun import evaluate_run
 
+    metrics = args.metrics.split(",") if args.metrics is not None else []
+    for name in metrics:
+        if name not in ANSWER_METRICS:
+            raise ConfigError("--metrics", name, f"is no metric; {hint(name, ANSWER_METRICS)}")
+    if args.max_tokens is not None:
+        if "rouge-l" not in metrics:
+            raise ConfigError("--max-tokens", args.max_tokens, "needs --metrics rouge-l")
+        if not 1 <= args.max_tokens <= 10**6:
+            raise ConfigError("--max-tokens", args.max_tokens, "must be from 1 to 1000000")
     result = evaluate_run(
-        args.run_dir, text=args.text, round_idx=args.round, device=args.device, say=say_line
+        args.run_dir,
+        text=args.text,
+        round_idx=args.round,
+        device=args.device,
+        metrics=metrics,
+        max_tokens=args.max_tokens or 32,
+        say=say_line,
     )
     if args.json:
         print(json.dumps(result))

@@ -28,6 +28,7 @@ class RunRecords:
         summary: None while the run is not finished.
         rounds: the records of the sites, per round in order.
         merged: loss of the merged model by round.
+        evaluations: the whole records of these evaluations by round.
     """
 
     folder: Path
@@ -35,6 +36,7 @@ class RunRecords:
     summary: Record | None
     rounds: list[list[Record]]
     merged: dict[int, float]
+    evaluations: dict[int, Record]
 
     @property
     def sites(self) -> list[int]:
@@ -116,7 +118,7 @@ def read_run(folder: Path) -> RunRecords:
     if not (folder / "config.yaml").is_file():
         raise CheckpointError(f"{folder} is not a run's folder: it has no config.yaml")
     rounds: dict[int, dict[int, Record]] = {}
-    merged = {}
+    evaluations = {}
     for path in sorted(folder.glob("metrics*.jsonl")):
         try:
             records = [record for _, _, record in read_lines(path).objects]
@@ -126,7 +128,7 @@ def read_run(folder: Path) -> RunRecords:
             if record.get("kind") == "round":
                 rounds.setdefault(record["round"], {})[record["site"]] = record
             elif record.get("kind") == "merged":
-                merged[record["round"]] = record["val_loss_merged"]
+                evaluations[record["round"]] = record
     if not rounds:
         raise CheckpointError(f"{folder} has no record of a round yet")
     return RunRecords(
@@ -134,7 +136,8 @@ def read_run(folder: Path) -> RunRecords:
         config=load_config(folder / "config.yaml"),
         summary=_summary(folder / "summary.json"),
         rounds=[list(by_site.values()) for _, by_site in sorted(rounds.items())],
-        merged=merged,
+        merged={index: record["val_loss_merged"] for index, record in evaluations.items()},
+        evaluations=evaluations,
     )
 
 

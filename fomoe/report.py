@@ -22,6 +22,7 @@ from fomoe.records import site_speed
 from fomoe.segments import full_payload, holder_bytes
 
 _NARROWEST, _USUAL, _WIDE = 40, 80, 160  # columns
+_ANSWERS = {"accuracy": "accuracy", "rouge_l": "ROUGE-L"}  # columns of an evaluation on pairs
 _PLAIN_EVERY_S = 15.0  # longest silence where there is no terminal
 
 
@@ -313,7 +314,10 @@ def print_comparison(summaries: list[dict[str, Any]]) -> None:
 def print_evaluation(result: dict[str, Any]) -> None:
     """The losses of a saved round: of the merged model, then of every site's own."""
     title = f"round {result['round']} on {result['text']}, {result['tokens']:,} tokens"
-    table = Table("", "loss (nats/token)", "perplexity", "bits per byte", title=title)
+    ranks = result.get("ranks", {})
+    more = [name for name in _ANSWERS if any(name in own for own in ranks.values())]
+    heads = ("", "loss (nats/token)", "perplexity", "bits per byte")
+    table = Table(*heads, *(_ANSWERS[name] for name in more), title=title)
     if "ranks" in result:
         named = {f"server at rank {rank}": own for rank, own in result["ranks"].items()}
         clients = enumerate(result["clients"])
@@ -328,6 +332,7 @@ def print_evaluation(result: dict[str, Any]) -> None:
             f"{own['loss']:.4f}",
             f"{own['perplexity']:.3f}",
             "-" if bits is None else f"{bits:.4f}",
+            *("-" if own[name] is None else f"{own[name]:.3f}" for name in more),
         )
     console().print(table)
 

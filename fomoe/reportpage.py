@@ -9,6 +9,8 @@ from statistics import mean
 from typing import Any
 
 from fomoe import __version__
+from fomoe.adapters.figures import rank_figures
+from fomoe.adapters.report import result_rows
 from fomoe.amounts import bytes_text, spread_text, times_text
 from fomoe.errors import ConfigError
 from fomoe.figures import Drawing, need_matplotlib
@@ -61,14 +63,15 @@ def write_report(folders: Sequence[Path], out: Path, *, images: Path | None = No
         The files that were written.
 
     Raises:
-        FomoeError: if a folder holds no run, or matplotlib is absent.
+        FomoeError: if a folder holds no run, only some of them have adapters, or matplotlib is
+            absent.
         OSError: if a file cannot be written.
     """
     need_matplotlib("fomoe report")
     if out.is_dir():
         raise ConfigError("--out", str(out), "is a folder; name a file")
     groups = read_groups(folders)
-    drawn = list(figures(groups))
+    drawn = list((rank_figures if _fine_tunes(groups) else figures)(groups))
     out.write_text(page(groups, drawn), encoding="utf-8")
     written = [out]
     if images is not None:
@@ -78,6 +81,16 @@ def write_report(folders: Sequence[Path], out: Path, *, images: Path | None = No
                 written.append(images / f"{name}{suffix}")
                 drawing.save(written[-1])
     return written
+
+
+def _fine_tunes(groups: list[Group]) -> bool:
+    """Whether these are runs with adapters; they have no losses in common with the others."""
+    kinds = [group.first.config.adapters.base is not None for group in groups]
+    if any(kinds) and not all(kinds):
+        folder = groups[kinds.index(True)].first.folder
+        rule = "is fine-tuned with adapters, and others are not: make a report of each kind"
+        raise ConfigError("RUN", folder, rule)
+    return all(kinds)
 
 
 def page(groups: list[Group], drawn: Sequence[tuple[str, str, Drawing]]) -> str:
@@ -95,7 +108,7 @@ def page(groups: list[Group], drawn: Sequence[tuple[str, str, Drawing]]) -> str:
         f"<p>Made by fomoe {__version__} from the records of "
         f"{_count(sum(len(g.runs) for g in groups), 'run')}.{seeds}</p>",
         "<h2>Results</h2>",
-        _table(*_results(groups)),
+        _table(*(_rank_results if _fine_tunes(groups) else _results)(groups)),
         '<h2>Figures</h2><div class="figures">',
     ]
     for _, text, drawing in drawn:
@@ -146,6 +159,12 @@ def _results(groups: list[Group]) -> tuple[list[str], list[list[str]]]:
             ]
         )
     return [name.replace("_", " ") for name in columns.split()], rows
+
+
+def _rank_results(groups: list[Group]) -> tuple[list[str], list[list[str]]]:
+    done = {g.name: [run.summary for run in g.runs if run.summary] for g in groups}
+    whole = {g.name: done[g.name] if len(done[g.name]) == len(g.runs) else [] for g in groups}
+    return result_rows(whole)
 
 
 def _differing(groups: list[Group]) -> tuple[list[str], list[list[str]]]:

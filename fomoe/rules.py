@@ -181,6 +181,20 @@ def _check_outer(outer: OuterConfig) -> None:
         raise ConfigError("outer.nesterov", "true", "needs outer.momentum above 0")
 
 
+def _check_clusters(config: Config) -> None:
+    """Only documents of one text that all sites read are dealt by their kind."""
+    data = config.data
+    if data.sites is not None:
+        what = "with data.sites, which says what each site reads"
+    elif data.source.startswith("hf:") or data.tokenizer == "none":
+        what = "with a streamed data set or token shards: their documents are not read beforehand"
+    elif data.format != "text":
+        what = f"with data.format {data.format}"
+    else:
+        return
+    raise ConfigError("data.deal", "clusters", f"must be random {what}")
+
+
 def _check_data(config: Config) -> None:
     data = config.data
     if data.num_shards is not None and data.num_shards < config.num_sites:
@@ -193,6 +207,8 @@ def _check_data(config: Config) -> None:
         what = "parts (data.num_shards)" if data.num_shards else "sites"
         rule = f"must name one source for each of the {parts} {what}"
         raise ConfigError("data.sites", list(data.sites), rule)
+    if data.deal == "clusters":
+        _check_clusters(config)
     sources = [*(data.sites or (data.source,)), *([data.held_out] if data.held_out else [])]
     for source in sources:
         shards = source.endswith((".bin", ".npy"))

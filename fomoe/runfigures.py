@@ -25,9 +25,9 @@ def figures(groups: list[Group]) -> Iterator[tuple[str, str, Drawing]]:
         below = "model bytes that a site has sent"
         yield "loss-bytes", _LOSS, losses(senders, "bytes sent", RunRecords.sent, below)
     for name, title, unit, value, text in _CURVES:
-        curve = over_tokens(groups, title, unit, value)
-        if curve is not None:
-            yield name, text, curve
+        drawn = over_tokens(groups, title, unit, value)
+        if drawn is not None:
+            yield name, text, drawn
     for index, group in enumerate(groups):
         if group.first.config.model.moe_layers:
             yield f"load-{index}", _LOAD, load(group)
@@ -121,8 +121,8 @@ def losses(
         extra=[("merged", _SOLID), ("local", _DASHED)],
     )
     for group in groups:
-        _curve(drawing, group, x_of, _local_losses, _DASHED)
-        _curve(drawing, group, x_of, RunRecords.merged_losses, _SOLID)
+        curve(drawing, group, x_of, _local_losses, _DASHED)
+        curve(drawing, group, x_of, RunRecords.merged_losses, _SOLID)
     ends = [x_of(group.first)[-1] for group in groups]
     smallest = min((end for end in ends if end), default=0)
     if smallest and max(ends) > 5 * smallest:
@@ -152,7 +152,7 @@ def over_tokens(
     for index, group in enumerate(groups):
         # A line below others that are equal to it is wider than they are, and so is seen.
         width = 1.6 + 1.3 * min(len(groups) - 1 - index, 4)
-        _curve(drawing, group, RunRecords.tokens, values, {"marker": ".", "linewidth": width})
+        curve(drawing, group, RunRecords.tokens, values, {"marker": ".", "linewidth": width})
     drawing.axes[0].set_xlim(left=0)
     drawing.axes[0].set_ylim(0, 1.08 * drawing.axes[0].get_ylim()[1])
     drawing.quantity_axis("x")
@@ -160,7 +160,7 @@ def over_tokens(
     return drawing.finish()
 
 
-def _curve(
+def curve(
     drawing: Drawing,
     group: Group,
     x_of: Callable[[RunRecords], list[float]],

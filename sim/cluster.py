@@ -137,6 +137,8 @@ class Cluster:
 
     Attributes:
         rtt_ms: round-trip time between sites.
+        jitter_ms, loss: how far a packet's delay varies, and the share of packets that is lost. A
+            projection does not use them (`efficiency` holds what they cost); an emulation does.
         efficiency: share of a link's nominal rate that a sync reaches.
         sync_fixed_s: time of every sync beside its bytes.
         uplinks: rate of each shared uplink, bit/s, both ways.
@@ -145,6 +147,8 @@ class Cluster:
     name: str
     sites: tuple[Site, ...]
     rtt_ms: float = within(0, 1e6, RTT_MS)
+    jitter_ms: float = within(0, 1e6, 0.0)
+    loss: float = within(0, 0.5, 0.0)
     efficiency: float = within(1e-6, 1, EFFICIENCY)
     sync_fixed_s: float = within(0, 1e6, SYNC_FIXED_S)
     uplinks: tuple[tuple[str, float], ...] = ()
@@ -231,7 +235,8 @@ def uniform_cluster(
 # ------------------------------------------------------------------------------------------- YAML
 
 # Keys of a file, and of one entry of its `sites`: a link is stated both ways, or up and down.
-FILE = ("name", "rtt_ms", "efficiency", "sync_fixed_s", "shared_uplinks", "accelerators", "sites")
+COMMON = ("rtt_ms", "jitter_ms", "loss", "efficiency", "sync_fixed_s")
+FILE = ("name", *COMMON, "shared_uplinks", "accelerators", "sites")
 STATED = ("name", "accelerator", "count", "price_per_hour", "egress_per_gb", "host_memory_gb")
 ENTRY = (*STATED, "link", "up", "down", "capacity", "uplink")
 
@@ -270,7 +275,7 @@ def read_cluster(path: str | Path) -> Cluster:
     names = [site.name for site in sites]
     if len(set(names)) != len(names):
         raise ConfigError("sites", names, "must have different names")
-    common = {key: tree[key] for key in ("rtt_ms", "efficiency", "sync_fixed_s") if key in tree}
+    common = {key: tree[key] for key in COMMON if key in tree}
     found: Cluster = read_record(
         Cluster, {"name": tree.get("name") or Path(path).stem, "sites": sites, **common}, ""
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fomoe_sim.clients import answer_clients
 from fomoe_sim.evaluate import Columns, Row, answer_one, evaluate
 from fomoe_sim.methods import METHODS, method_of, unused
 from fomoe_sim.options import (
@@ -28,7 +29,7 @@ from fomoe_sim.question import Question, baseline, build, check_fragments, has_e
 from fomoe_sim.show import days, explain, to_csv, to_json, to_table, words
 from fomoe_sim.sites import Grid, grid
 from fomoe_sim.solve import days_within, least, tornado, utilisation_of
-from fomoe_sim.trainer import ConfigError, hint, say_line
+from fomoe_sim.trainer import ConfigError, fine_tunes, hint, say_line
 from fomoe_sim.units import check_number, flag_of, read_rate
 
 LIMIT = 1_000_000  # of a sweep
@@ -52,6 +53,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     ask: Ask = read_flags(args)
     check_ask(ask)
+    if ask.config is not None and fine_tunes(ask.config):
+        answer_clients(args, ask)
+        return 0
     _check_output(args, ask)
     methods = methods_asked(args, ask)
     axes = read_axes(args.sweep) if args.sweep else {}

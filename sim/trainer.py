@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from fomoe.codecs import CODECS, FP32, Codec
+from fomoe.config import ADAPTER_METHODS, Config
 from fomoe.config import METHODS as CONFIG_METHODS
-from fomoe.config import Config
 from fomoe.copies import site_config
 from fomoe.errors import ConfigError, say_line
 from fomoe.figures import SUFFIXES, Drawing, need_matplotlib
@@ -30,6 +30,7 @@ from fomoe.segments import holder_bytes
 from fomoe.yamlfile import read_yaml
 
 __all__ = [
+    "ADAPTER_METHODS",
     "CODECS",
     "CONFIG_METHODS",
     "FP32",
@@ -45,9 +46,11 @@ __all__ = [
     "can_train",
     "capacity_slots",
     "codec_of",
+    "fine_tunes",
     "hint",
     "holder_bytes",
     "load",
+    "load_clients",
     "need_matplotlib",
     "plan_run",
     "read_data",
@@ -88,9 +91,23 @@ def load(path: str, overrides: tuple[str, ...] = ()) -> Config:
     """
     config = _load_at(path, overrides, stamp(path))
     if config.adapters.base is not None:
-        rule = "is fine-tuned with adapters: fomoe train CONFIG --dry-run says what they cost"
+        rule = "is fine-tuned with adapters: fomoe project --config says what its clients send"
         raise ConfigError("adapters.base", config.adapters.base, rule)
     return config
+
+
+def fine_tunes(path: str) -> bool:
+    """Whether a config trains adapters on a frozen base."""
+    return _load_at(path, (), stamp(path)).adapters.base is not None
+
+
+def load_clients(path: str, overrides: tuple[str, ...] = ()) -> Config:
+    """The config of a run with adapters.
+
+    Raises:
+        ConfigError: if it cannot be used.
+    """
+    return _load_at(path, overrides, stamp(path))
 
 
 @lru_cache(maxsize=512)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -337,10 +338,59 @@ def test_a_wrong_pair_is_named(tmp_path: Path, line: str, reason: str) -> None:
     assert reason in outcome.err
 
 
-def test_the_cost_model_says_where_the_bytes_are(tmp_path: Path) -> None:
-    outcome = fomoe("project", "--config", write_adapter_config(tmp_path))
+@pytest.mark.parametrize(
+    "words", [["sync.codec=int8"], ["method=flexlora", "adapters.participation=0.5"]]
+)
+def test_the_cost_model_has_the_bytes_that_a_run_counts(tmp_path: Path, words: list[str]) -> None:
+    summary = trained(write_adapter_config(tmp_path), *words)
+    outcome = fomoe("project", "--config", tmp_path / "run" / "config.yaml", "--json")
+    assert outcome.status == 0, outcome.err
+    rows = json.loads(outcome.out)
+    assert [row["lora_rank"] for row in rows] == [1, 2, 2, 4]
+    for kind in ("payload", "wire"):
+        counted = summary[f"{kind}_bytes_per_site_per_round_by_site"]
+        assert [row[f"{kind}_bytes_per_round"] for row in rows] == counted
+        assert [row[f"{kind}_bytes"] for row in rows] == [2 * number for number in counted]
+    assert [row["params"] for row in rows] == summary["params_per_site_by_site"]
+
+
+def test_the_cost_model_compares_methods_of_adapters(tmp_path: Path) -> None:
+    path = write_adapter_config(tmp_path)
+    words = ("project", "--config", path, "--compare", "fedit-min,fedit-max")
+    outcome = fomoe(*words, "--bandwidth", "8kbit/1Mbit", "--csv")
+    assert outcome.status == 0, outcome.err
+    rows = list(csv.DictReader(outcome.out.splitlines()))
+    assert [(row["method"], row["lora_rank"]) for row in rows] == [
+        *[("fedit-min", "1")] * 4,
+        *[("fedit-max", "4")] * 4,
+    ]
+    for row in rows:
+        # fp32 rows of two layers' q and v, in a ring of four; the slower way is 1 kB/s.
+        wire = 4 * int(row["lora_rank"]) * 2 * 2 * (16 + 16) * 2 * 3 / 4
+        assert float(row["wire_bytes_per_round"]) == wire
+        assert float(row["link_s_per_round"]) == pytest.approx(wire / 1000)
+    outcome = fomoe(*words)
+    assert [line.split()[:3] for line in outcome.out.splitlines()[1:3]] == [
+        ["fedit-min", "0", "1"],
+        ["fedit-min", "1", "1"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--compare", "prelort,diloco"], "--compare diloco does not train adapters"),
+        (["--local-steps", "8"], "--local-steps 8 has no meaning for a config with adapters"),
+        (["--sweep", "bits=4,8"], "has no meaning for a config with adapters"),
+        (["--wide"], "--wide True has no meaning for a config with adapters"),
+    ],
+)
+def test_what_the_cost_model_cannot_say_of_adapters(
+    tmp_path: Path, words: list[str], reason: str
+) -> None:
+    outcome = fomoe("project", "--config", write_adapter_config(tmp_path), *words)
     assert (outcome.status, outcome.err.count("\n")) == (2, 1)
-    assert "--dry-run says what they cost" in outcome.err
+    assert reason in outcome.err
 
 
 def test_a_merge_writes_the_servers_matrices(tmp_path: Path) -> None:

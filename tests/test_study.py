@@ -23,7 +23,8 @@ from fomoe.study import results
 from fomoe.study.plan import load_study
 
 ROOT = Path(__file__).resolve().parent.parent
-SHIPPED = sorted((ROOT / "configs" / "study").glob("*.yaml"))
+# That of adapters needs a base, and has its own tests.
+SHIPPED = [p for p in sorted((ROOT / "configs" / "study").glob("*.yaml")) if p.stem != "prelort"]
 
 
 # ---------------------------------------------------------------------------------------- the file

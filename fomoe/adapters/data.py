@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,17 +23,23 @@ from fomoe.data.dataset import Data, build_data, entropy, named_tokenizer
 from fomoe.data.tokenizer import Tokenizer
 from fomoe.errors import DataError
 
+_T = TypeVar("_T")
 _DEAL, _SHARES, _ORDER = 0xDEA1, 0xD112, 0x0D3E
-PROMPT, COMPLETION = "prompt", "completion"
+PROMPT, COMPLETION, CHOICES = "prompt", "completion", "choices"
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt, its completion, and the value of `data.client_field`."""
+    """A prompt, its completion, and the value of `data.client_field`.
+
+    Attributes:
+        choices: completions to choose from, the right one among them; empty: it is no question.
+    """
 
     prompt: str
     completion: str
     group: str
+    choices: tuple[str, ...] = ()
 
     @property
     def digest(self) -> bytes:
@@ -107,12 +114,10 @@ def _own_text(config: Config, sites: tuple[int, ...]) -> dict[int, np.ndarray]:
 def _build_pairs(config: Config, sites: tuple[int, ...]) -> Data:
     pairs = read_pairs(config.data.source, config.data.client_field)
     tokenizer = named_tokenizer(config)
-    split = partial(_split, config)
-    by_client = [split(own, client) for client, own in enumerate(deal(config, pairs))]
+    by_client = [_split(config, own) for own in deal(config, pairs)]
     encode = partial(encode_pair, tokenizer, seq_len=config.data.seq_len)
-    most = config.data.held_out_sequences
-    own_held = [_spread([encode(pair) for pair in held], most) for held, _ in by_client]
-    held_out = padded(_spread([row for rows in own_held for row in rows], most))
+    overall, own_held = _held_out(config, [held for held, _ in by_client])
+    held_out = padded([encode(pair) for pair in overall])
     targets = held_out[:, 1:][held_out[:, 1:] >= 0]
     digest = hashlib.sha256(b"".join(pair.digest for pair in pairs))
     return Data(
@@ -123,7 +128,7 @@ def _build_pairs(config: Config, sites: tuple[int, ...]) -> Data:
             for site in sites
         },
         held_out=held_out,
-        own_held_out={site: padded(own_held[site]) for site in sites},
+        own_held_out={site: padded([encode(pair) for pair in own_held[site]]) for site in sites},
         unigram_entropy=entropy(np.bincount(targets)),
         fingerprints={
             "tokenizer": tokenizer.fingerprint,
@@ -132,6 +137,22 @@ def _build_pairs(config: Config, sites: tuple[int, ...]) -> Data:
         },
         tokenizer_json=None,
     )
+
+
+def held_out_pairs(config: Config) -> tuple[list[Pair], list[list[Pair]]]:
+    """The overall held-out part of a run, and that of every client, as pairs.
+
+    Raises:
+        DataError: as `build_client_data`.
+    """
+    pairs = read_pairs(config.data.source, config.data.client_field)
+    return _held_out(config, [_split(config, own)[0] for own in deal(config, pairs)])
+
+
+def _held_out(config: Config, held: list[list[Pair]]) -> tuple[list[Pair], list[list[Pair]]]:
+    most = config.data.held_out_sequences
+    own_held = [_spread(own, most) for own in held]
+    return _spread([pair for own in own_held for pair in own], most), own_held
 
 
 def read_pairs(source: str, client_field: str | None) -> list[Pair]:
@@ -153,7 +174,8 @@ def read_pairs(source: str, client_field: str | None) -> list[Pair]:
             if problem:
                 raise DataError(f"{path}, line {number}: {problem}")
             group = "" if client_field is None else str(row[client_field])
-            pair = Pair(row[PROMPT], row[COMPLETION], group)
+            choices = tuple(row.get(CHOICES) or ())
+            pair = Pair(row[PROMPT], row[COMPLETION], group, choices)
             found.setdefault(pair.digest, pair)
     return list(found.values())
 
@@ -168,6 +190,16 @@ def _wrong(row: object, client_field: str | None) -> str:
         return f"has an empty {COMPLETION}"
     if client_field is not None and not isinstance(row.get(client_field), str | int):
         return f"has no text or number in its field {client_field} (data.client_field)"
+    return "" if row.get(CHOICES) is None else _wrong_choices(row[CHOICES], row[COMPLETION])
+
+
+def _wrong_choices(choices: object, completion: str) -> str:
+    if not isinstance(choices, list) or not all(isinstance(x, str) and x for x in choices):
+        return f"has no list of texts in its field {CHOICES}"
+    if len(set(choices)) < max(2, len(choices)):
+        return f"must have two {CHOICES} or more, all different"
+    if completion not in choices:
+        return f"has a {COMPLETION} that is none of its {CHOICES}"
     return ""
 
 
@@ -208,7 +240,7 @@ def deal(config: Config, pairs: list[Pair]) -> list[list[Pair]]:
     return clients
 
 
-def _split(config: Config, own: list[Pair], client: int) -> tuple[list[Pair], list[Pair]]:
+def _split(config: Config, own: list[Pair]) -> tuple[list[Pair], list[Pair]]:
     """Held out and training, by the hash of seed and content."""
     key = str(config.seed).encode()
     ordered = sorted(own, key=lambda pair: hashlib.sha256(key + pair.digest).digest())
@@ -242,7 +274,7 @@ def padded(rows: list[np.ndarray]) -> np.ndarray:
     return out
 
 
-def _spread(rows: list[np.ndarray], most: int) -> list[np.ndarray]:
+def _spread(rows: list[_T], most: int) -> list[_T]:
     """At most so many of the rows, spread evenly."""
     count = min(most, len(rows))
     return [rows[i] for i in np.linspace(0, len(rows) - 1, count).round().astype(int)]

@@ -19,6 +19,8 @@ Aggregate = Literal[
     "flexlora",
     "flora",
 ]
+# What `fomoe eval` adds to the losses of a run on pairs.
+ANSWER_METRICS = ("accuracy", "rouge-l")
 AdapterMethod = Literal["prelort", "fedit-min", "fedit-max", Aggregate]
 
 

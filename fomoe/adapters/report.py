@@ -63,6 +63,39 @@ def methods_table(by_method: dict[str, list[dict[str, Any]]], over: str) -> Tabl
     return table
 
 
+def result_rows(
+    by_name: dict[str, list[dict[str, Any]]],
+) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of a report's table: finished runs by name, one per seed.
+
+    Args:
+        by_name: summaries; none while a run of the name is not finished.
+    """
+    runs = [run for own in by_name.values() for run in own]
+    ranks = sorted({int(rank) for run in runs for rank in run["val_loss_by_rank"]})
+    head = ["run", *(f"loss at rank {rank}" for rank in ranks), "clients, own part"]
+    head += ["passes/step", "tokens", "tokens/s", "payload/round", "peak memory"]
+    rows = []
+    for name, done in by_name.items():
+        if not done:
+            rows.append([name, "not finished", *[""] * (len(head) - 2)])
+            continue
+        at = [[run["val_loss_by_rank"].get(str(rank)) for run in done] for rank in ranks]
+        rows.append(
+            [
+                name,
+                *map(_over_seeds, at),
+                _over_seeds([_clients_mean(run) for run in done]),
+                f"{done[0]['passes_per_step']:.2f}",
+                f"{done[0]['tokens']:,}",
+                spread_text([run["tokens_per_s"] for run in done], ",.0f"),
+                bytes_text(done[0]["payload_bytes_per_site_per_round"]),
+                bytes_text(max(run["peak_memory_bytes"] for run in done)),
+            ]
+        )
+    return head, rows
+
+
 def _clients_mean(summary: dict[str, Any]) -> float | None:
     """Mean over the clients with a held-out part of their own; None if none has one."""
     own = [loss for loss in summary["val_loss_by_client"] if loss is not None]

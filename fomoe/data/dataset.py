@@ -7,12 +7,14 @@ import heapq
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from fomoe.config import Config
 from fomoe.data import sources
+from fomoe.data.clusters import deal_by_kind
 from fomoe.data.sources import Document
 from fomoe.data.stream import HubStream, Stream, TokenStream, encode_document, hub_text
 from fomoe.data.tokenizer import Tokenizer, load_tokenizer, parse_bpe, train_bpe
@@ -242,8 +244,14 @@ def _split(config: Config, documents: list[Document]) -> tuple[list[Document], l
 def _text_part(config: Config, source: str, tokenizer: Tokenizer, held_out: bool) -> _Part:
     held, train = _split(config, _documents(config, source))
 
+    @cache  # once for all sites of this process
+    def deal(num_shards: int) -> list[list[Document]]:
+        if config.data.deal == "clusters":
+            return deal_by_kind(train, num_shards, config.seed)
+        return _deal(train, num_shards)
+
     def make_stream(shard: int, num_shards: int, name: str) -> Stream:
-        own = _deal(train, num_shards)[shard]
+        own = deal(num_shards)[shard]
         if not own:
             raise DataError(f"{name} is empty: {_where_it_went(source, held, train, num_shards)}")
         tokens = _encode(own, tokenizer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +33,10 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> np.ndarray: ...
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens; those that end a text have none."""
+        ...
+
     def num_bytes(self, tokens: np.ndarray) -> int:
         """UTF-8 bytes of the text that tokens stand for; an end-of-text token has none."""
         ...
@@ -48,6 +52,9 @@ class ByteTokenizer:
     def encode(self, text: str) -> np.ndarray:
         data = text.encode("utf-8", "surrogatepass")
         return np.frombuffer(data, dtype=np.uint8).astype(np.uint16)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return bytes(token for token in tokens if token < 256).decode("utf-8", "replace")
 
     def num_bytes(self, tokens: np.ndarray) -> int:
         return int((tokens < 256).sum())
@@ -66,6 +73,9 @@ class LibraryTokenizer:
     def encode(self, text: str) -> np.ndarray:
         ids = self.inner.encode(text, add_special_tokens=False).ids
         return np.asarray(ids, dtype=np.uint32)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return str(self.inner.decode(list(tokens), skip_special_tokens=True))
 
     def num_bytes(self, tokens: np.ndarray) -> int:
         ids = tokens.ravel().tolist()
@@ -89,6 +99,9 @@ class TransformersTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self.inner.encode(text, add_special_tokens=False), dtype=np.uint32)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return str(self.inner.decode(list(tokens), skip_special_tokens=True))
 
     def num_bytes(self, tokens: np.ndarray) -> int:
         return len(self.inner.decode(tokens.ravel().tolist(), skip_special_tokens=True).encode())

@@ -30,6 +30,7 @@ def add_study(commands: Any) -> None:
     )
     group.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: 1)")
     parser.add_argument("--only", metavar="ARM,ARM", help="only these arms")
+    parser.add_argument("--seeds", metavar="N,N", help="only these of the studies' seeds")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace runs of another config in the folders"
@@ -45,6 +46,7 @@ def add_study(commands: Any) -> None:
 
 
 def _study(args: argparse.Namespace) -> int:
+    from fomoe.comparison import read_seeds
     from fomoe.study.plan import chosen_runs, load_study
 
     if launch_from_environment().distributed:
@@ -66,7 +68,11 @@ def _study(args: argparse.Namespace) -> int:
         write_page(Path(args.report), studies)
         print(args.report)
         return 0
-    runs = chosen_runs(studies, None if args.only is None else args.only.split(","))
+    runs = chosen_runs(
+        studies,
+        None if args.only is None else args.only.split(","),
+        None if args.seeds is None else read_seeds(args.seeds),
+    )
     from fomoe.ready import check_ready
 
     for run in runs:

@@ -15,6 +15,7 @@ from fomoe.errors import ConfigError, say_line
 from fomoe.files import write_text_atomically
 from fomoe.study.figure import Shown, draw
 from fomoe.study.plan import Arm, Study
+from fomoe.study.ranks import Tried, ranks_tables
 from fomoe.study.results import Line, newest, read_results
 
 _COLUMNS = (
@@ -86,6 +87,13 @@ def section(study: Study, page: Path) -> str:
     lines = read_results(study.results)
     parts = [f"## {study.title}", study.question.strip()]
     used: list[Line] = []
+    if study.runs[0].config.adapters.base is not None:
+        for regime in study.regimes:
+            by_arm = _lines_by_arm(study, regime, lines)
+            used += [line for own in by_arm.values() for line in own.values()]
+            parts += [f"### {regime}"] * bool(regime)
+            parts += ranks_tables(study, [Tried(arm, by_arm[arm.name]) for arm in study.arms])
+        return _ended(parts, study, lines, used)
     tables: dict[str, list[Row]] = {}
     for regime in study.regimes:
         own, rows = _rows(study, regime, lines)
@@ -101,10 +109,14 @@ def section(study: Study, page: Path) -> str:
         if panels and draw(figure, study.title, study.figure, panels):
             what = {"bytes": "bytes that a site has sent", "flops": "expert FLOPs of the run"}
             parts.append(f"![Merged loss over {what[study.figure]}]({figure.name})")
-    parts.append(_origin(study, used))
+    return _ended(parts, study, lines, used)
+
+
+def _ended(parts: Sequence[str], study: Study, lines: Sequence[Line], used: Sequence[Line]) -> str:
+    """A section with the origin of its figures."""
     if older := len(lines) - len(used):
         say_line(f"{study.results}: {older} lines left out: of other configs, or not the newest")
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(part for part in (*parts, _origin(study, used)) if part)
 
 
 def _points(rows: list[Row]) -> list[Shown]:
@@ -133,11 +145,7 @@ def _curves(rows: list[Row]) -> list[Shown]:
 
 def _rows(study: Study, regime: str, lines: Sequence[Line]) -> tuple[list[Line], list[Row]]:
     """The lines that count in a regime, and a row per arm."""
-    by_arm: dict[str, dict[int, Line]] = {arm.name: {} for arm in study.arms}
-    for run in study.runs:
-        line = newest(lines, run) if run.regime == regime else None
-        if line is not None:
-            by_arm[run.arm][run.seed] = line
+    by_arm = _lines_by_arm(study, regime, lines)
     rows = []
     for arm in study.arms:
         own, control = by_arm[arm.name], by_arm[arm.control]
@@ -162,6 +170,16 @@ def _rows(study: Study, regime: str, lines: Sequence[Line]) -> tuple[list[Line],
             )
         rows.append(row)
     return [line for own in by_arm.values() for line in own.values()], rows
+
+
+def _lines_by_arm(study: Study, regime: str, lines: Sequence[Line]) -> dict[str, dict[int, Line]]:
+    """The newest line of every run of a regime, by arm and seed."""
+    by_arm: dict[str, dict[int, Line]] = {arm.name: {} for arm in study.arms}
+    for run in study.runs:
+        line = newest(lines, run) if run.regime == regime else None
+        if line is not None:
+            by_arm[run.arm][run.seed] = line
+    return by_arm
 
 
 def expert_flops(line: Line) -> float:

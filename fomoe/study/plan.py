@@ -163,16 +163,25 @@ def load_study(path: str | Path, more: Sequence[str] = ()) -> Study:
     )
 
 
-def chosen_runs(studies: Sequence[Study], names: Sequence[str] | None) -> list[StudyRun]:
+def chosen_runs(
+    studies: Sequence[Study], names: Sequence[str] | None, seeds: Sequence[int] | None = None
+) -> list[StudyRun]:
     """The runs of some studies, of the named arms or of all.
 
     Args:
         names: a name in a study's file takes all points of its grid; None: all arms.
+        seeds: None: all.
 
     Raises:
-        ConfigError: if a name is no arm.
+        ConfigError: if a name is no arm, or no study has a seed.
     """
     runs = [run for study in studies for run in study.runs]
+    for seed in seeds or ():
+        own = sorted({run.seed for run in runs})
+        if seed not in own:
+            rule = f"is no seed of the study, which has {', '.join(map(str, own))}"
+            raise ConfigError("--seeds", seed, rule)
+    runs = [run for run in runs if seeds is None or run.seed in seeds]
     if names is None:
         return runs
     arms = [arm for study in studies for arm in study.arms]

@@ -27,6 +27,8 @@ _TAKEN = (
     *("val_loss_merged", "skipped_fraction", "executed_fraction", "expert_flops_fraction"),
     *("memory_bytes_per_site", "payload_bytes_per_site_per_round", "params_total", "tokens"),
 )
+# And of a run with adapters.
+_TAKEN_OF_ADAPTERS = ("val_loss_by_rank", "val_loss_by_client", "passes_per_step", "energy")
 
 
 def read_results(path: Path) -> list[Line]:
@@ -89,6 +91,7 @@ def result_line(
     local = [loss for loss in summary["val_loss_local"] if loss is not None]
     curve = zip(records.sent(), records.merged_losses(), strict=True)
     environment = summary["environment"]
+    has_adapters = run.config.adapters.base is not None
     return {
         "study": run.study,
         "arm": run.arm,
@@ -96,6 +99,7 @@ def result_line(
         "seed": run.seed,
         "overrides": run.overrides,
         **{name: summary[name] for name in _TAKEN},
+        **({name: summary[name] for name in _TAKEN_OF_ADAPTERS} if has_adapters else {}),
         "val_loss_local": sum(local) / len(local) if local else None,
         "curve": [[sent, loss] for sent, loss in curve if loss is not None],
         "wall_s": None if wall_s is None else round(wall_s, 1),
