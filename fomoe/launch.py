@@ -81,7 +81,7 @@ def launch_from_environment(
     if ranks < 1:
         raise ConfigError("--ranks-per-site", ranks, "must be at least 1")
     if ranks > 1 and not {"RANK", "WORLD_SIZE"} <= given.keys():
-        rule = "needs a process per rank: start it with torchrun (README, Several ranks)"
+        rule = "needs a process per rank: start it with torchrun (see README)"
         raise ConfigError("--ranks-per-site", ranks, rule)
     if "RANK" not in given or "WORLD_SIZE" not in given:
         return Launch(warning=_looks_distributed(given))
