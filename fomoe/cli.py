@@ -11,8 +11,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +21,7 @@ from typing import Any, NoReturn
 from fomoe import __version__, finished
 from fomoe.errors import ConfigError, FomoeError, say_line
 from fomoe.hints import hint
-from fomoe.launch import Launch, launch_from_environment, site_label
+from fomoe.launch import Launch, launch_from_environment, launch_of_site, site_label
 from fomoe.study.command import add_study
 from fomoe.sync.waiting import is_blocked
 
@@ -52,32 +53,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     # torch's C++ side prints stack traces of refused connections; our own line is clearer.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     words = sys.argv[1:] if argv is None else list(argv)
-    ranks = 1
+    label = site_label
     try:
         signal.signal(signal.SIGTERM, _interrupt)
         parser = build_parser(next((word for word in words if not word.startswith("-")), None))
         args, rest = parser.parse_known_args(words)
-        ranks = max(1, getattr(args, "ranks_per_site", 1))
+        label = partial(
+            site_label, max(1, getattr(args, "ranks_per_site", 1)), getattr(args, "site", None)
+        )
         _take_overrides(args, rest)
         return args.run(args)
     except ConfigError as error:
-        return _fail(error, _EXIT_USAGE, ranks)
+        return _fail(error, _EXIT_USAGE, label)
     except FomoeError as error:
-        return _fail(error, _EXIT_FAILED, ranks)
+        return _fail(error, _EXIT_FAILED, label)
     except BrokenPipeError:
         # The reader of our output has ended, as `head` does; Python would complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _EXIT_FAILED
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
-        return _fail(f"{error.strerror or error}{where}", _EXIT_FAILED, ranks)
+        return _fail(f"{error.strerror or error}{where}", _EXIT_FAILED, label)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        return _fail(f"out of memory: {error}", _EXIT_FAILED, ranks)
+        return _fail(f"out of memory: {error}", _EXIT_FAILED, label)
     except KeyboardInterrupt:
         text = "interrupted; checkpoints are kept, --resume continues"
-        return _fail(text, _EXIT_INTERRUPTED, ranks)
+        return _fail(text, _EXIT_INTERRUPTED, label)
 
 
 def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
@@ -152,6 +155,16 @@ def _add_train(commands: Any) -> None:
         metavar="N",
         help="processes of every site, under one torchrun over all of them (default 1); "
         "inner.parallel says how they share the work",
+    )
+    parser.add_argument(
+        "--site",
+        type=int,
+        metavar="K",
+        help="this process is of site K, which has a torchrun of its own, or one process; with "
+        "--meet (launch/site.sh gives both)",
+    )
+    parser.add_argument(
+        "--meet", metavar="ADDRESS[:PORT]", help="where the sites join: an address of site 0"
     )
     parser.add_argument(
         "--resume-round",
@@ -238,7 +251,7 @@ def _train(args: argparse.Namespace) -> int:
 
             print_dry_run(run)
         return 0
-    launch = _launch(config.num_sites, args.ranks_per_site)
+    launch = _launch_of(args, config.num_sites)
     from fomoe.training import train
 
     summary = train(
@@ -379,6 +392,19 @@ def _launch(num_sites: int | None = None, ranks: int = 1) -> Launch:
     return launch
 
 
+def _launch_of(args: argparse.Namespace, num_sites: int) -> Launch:
+    """The launch that the arguments and the environment describe."""
+    if (args.site is None) != (args.meet is None):
+        name, other = ("--site", "--meet") if args.meet is None else ("--meet", "--site")
+        raise ConfigError(name, getattr(args, name[2:]), f"needs {other}")
+    if args.site is None:
+        return _launch(num_sites, args.ranks_per_site)
+    if args.ranks_per_site != 1:
+        rule = "is for one torchrun over all sites; with --site, torchrun's own number counts"
+        raise ConfigError("--ranks-per-site", args.ranks_per_site, rule)
+    return launch_of_site(args.site, args.meet, num_sites=num_sites)
+
+
 def _take_overrides(args: argparse.Namespace, rest: list[str]) -> None:
     """argparse does not accept overrides after a flag; they are added here."""
     for word in rest:
@@ -397,7 +423,7 @@ def _interrupt(signum: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _fail(message: object, status: int, ranks: int) -> int:
+def _fail(message: object, status: int, label: Callable[[], str]) -> int:
     line = re.sub(r"\s*[\r\n]\s*", " ", str(message).strip())  # names keep their spaces
-    say_line(f"fomoe: error{site_label(ranks)}: {line}")
+    say_line(f"fomoe: error{label()}: {line}")
     return status

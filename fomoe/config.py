@@ -228,7 +228,10 @@ class SyncConfig(Options):
     single_holder: Literal["outer", "local"] = "outer"
     """A segment with one holder takes the outer step, or stays as trained (local)."""
     timeout_s: Annotated[float, Field(ge=1, le=1_000_000, allow_inf_nan=False)] = 600.0
-    """[seconds] Longest wait for a peer that sends nothing, and for all sites to join."""
+    """[seconds] Longest wait for a peer that sends nothing."""
+    join_timeout_s: Annotated[float, Field(ge=1, le=1_000_000, allow_inf_nan=False)] | None = None
+    """[seconds] Longest wait for all sites to join, which may be hours where sites wait in queues;
+    null: timeout_s."""
     verify_replicas: bool = True
     """Whether the holders compare hashes of their replicas after every sync."""
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from fomoe.errors import ConfigError
 
+_PORT = 29500
 _PROXY = "this is a proxy run, which trains all sites in every process that is started"
 _USE = "for a distributed run, start one process per site with torchrun or launch/*.sh"
 _SLURM = "for a distributed run, use launch/slurm.sbatch or set them per task"
@@ -122,14 +123,67 @@ def launch_from_environment(
     )
 
 
-def site_label(ranks: int = 1) -> str:
+def launch_of_site(
+    site: int,
+    meet: str,
+    environment: Mapping[str, str] | None = None,
+    *,
+    num_sites: int,
+) -> Launch:
+    """The role of this process where every site has a torchrun of its own, or none.
+
+    Args:
+        site: this site.
+        meet: address, and port if it is not 29500, where the sites join: site 0's.
+        environment: the process's own by default; RANK and WORLD_SIZE are those of the site.
+        num_sites: number of sites of the experiment.
+
+    Raises:
+        ConfigError: naming the argument or the variable, its value and the rule.
+    """
+    given = os.environ if environment is None else environment
+    if not 0 <= site < num_sites:
+        rule = f"must be from 0 to {num_sites - 1}: num_sites is {num_sites}"
+        raise ConfigError("--site", site, rule)
+    rank, ranks, local_rank = (
+        _integer(given, name) if name in given else default
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank)):
+        if not 0 <= value < ranks:
+            rule = f"must be from 0 to {ranks - 1}: WORLD_SIZE is {ranks}"
+            raise ConfigError(name, value, rule)
+    match = re.fullmatch(r"(\[[^][]+\]|[^][:]+)(?::([0-9]{1,5}))?", meet.strip())
+    if match is None:
+        rule = "must be an address and a port, as in 10.8.0.1:29500 or [fd00::1]:29500"
+        raise ConfigError("--meet", repr(meet), rule)
+    port = int(match[2] or _PORT)
+    if not 1 <= port <= 65535:
+        raise ConfigError("--meet", meet, "must have a port from 1 to 65535")
+    return Launch(
+        site=site,
+        num_sites=num_sites,
+        rank=rank,
+        ranks=ranks,
+        local_rank=local_rank,
+        address=match[1].strip("[]"),
+        port=port,
+        attempt=given.get("TORCHELASTIC_RESTART_COUNT", "0"),
+    )
+
+
+def site_label(ranks: int = 1, site: int | None = None) -> str:
     """Names this site of a distributed run in a line on stderr; empty in a proxy run."""
     try:
-        launch = launch_from_environment(ranks=ranks)
+        if site is None:
+            launch = launch_from_environment(ranks=ranks)
+        else:
+            launch = launch_of_site(site, "here", num_sites=site + 1)
     except ConfigError:
         return ""
     rank = f", rank {launch.rank}" if launch.ranks > 1 else ""
-    return f" (site {launch.site}{rank})" if launch.distributed else ""
+    distributed = launch.distributed or site is not None
+    return f" (site {launch.site}{rank})" if distributed else ""
 
 
 def _integer(given: Mapping[str, str], name: str) -> int:

@@ -65,6 +65,7 @@ def train(
         launch,
         config.num_sites,
         timeout_s=config.sync.timeout_s,
+        join_s=config.sync.join_timeout_s,
         interface=interface,
         parallel=config.inner.parallel,
         device=where,

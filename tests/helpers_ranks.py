@@ -38,18 +38,19 @@ class World:
 
 @dataclass(frozen=True)
 class Command:
-    """`fomoe WORDS...` as so many ranks of one world."""
+    """`fomoe WORDS...` as so many ranks of one world, or of a world of `ranks` for each site."""
 
     folder: Path
     count: int
     words: tuple[object, ...]
+    ranks: int = 0
 
 
 def worlds(*commands: Command, seconds: float = 600.0) -> list[World]:
     """Run commands one after the other; they fail if they hang."""
     file = commands[0].folder.with_suffix(".commands.json")
     file.parent.mkdir(parents=True, exist_ok=True)
-    rows = [[str(c.folder), c.count, [str(word) for word in c.words]] for c in commands]
+    rows = [[str(c.folder), c.count, [*map(str, c.words)], c.ranks] for c in commands]
     file.write_text(json.dumps(rows))
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
@@ -98,8 +99,8 @@ def _run_all(file: Path) -> None:
     # What every rank imports is imported once.
     for room in ("torch._dynamo", "fomoe.training", "torch.distributed.fsdp", "fomoe.report"):
         import_module(room)
-    for folder, count, words in json.loads(file.read_text()):
-        status = _run(main, Path(folder), count, words)
+    for folder, count, words, ranks in json.loads(file.read_text()):
+        status = _run(main, Path(folder), count, words, ranks)
         (Path(folder) / "status").write_text(str(status))
 
 
@@ -131,7 +132,9 @@ def _report_held(path: Path) -> None:
     training.run_rounds = run_rounds
 
 
-def _run(main: Callable[[list[str]], int], folder: Path, count: int, words: list[str]) -> int:
+def _run(
+    main: Callable[[list[str]], int], folder: Path, count: int, words: list[str], ranks: int
+) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     port = str(_free_port())
 
@@ -139,10 +142,15 @@ def _run(main: Callable[[list[str]], int], folder: Path, count: int, words: list
         for number, name in ((1, "out"), (2, "err")):
             file = os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(file, number)
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         _report_held(folder / f"{rank}.held")
-        return main(words)
+        if not ranks:
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            return main(words)
+        site, own = divmod(rank, ranks)
+        size = min(ranks, count - site * ranks)  # the last site may have fewer
+        os.environ |= {"RANK": str(own), "WORLD_SIZE": str(size), "LOCAL_RANK": str(own)}
+        return main([*words, "--site", str(site), "--meet", f"127.0.0.1:{port}"])
 
     return forked(count, work)
 

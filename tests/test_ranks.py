@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from fomoe import checkpoint
 from fomoe.checkpoint import Part, check_part, remove_parts, round_folder, save_part
 from fomoe.errors import CheckpointError, ConfigError
-from fomoe.launch import launch_from_environment
+from fomoe.launch import launch_from_environment, launch_of_site
 from fomoe.memory import SiteMemory
 from fomoe.planning import plan_run, planned_summary
 from fomoe.rules import check_ranks
@@ -145,6 +145,40 @@ def test_a_wrong_number_of_processes_is_refused(
         launch_from_environment(given, num_sites=2, ranks=ranks)
 
 
+def test_a_site_may_have_a_torchrun_of_its_own() -> None:
+    """RANK and WORLD_SIZE are then those of the site."""
+    given = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", **STORE}
+    found = launch_of_site(2, "[fd00::1]:29733", given, num_sites=3)
+    assert (found.site, found.num_sites, found.rank, found.ranks) == (2, 3, 1, 2)
+    assert found.where == "[fd00::1]:29733"
+    assert not found.agent_store
+    alone = launch_of_site(0, "host", {}, num_sites=3)
+    assert (alone.rank, alone.ranks, alone.where, alone.first) == (0, 1, "host:29500", True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--site", "2", "--meet", "host"], "--site 2 must be from 0 to 1: num_sites is 2"),
+        (["--site", "-1", "--meet", "host"], "--site -1 must be from 0 to 1"),
+        (["--site", "0"], "--site 0 needs --meet"),
+        (["--meet", "host"], "--meet host needs --site"),
+        (["--site", "0", "--meet", "host:x"], "--meet 'host:x' must be an address and a port"),
+        (["--site", "0", "--meet", "::1"], "--meet '::1' must be an address and a port"),
+        (["--site", "0", "--meet", "host:0"], "--meet host:0 must have a port from 1 to 65535"),
+        (
+            ["--site", "0", "--meet", "host", "--ranks-per-site", "2"],
+            "--ranks-per-site 2 is for one torchrun over all sites",
+        ),
+    ],
+)
+def test_a_wrong_site_or_address_is_refused(config: Path, words: list[str], message: str) -> None:
+    outcome = fomoe("train", config, *words)
+    assert outcome.status == 2
+    assert message in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
 def test_a_dry_run_plans_for_ranks(config: Path) -> None:
     words = ["train", config, "--dry-run", "--ranks-per-site", 2]
     outcome = fomoe(*words, "inner.parallel=fsdp")
@@ -237,9 +271,9 @@ def runs(config: Path) -> dict[str, World]:
     """All runs of this file, one after the other: starting torch takes longer than training."""
     folder = config.parent
 
-    def command(name: str, count: int, *words: object, run: str | None = None) -> Command:
-        own = ["train", config, "--json", f"run.dir={folder / (run or name)}", *words]
-        return Command(folder / f"{name}.log", count, tuple(own))
+    def command(name: str, count: int, *words: object, ranks: int = 0) -> Command:
+        own = ["train", config, "--json", f"run.dir={folder / name}", *words]
+        return Command(folder / f"{name}.log", count, tuple(own), ranks)
 
     commands = [
         command("one", 2),
@@ -248,6 +282,8 @@ def runs(config: Path) -> dict[str, World]:
         command("spes", 2, "method=spes"),
         command("spes-fsdp", 4, "method=spes", FSDP, *TWO),
         command("short", 4, "rounds=1", FSDP, *TWO),
+        command("apart", 4, FSDP, ranks=2),
+        command("unequal", 3, FSDP, ranks=2),
         command("int8", 4, FSDP, *TWO, *INT8),
         command("int8-short", 4, "rounds=1", FSDP, *TWO, *INT8),
     ]
@@ -295,6 +331,20 @@ def test_two_ranks_train_as_one(runs: dict[str, World], config: Path, name: str)
 
 def test_shards_train_as_copies(runs: dict[str, World], config: Path) -> None:
     assert_close(config, "fsdp", "ddp")
+
+
+def test_sites_with_a_torchrun_each_train_the_same(runs: dict[str, World], config: Path) -> None:
+    assert runs["apart"].summary["val_loss_merged"] == runs["fsdp"].summary["val_loss_merged"]
+    assert_close(config, "fsdp", "apart", bits=True)
+
+
+def test_sites_with_other_numbers_of_ranks_are_refused(runs: dict[str, World]) -> None:
+    """At once, by the sites that differ from the first one; the others learn why."""
+    found = runs["unequal"]
+    assert found.status != 0
+    text = "".join(found.err)
+    assert "all sites must have as many" in text
+    assert "Traceback" not in text
 
 
 def test_frozen_experts_are_sharded_too(runs: dict[str, World], config: Path) -> None:

@@ -43,6 +43,7 @@ def open_transport(
     num_sites: int,
     *,
     timeout_s: float,
+    join_s: float | None = None,
     interface: str | None = None,
     parallel: str = "none",
     device: torch.device | None = None,
@@ -50,25 +51,28 @@ def open_transport(
     """A transport for this process: all sites in memory, or this site over gloo.
 
     Args:
+        join_s: longest wait for all sites to join; None: `timeout_s`.
         parallel: `inner.parallel`, for a site of several ranks.
         device: where its model will be; None: the CPU.
 
     Raises:
         ConfigError: if the launch does not fit this machine.
-        SyncError: if the sites do not all join within `timeout_s`.
+        SyncError: if the sites do not all join in time.
     """
     if not launch.distributed:
         return InMemoryTransport(range(num_sites))
     assert launch.num_sites == num_sites
     open_interface(interface)
-    end = time.monotonic() + timeout_s
-    addresses = resolve(launch.address, launch.port, timeout_s)
+    join_s = timeout_s if join_s is None else join_s
+    end = time.monotonic() + join_s
+    addresses = resolve(launch.address, launch.port, join_s)
     hosts_store = launch.first and not launch.agent_store
     if hosts_store:
         store, own = host_store(launch, addresses, interface)
     else:
-        store, own = reach_store(launch, addresses, timeout_s)
+        store, own = reach_store(launch, addresses, join_s)
     prefix, inside = f"attempt-{launch.attempt}", ONE_RANK
+    _check_ranks(dist.PrefixStore(prefix, store), launch)
     if launch.ranks > 1:
         inside = SiteRanks(
             dist.PrefixStore(f"{prefix}/inside-{launch.site}", store),
@@ -97,6 +101,22 @@ def open_transport(
         )
     except SyncError as error:
         raise SyncError(f"{error} (the sites meet at {launch.where})") from error
+
+
+def _check_ranks(store: dist.Store, launch: Launch) -> None:
+    """Refuse sites with different numbers of ranks, before anyone waits for one that never comes.
+
+    Raises:
+        SyncError: at the sites that differ from the first to come.
+    """
+    first = in_thread(
+        lambda: store.compare_set("ranks per site", "", str(launch.ranks)), timeout_s=_ANSWER_S
+    ).decode()
+    if first != str(launch.ranks):
+        raise SyncError(
+            f"site {launch.site} has {launch.ranks} ranks, but the first site to come has {first}: "
+            f"all sites must have as many"
+        )
 
 
 def resolve(name: str, port: int, timeout_s: float) -> list[Address]:
