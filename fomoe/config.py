@@ -225,6 +225,17 @@ class SyncConfig(Options):
     codec: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
     """What pseudo-gradients and their means are sent as. int8, int4: blocks of 128 with a bf16
     scale. What a codec leaves out of one sync is added to the next (error feedback)."""
+    fragments: Positive = 1
+    """[parts] Parts of the layers that are synced one after the other, one every local_steps /
+    fragments steps (Streaming DiLoCo); 1: all at the round's end. It must divide both."""
+    fragment_order: Literal["strided", "contiguous"] = "strided"
+    """Layers of a fragment: every fragments-th layer, or neighbours."""
+    overlap_steps: NonNegative = 0
+    """[steps] Local steps that run beside a sync before its result is merged, fewer than
+    local_steps / fragments; 0: none."""
+    mix: Fraction | None = None
+    """[share] Of a site's own values in what is merged after such steps, the rest being what all
+    holders got; null: 0.5 where overlap_steps is above 0."""
     single_holder: Literal["outer", "local"] = "outer"
     """A segment with one holder takes the outer step, or stays as trained (local)."""
     timeout_s: Annotated[float, Field(ge=1, le=1_000_000, allow_inf_nan=False)] = 600.0
@@ -233,7 +244,12 @@ class SyncConfig(Options):
     """[seconds] Longest wait for all sites to join, which may be hours where sites wait in queues;
     null: timeout_s."""
     verify_replicas: bool = True
-    """Whether the holders compare hashes of their replicas after every sync."""
+    """Whether the holders compare hashes of their replicas at every round's end."""
+
+    @property
+    def own_share(self) -> float:
+        """Share of a site's own values in what it takes from a sync."""
+        return (0.5 if self.mix is None else self.mix) if self.overlap_steps else 0.0
 
 
 class DataConfig(Options):

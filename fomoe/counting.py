@@ -118,10 +118,10 @@ class RoundCounter:
             counter.zero_()
         return executed_L, shares
 
-    def end_round(self) -> RoundRouting:
-        """Return the round's counts and start again."""
+    def routing(self) -> RoundRouting:
+        """Counts of the round so far."""
         entropy_L = self._ranks.sum(self._entropy_L) / self._ranks.size
-        routing = RoundRouting(
+        return RoundRouting(
             selected_LE=self.selected_LE.cpu(),
             executed_LE=self.executed_LE.cpu(),
             skipped_L=self._skipped_L.cpu(),
@@ -129,5 +129,9 @@ class RoundCounter:
             entropy_L=entropy_L.cpu() / max(self._batches, 1),
             tokens=self.tokens,
         )
+
+    def end_round(self) -> RoundRouting:
+        """Return the round's counts and start again."""
+        routing = self.routing()
         self._reset()
         return routing

@@ -24,8 +24,9 @@ from fomoe.data.tokenizer import Tokenizer
 from fomoe.errors import ConfigError, DataError
 from fomoe.evaluate import evaluate_local, evaluate_stored
 from fomoe.site import Site
+from fomoe.state import entry
 from fomoe.textfile import TextError, read_text
-from fomoe.whole import WholeModel, open_whole
+from fomoe.whole import WholeModel, merged_kinds, open_whole
 
 
 class _NoText:
@@ -82,12 +83,13 @@ def evaluate_run(
     targets = windows[:, 1:]
     num_bytes = None if tokenizer is None else sum(map(tokenizer.num_bytes, targets))
     figures = partial(_figures, tokens=targets.size, num_bytes=num_bytes)
-    local = []
-    for number in range(whole.config.num_sites):
-        site = _load_site(whole, number, where)
-        if number == 0:
-            merged = evaluate_stored(site, whole.plan.segment_plan, whole.read, windows)
-        local.append(evaluate_local(site, windows).loss)
+    first = _load_site(whole, 0, where, merged=True)
+    merged = evaluate_stored(first, whole.plan.segment_plan, whole.read, windows)
+    del first
+    local = [
+        evaluate_local(_load_site(whole, number, where), windows).loss
+        for number in range(whole.config.num_sites)
+    ]
     return {
         "run_dir": str(run_dir),
         "round": whole.round_idx,
@@ -100,12 +102,19 @@ def evaluate_run(
     }
 
 
-def _load_site(whole: WholeModel, number: int, device: torch.device) -> Site:
-    """A site with its own parameters and router biases, and no optimizer state."""
+def _load_site(
+    whole: WholeModel, number: int, device: torch.device, *, merged: bool = False
+) -> Site:
+    """A site with its own parameters, or the merged model's, and router biases, and no optimizer
+    state."""
     part = whole.parts[number]
-    names = [n for kind in ("param", "router") for n in part.kept if n.startswith(f"{kind}/")]
+    names = {n: n for kind in ("param", "router") for n in part.kept if n.startswith(f"{kind}/")}
+    for segment, kind in merged_kinds(whole.plan) if merged else ():
+        if number in segment.holders:
+            names[entry("param", segment.name)] = entry(kind, segment.name)
     site = Site(whole.plan, number, stream=_NoText(), device=device)
-    site.load_state({name: part.read(name) for name in names}, {**part.values, "data": {}})
+    tensors = {name: part.read(source) for name, source in names.items()}
+    site.load_state(tensors, {**part.values, "data": {}})
     return site
 
 

@@ -25,8 +25,9 @@ from fomoe.data.tokenizer import Tokenizer
 from fomoe.data.tokenizerfiles import write_tokenizer
 from fomoe.errors import CheckpointError, ConfigError
 from fomoe.files import listing, remove
-from fomoe.formats import FORMATS, TheirTensor, choose_format, model_config, their_tensors
+from fomoe.formats import FORMATS, choose_format
 from fomoe.tensorfile import Entry, in_shards, write_tensors
+from fomoe.theirs import TheirTensor, model_config, their_tensors
 from fomoe.whole import WholeModel, open_whole
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -171,14 +172,13 @@ def _write_settings(
     settings: dict[str, Any] = {
         "architectures": [fmt.architecture],
         **model_config(config, name),
+        **fmt.unused,
         **tokens,
         "max_position_embeddings": config.data.seq_len,
         "initializer_range": config.model.init_std,
         "use_cache": True,
         "dtype": str(DTYPES[dtype]).removeprefix("torch."),
     }
-    if name == "glm4_moe":
-        settings["num_nextn_predict_layers"] = 0
     settings["fomoe"] = {
         "version": __version__,
         "round": whole.round_idx,

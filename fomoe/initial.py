@@ -22,15 +22,14 @@ from fomoe.config import Config
 from fomoe.data.tokenizer import load_tokenizer
 from fomoe.errors import CheckpointError, ConfigError, FomoeError
 from fomoe.exporting import to_ours
-from fomoe.formats import (
+from fomoe.formats import FORMATS, why_not
+from fomoe.theirs import (
     ALIASES,
     DEFAULTS,
-    FORMATS,
-    OPTIONS,
     TheirTensor,
     model_config,
+    options_behind,
     their_tensors,
-    why_not,
 )
 from fomoe.whole import bias_name, biased_layers, open_whole
 
@@ -273,9 +272,7 @@ def _compare_settings(config: Config, name: str, found: dict[str, Any]) -> None:
         found["sliding_window"] = None
     # Dense layers first and their width last: what differs there has other reasons.
     order = {"model.num_dense_layers": -1, "model.dense_ffn_dim": 1}
-    options = OPTIONS | {
-        "intermediate_size": f"model.{'dense' if FORMATS[name].dense else 'expert'}_ffn_dim"
-    }
+    options = options_behind(name)
     for key in sorted(expected, key=lambda key: order.get(options.get(key, ""), 0)):
         ours = expected[key]
         usual = DEFAULTS.get(key, "missing")

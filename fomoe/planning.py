@@ -11,6 +11,7 @@ from typing import Any
 from fomoe.codecs import CODECS
 from fomoe.config import Config
 from fomoe.copies import build_families, coupling, exchanged, rounds_by_coupling
+from fomoe.fragments import fragment_of, fragment_of_layer, streams, synced_again
 from fomoe.memory import SiteMemory, site_memory, sum_memory
 from fomoe.placement import Placement, build_placement
 from fomoe.segments import (
@@ -22,6 +23,7 @@ from fomoe.segments import (
     full_payload,
     rule_of,
     sum_traffic,
+    takes_outer_step,
 )
 from fomoe.shapes import parameter_specs
 from fomoe.shards import cut_plan
@@ -51,6 +53,7 @@ class RunPlan:
         segment_plan: who holds and who trains which rows.
         families: buckets of experts' copies with the same origin; none without copies.
         phases: one, or that of tied copies and that of copies that have parted.
+        fragments: bytes of one sync per fragment and site; one fragment is a whole sync.
         memory: state per site; of a rank's plan, per rank.
         syncs_per_round: 1, or local_steps where gradients are averaged every step.
         ranks: the plan of every rank of a site, in order; none if a site is one process.
@@ -62,6 +65,7 @@ class RunPlan:
     segment_plan: Plan
     families: tuple[Bucket, ...]
     phases: tuple[Phase, ...]
+    fragments: tuple[tuple[Traffic, ...], ...]
     memory: tuple[SiteMemory, ...]
     syncs_per_round: int
     ranks: tuple[RunPlan, ...] = ()
@@ -87,21 +91,25 @@ class RunPlan:
         """Bytes of one sync per site, in the first phase that has rounds."""
         return next(phase for phase in self.phases if phase.rounds).traffic
 
-    def traffic_of_sync(self, site: int, steps: int) -> Traffic:
-        """Bytes at one site of the sync that follows `steps` local steps."""
+    def traffic_of_sync(self, site: int, steps: int, fragment: int = 0) -> Traffic:
+        """Bytes at one site of a fragment's sync that follows `steps` local steps."""
+        if len(self.fragments) > 1:
+            return self.fragments[fragment][site]
         share = coupling(self.config, steps)
         return next(p.traffic[site] for p in self.phases if p.coupling == share)
 
     def payload_per_round(self, site: int) -> float:
         """Mean over the rounds of the run; an integer if it is whole."""
-        return self._mean([(p.rounds, p.traffic[site].payload) for p in self.phases])
+        again = sum(self.fragments[f][site].payload for f in synced_again(self.config))
+        return self._mean([(p.rounds, p.traffic[site].payload) for p in self.phases], again)
 
     def wire_per_round(self, site: int) -> float:
         """Mean over the rounds of the run; an integer if it is whole."""
-        return self._mean([(p.rounds, p.traffic[site].wire) for p in self.phases])
+        again = sum(self.fragments[f][site].wire for f in synced_again(self.config))
+        return self._mean([(p.rounds, p.traffic[site].wire) for p in self.phases], again)
 
-    def _mean(self, counted: list[tuple[int, int]]) -> float:
-        total = self.syncs_per_round * sum(rounds * number for rounds, number in counted)
+    def _mean(self, counted: list[tuple[int, int]], at_end: int) -> float:
+        total = self.syncs_per_round * sum(rounds * number for rounds, number in counted) + at_end
         whole, rest = divmod(total, self.config.rounds)
         return total / self.config.rounds if rest else whole
 
@@ -114,6 +122,11 @@ class RunPlan:
         buckets = exchanged(self.segment_plan.buckets, self.families if tied else (), 1.0)
         return tuple(bucket for bucket in buckets if bucket.crosses)
 
+    def merged_kind(self, bucket: Bucket) -> str:
+        """Where a checkpoint has the merged model's values of a bucket: `param` or `anchor`."""
+        stepped = streams(self.config) and takes_outer_step(self.config, bucket)
+        return "anchor" if stepped else "param"
+
 
 def plan_run(config: Config, num_ranks: int = 1) -> RunPlan:
     """Work out who holds what and what it costs.
@@ -123,7 +136,12 @@ def plan_run(config: Config, num_ranks: int = 1) -> RunPlan:
     """
     placement = build_placement(config)
     specs = parameter_specs(config)
-    plan = build_plan(specs, config.num_sites, rule_of(config, placement))
+    plan = build_plan(
+        specs,
+        config.num_sites,
+        rule_of(config, placement),
+        lambda spec: fragment_of(config, spec),
+    )
     families = build_families(config, plan)
     sites = range(config.num_sites)
     run = RunPlan(
@@ -132,6 +150,7 @@ def plan_run(config: Config, num_ranks: int = 1) -> RunPlan:
         segment_plan=plan,
         families=families,
         phases=_phases(config, plan, families),
+        fragments=_fragments(config, plan),
         memory=tuple(site_memory(config, plan, site, families) for site in sites),
         syncs_per_round=config.local_steps if config.sync.average == "gradients" else 1,
     )
@@ -140,7 +159,15 @@ def plan_run(config: Config, num_ranks: int = 1) -> RunPlan:
     rows = {spec.name: spec.shape[spec.kind == "expert"] for spec in specs}
     ranks = tuple(_rank_plan(run, rows, rank, num_ranks) for rank in range(num_ranks))
     memory = tuple(sum_memory([own.memory[site] for own in ranks]) for site in sites)
-    return replace(run, ranks=ranks, phases=_summed_phases(ranks), memory=memory)
+    return replace(
+        run,
+        ranks=ranks,
+        phases=_summed_phases(ranks),
+        fragments=tuple(
+            _summed(fragment) for fragment in zip(*(own.fragments for own in ranks), strict=True)
+        ),
+        memory=memory,
+    )
 
 
 def _rank_plan(run: RunPlan, rows: dict[str, int], rank: int, num_ranks: int) -> RunPlan:
@@ -151,6 +178,7 @@ def _rank_plan(run: RunPlan, rows: dict[str, int], rank: int, num_ranks: int) ->
         run,
         segment_plan=plan,
         phases=_phases(config, plan, ()),
+        fragments=_fragments(config, plan),
         memory=tuple(
             site_memory(config, plan, site, in_memory=in_memory) for site in range(config.num_sites)
         ),
@@ -163,12 +191,15 @@ def _summed_phases(ranks: tuple[RunPlan, ...]) -> tuple[Phase, ...]:
     return tuple(
         replace(
             phases[0],
-            traffic=tuple(
-                sum_traffic(own) for own in zip(*(p.traffic for p in phases), strict=True)
-            ),
+            traffic=_summed(tuple(phase.traffic for phase in phases)),
         )
         for phases in zip(*(rank.phases for rank in ranks), strict=True)
     )
+
+
+def _summed(of_ranks: tuple[tuple[Traffic, ...], ...]) -> tuple[Traffic, ...]:
+    """Bytes per site, from those of every rank per site."""
+    return tuple(sum_traffic(own) for own in zip(*of_ranks, strict=True))
 
 
 def _phases(config: Config, plan: Plan, families: tuple[Bucket, ...]) -> tuple[Phase, ...]:
@@ -181,6 +212,16 @@ def _phases(config: Config, plan: Plan, families: tuple[Bucket, ...]) -> tuple[P
         )
         phases.append(Phase(coupling=share, rounds=rounds, traffic=traffic))
     return tuple(phases)
+
+
+def _fragments(config: Config, plan: Plan) -> tuple[tuple[Traffic, ...], ...]:
+    codec, found = CODECS[config.sync.codec], []
+    for fragment in range(config.sync.fragments):
+        own = [bucket for bucket in plan.buckets if bucket.fragment == fragment]
+        found.append(
+            tuple(buckets_traffic(own, site, codec=codec) for site in range(config.num_sites))
+        )
+    return tuple(found)
 
 
 def planned_summary(run: RunPlan) -> dict[str, Any]:
@@ -214,6 +255,7 @@ def planned_summary(run: RunPlan) -> dict[str, Any]:
         "ratio_vs_diloco": _ratio(diloco, payload),
         **(_of_ranks(run) if run.ranks else {}),
         **({"phases": [_phase_row(run, phase) for phase in run.phases]} if run.families else {}),
+        **({"fragments": fragment_rows(run)} if streams(config) else {}),
     }
 
 
@@ -233,6 +275,22 @@ def _phase_row(run: RunPlan, phase: Phase) -> dict[str, Any]:
         "payload_bytes_per_site_per_round": sum(t.payload for t in phase.traffic) / sites,
         "wire_bytes_per_site_per_round": sum(t.wire for t in phase.traffic) / sites,
     }
+
+
+def fragment_rows(run: RunPlan) -> list[dict[str, Any]]:
+    """Each fragment's layers, the steps of a round between which it is synced, and mean bytes."""
+    config, every = run.config, run.config.local_steps // len(run.fragments)
+    layers = range(config.model.num_layers)
+    return [
+        {
+            "layers": [layer for layer in layers if fragment_of_layer(config, layer) == fragment],
+            "begins_after_step": (fragment + 1) * every - config.sync.overlap_steps,
+            "ends_after_step": (fragment + 1) * every,
+            "payload_bytes_per_site": sum(t.payload for t in traffic) / len(traffic),
+            "wire_bytes_per_site": sum(t.wire for t in traffic) / len(traffic),
+        }
+        for fragment, traffic in enumerate(run.fragments)
+    ]
 
 
 def memory_by_kind(run: RunPlan) -> list[dict[str, int]]:

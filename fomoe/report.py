@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -16,8 +18,11 @@ from rich.table import Table
 from fomoe.adapters.report import methods_table, ranks_table, server_rows
 from fomoe.amounts import bytes_text, duration_text, mean_of, spread_text, times_text
 from fomoe.config import Config
+from fomoe.copies import num_sets
 from fomoe.errors import say_line
-from fomoe.planning import RunPlan, memory_by_kind, planned_summary
+from fomoe.formats import FORMATS, why_not
+from fomoe.fragments import streams
+from fomoe.planning import RunPlan, fragment_rows, memory_by_kind, planned_summary
 from fomoe.records import site_speed
 from fomoe.segments import full_payload, holder_bytes
 
@@ -160,6 +165,8 @@ def print_dry_run(run: RunPlan) -> None:
         how = f"{len(run.ranks)} ranks per site ({run.config.inner.parallel})"
         out.print(f"{how}; a rank keeps {kept} of state")
     out.print(_traffic_table(run))
+    if streams(run.config):
+        out.print(_fragments_table(run))
 
 
 def _traffic_table(run: RunPlan) -> Table:
@@ -185,6 +192,25 @@ def _traffic_table(run: RunPlan) -> Table:
     for name, counts in rows.items():
         ratios = (times_text(n / o if o else None) for n, o in zip(counts, own, strict=True))
         table.add_row(name, *(bytes_text(count) for count in counts), *ratios)
+    return table
+
+
+def _fragments_table(run: RunPlan) -> Table:
+    """What is synced at which step of a round, and how much of a site's link that takes."""
+    rows = fragment_rows(run)
+    title = "Syncs of a round: bytes per site; the run's last sync has all fragments"
+    table = Table("fragment", "layers", "after steps", "payload", "wire", title=title)
+    for fragment, row in enumerate(rows):
+        table.add_row(
+            str(fragment),
+            ranges_text(tuple(row["layers"])),
+            "-".join(map(str, dict.fromkeys((row["begins_after_step"], row["ends_after_step"])))),
+            bytes_text(row["payload_bytes_per_site"]),
+            bytes_text(row["wire_bytes_per_site"]),
+        )
+    wire = [row["wire_bytes_per_site"] for row in rows]
+    largest = f"{bytes_text(max(wire))} at once, {bytes_text(sum(wire) / run.config.local_steps)}"
+    table.caption = f"wire: at most {largest} per local step on average"
     return table
 
 
@@ -265,7 +291,23 @@ def print_summary(summary: dict[str, Any], config: Config) -> None:
     folder = summary["run_dir"]
     out.print(f"records   {folder}/metrics.jsonl   (fields: docs/metrics.md)", markup=False)
     out.print(f"summary   {folder}/summary.json", markup=False)
-    out.print(f"merge     fomoe merge {folder}", markup=False)
+    for number, line in enumerate(next_commands(config, folder)):
+        out.print(f"{'next' if number == 0 else '':8}  {line}", markup=False)
+
+
+def next_commands(config: Config, run_dir: str) -> list[str]:
+    """Commands on a run that is done, as a shell takes them; only those that its model allows."""
+    run, name = shlex.quote(run_dir), shlex.quote(Path(run_dir).resolve().name)
+    if config.adapters.base is not None:
+        first = [f"fomoe export {run} --adapter --out models/{name}"]
+    elif num_sets(config) > 1 or all(why_not(config, form) for form in FORMATS):
+        first = [f"fomoe merge {run}"]
+    else:
+        first = [
+            f"fomoe generate {run} --prompt 'The '",
+            f"fomoe export {run} --out models/{name}",
+        ]
+    return [*first, f"fomoe report {run} --out report.html"]
 
 
 def print_comparison(summaries: list[dict[str, Any]]) -> None:

@@ -21,6 +21,7 @@ from fomoe import checkpoint
 from fomoe.config import Config
 from fomoe.copies import coupling
 from fomoe.errors import CheckpointError, ConfigError, say_line
+from fomoe.fragments import streams
 from fomoe.ranks import Ranks
 from fomoe.remains import WAYS_OUT, by_site, choose_rounds, differences, look, parse_saved
 from fomoe.run import Run
@@ -29,7 +30,7 @@ from fomoe.site import Site, learning_rate
 from fomoe.state import RANKED, Layout, entry, misfit, not_finite, of_kind
 from fomoe.summary import Totals
 from fomoe.sync.exchange import agreed, check_sites, gather
-from fomoe.sync.sync import replica_hashes
+from fomoe.sync.replicas import replica_hashes
 from fomoe.sync.transport import Transport
 
 _MOST = 2**63  # no count in a checkpoint reaches it
@@ -205,8 +206,10 @@ def _inspect(
         part = checkpoint.Part(run_dir, round_idx, site, checked=True)
         if problem := _wrong_tensors(part, expected[site], inside):
             raise CheckpointError(f"site-{site}.safetensors: {problem}")
+        # What a sync gave every holder: the parameters of fragments move on between two of theirs.
+        kind = "anchor" if streams(config) else "param"
         hashes = replica_hashes(
-            replicas, site, lambda segment: part.read(entry("param", segment.name))
+            replicas, site, lambda segment: part.read(entry(kind, segment.name))
         )
     except CheckpointError as error:
         return {"problem": str(error), "replicas": {}}

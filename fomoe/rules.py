@@ -33,6 +33,7 @@ def check_config(config: Config) -> None:
     _check_sizes(config)
     _check_outer(config.outer)
     _check_data(config)
+    _check_fragments(config)
     placement = build_placement(config)
     if config.router.route_scope == "resident" and config.model.ffn == "moe":
         fewest = min(placement.num_residents(site) for site in range(config.num_sites))
@@ -68,6 +69,11 @@ def check_ranks(config: Config, num_ranks: int) -> None:
         raise ConfigError("placement.kind", "copies", one)
     if config.sync.average == "gradients":
         raise ConfigError("sync.average", "gradients", one)
+    if config.sync.overlap_steps:
+        raise ConfigError("sync.overlap_steps", config.sync.overlap_steps, f"must be 0 for {ranks}")
+    if config.sync.fragments > 1 and parallel == "ddp":
+        rule = f"must be 1 for {ranks} with inner.parallel ddp"
+        raise ConfigError("sync.fragments", config.sync.fragments, rule)
     if config.inner.batch_size % num_ranks:
         rule = f"must be a multiple of {num_ranks}: {ranks} share it equally"
         raise ConfigError("inner.batch_size", config.inner.batch_size, rule)
@@ -161,6 +167,34 @@ def _check_sizes(config: Config) -> None:
     if config.inner.batch_size * config.data.seq_len > _MOST_TOKENS:
         rule = f"x data.seq_len {config.data.seq_len} is more than {_MOST_TOKENS} tokens at once"
         raise ConfigError("inner.batch_size", config.inner.batch_size, rule)
+
+
+def _check_fragments(config: Config) -> None:
+    """Fragments are cut from layers and steps without rounding, and every site syncs the same."""
+    sync, number = config.sync, config.sync.fragments
+    for name, count in (
+        ("local_steps", config.local_steps),
+        ("model.num_layers", config.model.num_layers),
+    ):
+        if count % number:
+            raise ConfigError("sync.fragments", number, f"does not divide {name} {count}")
+    excluded = {
+        "sync.average gradients": config.sync.average == "gradients",
+        "placement.kind copies": isinstance(config.placement, CopiesPlacement),
+        "adapters.base": config.adapters.base is not None,
+    }
+    for what, here in excluded.items():
+        if here and number > 1:
+            raise ConfigError("sync.fragments", number, f"must be 1 with {what}")
+        if here and sync.overlap_steps:
+            raise ConfigError("sync.overlap_steps", sync.overlap_steps, f"must be 0 with {what}")
+    between = config.local_steps // number
+    if sync.overlap_steps and sync.overlap_steps >= between:
+        rule = f"must be below the {between} local steps between two syncs"
+        raise ConfigError("sync.overlap_steps", sync.overlap_steps, rule)
+    if sync.mix is not None and not sync.overlap_steps:
+        rule = "has no meaning without steps beside a sync (sync.overlap_steps)"
+        raise ConfigError("sync.mix", sync.mix, rule)
 
 
 def _check_outer(outer: OuterConfig) -> None:

@@ -83,7 +83,7 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """Segments with equal holders, reduced together as one flat vector.
+    """Segments of one fragment with equal holders, reduced together as one flat vector.
 
     Attributes:
         index: position in the plan; equal on all sites.
@@ -91,6 +91,7 @@ class Bucket:
         trainers: holders whose updates may count, ascending.
         is_expert: whether its segments are routed experts; its bytes are counted accordingly.
         segments: in the model's order.
+        fragment: the part of the model that they are synced with (`fomoe.fragments`).
         copies: of a family of experts' copies (`fomoe.copies`), the bucket of each set.
     """
 
@@ -99,6 +100,7 @@ class Bucket:
     trainers: Sites
     is_expert: bool
     segments: tuple[Segment, ...]
+    fragment: int = 0
     copies: tuple[Bucket, ...] = ()
 
     @cached_property
@@ -139,15 +141,21 @@ class Plan:
         return [s for bucket in self.buckets if site in bucket.holders for s in bucket.segments]
 
 
-def build_plan(specs: Iterable[ParameterSpec], num_sites: int, rule: Rule) -> Plan:
-    """Cut parameters into segments and put segments with equal holders into buckets.
+def build_plan(
+    specs: Iterable[ParameterSpec],
+    num_sites: int,
+    rule: Rule,
+    fragment_of: Callable[[ParameterSpec], int] = lambda spec: 0,
+) -> Plan:
+    """Cut parameters into segments; those of a fragment with equal holders are a bucket.
 
     Args:
         specs: every parameter of the model.
         num_sites: number of sites, K.
         rule: returns the pieces of a parameter, in the order of their rows.
+        fragment_of: the fragment that a parameter belongs to.
     """
-    grouped: dict[tuple[bool, Sites, Sites], list[Segment]] = {}
+    grouped: dict[tuple[int, bool, Sites, Sites], list[Segment]] = {}
     for spec in specs:
         pieces = rule(spec)
         edges = [0, *(piece.stop for piece in pieces)]
@@ -155,11 +163,20 @@ def build_plan(specs: Iterable[ParameterSpec], num_sites: int, rule: Rule) -> Pl
         assert edges[:-1] == [p.start for p in pieces], f"the pieces of {spec.name} have gaps"
         for piece in pieces:
             segment = _segment(spec, piece)
-            key = (segment.is_expert, segment.holders, segment.trainers)
+            key = (fragment_of(spec), segment.is_expert, segment.holders, segment.trainers)
             grouped.setdefault(key, []).append(segment)
     buckets = tuple(
-        Bucket(index=i, is_expert=key[0], holders=key[1], trainers=key[2], segments=tuple(group))
-        for i, (key, group) in enumerate(sorted(grouped.items(), key=lambda item: item[0]))
+        Bucket(
+            index=index,
+            fragment=fragment,
+            is_expert=is_expert,
+            holders=holders,
+            trainers=trainers,
+            segments=tuple(group),
+        )
+        for index, ((fragment, is_expert, holders, trainers), group) in enumerate(
+            sorted(grouped.items(), key=lambda item: item[0])
+        )
     )
     return Plan(num_sites=num_sites, buckets=buckets)
 

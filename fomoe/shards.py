@@ -53,10 +53,4 @@ def cut_plan(plan: Plan, num_rows: Mapping[str, int], rank: int, num_ranks: int)
 
 def _with_segments(bucket: Bucket, segments: tuple[Segment, ...]) -> Bucket:
     assert not bucket.copies, "copies of experts are not cut"
-    return Bucket(
-        index=bucket.index,
-        holders=bucket.holders,
-        trainers=bucket.trainers,
-        is_expert=bucket.is_expert,
-        segments=segments,
-    )
+    return replace(bucket, segments=segments)

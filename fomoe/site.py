@@ -268,6 +268,10 @@ class Site:
                 bias = self.model.moe(layer).router.execute_bias
                 bias += self.config.router.execute_rate * (target - executed_L[row])
 
+    def routing(self) -> RoundRouting:
+        """Counts of the round so far."""
+        return self.counter.routing()
+
     def end_round(self) -> RoundRouting:
         """Return the round's counts and reset the counters."""
         return self.counter.end_round()

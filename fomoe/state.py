@@ -33,7 +33,8 @@ RANKED = ("param", "inner", "anchor", "outer", "residual")
 
 def entry(kind: str, *names: object) -> str:
     """Name of a state tensor: `param/<segment>`, `inner/<key>/<segment>`, `anchor/<segment>`,
-    `outer/<key>/<segment>`, `residual/<bucket>`, `router/<bias>/<layer>`, `text/counts`."""
+    `outer/<key>/<segment>`, `residual/<bucket>`, `since/<count>`, `router/<bias>/<layer>`,
+    `text/counts`."""
     return "/".join([kind, *map(str, names)])
 
 

@@ -23,6 +23,7 @@ from fomoe.hostmemory import resident_peak_bytes
 from fomoe.planning import RunPlan, planned_summary, spread
 from fomoe.records import site_speed
 from fomoe.sync.exchange import gather
+from fomoe.sync.sync import Timed
 from fomoe.sync.transport import Transport
 
 Counts = dict[str, dict[str, int]]
@@ -67,6 +68,8 @@ def round_record(
     counts_after: Counts,
     train_s: float,
     sync_s: float,
+    timed: list[Timed],
+    remote: bool,
     val_loss_local: float | None,
     probe_agreement: float | None,
     replica_hashes: dict[int, str],
@@ -86,6 +89,11 @@ def round_record(
         "tokens": routing.tokens,
         "train_s": train_s,
         "sync_s": sync_s,
+        "utilisation": _share(train_s, sync_s),
+        "exchange_s": sum(one.seconds for one in timed),
+        "wire_bytes_by_sync": [one.wire.get(site, 0) for one in timed],
+        "mean_bytes_per_s": _model_bytes(wire) / max(train_s + sync_s, 1e-9),
+        "peak_bytes_per_s": _peak(timed, site) if remote else None,
         "payload_bytes": _model_bytes(payload),
         "wire_bytes": _model_bytes(wire),
         "payload_bytes_by_class": payload,
@@ -188,6 +196,7 @@ def _measured(plan: RunPlan, rows: list[dict[str, Any]], *, proxy: bool) -> dict
         ),
         **spread("train_s", [t["train_s"] for t in totals]),
         **spread("sync_s", [t["sync_s"] for t in totals]),
+        **spread("utilisation", [_share(t["train_s"], t["sync_s"]) for t in totals]),
     }
     for name in rows[0]["peaks"]:
         by_site = [row["peaks"][name] for row in rows]
@@ -221,6 +230,17 @@ def process_peaks() -> dict[str, int]:
         "peak_memory_bytes": resident_peak_bytes(),
         "peak_accelerator_memory_bytes": used,
     }
+
+
+def _share(train_s: float, sync_s: float) -> float:
+    """Share of local steps in the time of local steps and of waiting for syncs."""
+    both = train_s + sync_s
+    return train_s / both if both else 1.0
+
+
+def _peak(timed: list[Timed], site: int) -> float:
+    """Bytes per second of the reduction that used a site's link most, in its own time."""
+    return max((one.wire.get(site, 0) / max(one.seconds, 1e-9) for one in timed), default=0.0)
 
 
 def _executed(executed: int, selected: int) -> float:

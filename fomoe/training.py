@@ -16,6 +16,7 @@ from fomoe.config import Config
 from fomoe.counting import RoundRouting
 from fomoe.errors import ConfigError
 from fomoe.evaluate import MergedEvaluation, topk_agreement
+from fomoe.fragments import Leg, legs
 from fomoe.gathering import gather_rows
 from fomoe.launch import Launch, launch_from_environment
 from fomoe.metrics import Metrics, Unwritten
@@ -28,6 +29,7 @@ from fomoe.summary import merged_record, round_record, summarize
 from fomoe.sync.ddp import GradientSync
 from fomoe.sync.exchange import agreed
 from fomoe.sync.joining import open_transport
+from fomoe.sync.sync import Sync
 from fomoe.sync.transport import failure_text
 
 
@@ -100,6 +102,7 @@ def run_rounds(run: Run) -> dict[str, Any]:
             routing = synchronize(run)
             hashes = run.sync.check_replicas() if config.sync.verify_replicas else {}
             sync_s = time.perf_counter() - started + gradient_s
+            timed, run.sync.timed = run.sync.timed, []
             for site in run.sites:
                 run.totals[site].add(routing[site], train_s[site], sync_s)
             agreement = evaluate_sites(run, round_idx)
@@ -115,6 +118,8 @@ def run_rounds(run: Run) -> dict[str, Any]:
                         counts_after=counts_after[site],
                         train_s=train_s[site],
                         sync_s=sync_s,
+                        timed=timed,
+                        remote=transport.remote,
                         val_loss_local=run.local_losses.get(site),
                         probe_agreement=agreement.get(site),
                         replica_hashes=hashes,
@@ -146,10 +151,10 @@ def run_rounds(run: Run) -> dict[str, Any]:
 def run_local_steps(
     run: Run, round_idx: int
 ) -> tuple[list[dict[str, Any]], dict[int, float], float]:
-    """H local steps at every site of this process.
+    """H local steps at every site of this process, and the syncs that are due before the last.
 
     Returns:
-        Step records, seconds of local training per site, seconds spent averaging gradients.
+        Step records, seconds of local training per site, seconds of averaging in between.
     """
     config = run.config
     run.counts_before = run.site_counts()
@@ -160,13 +165,17 @@ def run_local_steps(
         for _ in range(config.local_steps):
             averaged_s += _step_together(run, run.sync, round_idx, vectors, seconds)
     else:
-        for index, site in run.sites.items():
+        for leg in legs(config, round_idx):
+            for index, site in run.sites.items():
+                started = time.perf_counter()
+                with unparked(run.parkings_of(index), optimizer=True):
+                    on_step = run.progress.step_callback(index, round_idx)
+                    vectors[index] += site.run_local_steps(leg.steps, on_step)
+                finish_device_work(site.device)
+                seconds[index] += time.perf_counter() - started
             started = time.perf_counter()
-            with unparked(run.parkings_of(index), optimizer=True):
-                on_step = run.progress.step_callback(index, round_idx)
-                vectors[index] = site.run_local_steps(config.local_steps, on_step)
-            finish_device_work(site.device)
-            seconds[index] += time.perf_counter() - started
+            sync_between(run.sync, leg)
+            averaged_s += time.perf_counter() - started
     first_step = round_idx * config.local_steps
     records = [
         {
@@ -183,6 +192,20 @@ def run_local_steps(
         for step, values in enumerate(torch.stack(steps).tolist())
     ]
     return records, seconds, averaged_s
+
+
+def sync_between(sync: Sync, leg: Leg) -> None:
+    """What follows some local steps within a round.
+
+    Raises:
+        SyncError: as in `synchronize`.
+    """
+    if leg.begins is not None and leg.begins == leg.ends:
+        sync.sync_fragment(leg.begins)
+    elif leg.begins is not None:
+        sync.begin(leg.begins)
+    elif leg.ends is not None:
+        sync.end(leg.ends)
 
 
 def _step_together(
@@ -219,9 +242,13 @@ def finish_device_work(device: torch.device) -> None:
 def synchronize(run: Run) -> dict[int, RoundRouting]:
     """The sync that ends a round: it is committed at all sites, or at none.
 
+    At the end of the run every other fragment is synced once more before it.
+
     Raises:
         SyncError: saying what is lost, if a site fails or its state is not finite.
     """
+    for fragment in run.sync.synced_again():
+        run.sync.sync_fragment(fragment)
     prepared = run.sync.prepare()
     run.sync.commit(run.sync.exchange(prepared))
     for site in run.sites.values():
@@ -244,7 +271,7 @@ def evaluate_sites(run: Run, round_idx: int) -> dict[int, float]:
 
 
 def merged_loss(run: Run) -> MergedEvaluation:
-    with unparked(run.parkings.values(), optimizer=False):
+    with run.sync.whole(), unparked(run.parkings.values(), optimizer=False):
         return run.system.evaluate_whole(run.plan, run.sites, run.transport, run.data)
 
 

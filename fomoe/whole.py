@@ -5,7 +5,7 @@ No site holds it; each parameter is taken from its first holder when it is asked
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from fomoe.remains import differences, parse_saved
 from fomoe.segments import Segment
 from fomoe.shapes import parameter_specs
 from fomoe.state import Layout, entry, misfit
-from fomoe.sync.sync import replica_hashes
+from fomoe.sync.replicas import replica_hashes
 from fomoe.textchoice import NUM_COUNTERS
 
 _ATTEMPTS = 20
@@ -147,6 +147,7 @@ def open_round(run_dir: Path, round_idx: int, *, check: bool = True) -> WholeMod
             Part(run_dir, round_idx, site)  # says what is missing
     plan = plan_run(config)
     shared = plan.replicas(round_idx * config.local_steps)
+    kinds = {s.name: kind for s, kind in merged_kinds(plan)}
     hashes: dict[int, bytes] = {}
     parts = []
     for site in range(config.num_sites):
@@ -156,7 +157,7 @@ def open_round(run_dir: Path, round_idx: int, *, check: bool = True) -> WholeMod
         problem = differences(part.values, config, first.get("fingerprints"))
         problem = problem or misfit(own, layout)
         if check and not problem and config.sync.verify_replicas:
-            for index, digest in replica_hashes(shared, site, _reader(part)).items():
+            for index, digest in replica_hashes(shared, site, _reader(part, kinds)).items():
                 if hashes.setdefault(index, digest) != digest:
                     problem = "its replicas are not those of the other sites"
         if problem:
@@ -174,14 +175,26 @@ def open_round(run_dir: Path, round_idx: int, *, check: bool = True) -> WholeMod
     )
 
 
-def _reader(part: Part) -> Callable[[Segment], Tensor]:
-    return lambda segment: part.read(entry("param", segment.name))
+def merged_kinds(plan: RunPlan) -> Iterator[tuple[Segment, str]]:
+    """Every segment that someone trains, and the kind of entry that has its merged value."""
+    for bucket in plan.segment_plan.buckets:
+        if bucket.trainers:
+            for segment in bucket.segments:
+                yield segment, plan.merged_kind(bucket)
+
+
+def _reader(part: Part, kinds: dict[str, str]) -> Callable[[Segment], Tensor]:
+    return lambda segment: part.read(entry(kinds[segment.name], segment.name))
 
 
 def _layout(plan: RunPlan, site: int) -> Layout:
     """Parameters, and the selection biases that are the same at all sites, of one site's part."""
-    held = [segment for segment in plan.segment_plan.segments_at(site) if segment.trainers]
-    layout: Layout = {entry("param", s.name): (s.shape, torch.float32) for s in held}
+    layout: Layout = {
+        entry(own, segment.name): (segment.shape, torch.float32)
+        for segment, kind in merged_kinds(plan)
+        if site in segment.holders
+        for own in {"param", kind}
+    }
     if num_sets(plan.config) > 1:
         layout[entry("text", "counts")] = ((NUM_COUNTERS,), torch.int64)
     for layer in biased_layers(plan.config):
@@ -202,11 +215,10 @@ def bias_name(layer: int) -> str:
 
 def _tensors(plan: RunPlan) -> tuple[dict[str, tuple[int, ...]], dict[str, list[tuple[int, str]]]]:
     """Shapes of the merged model's tensors, and where their rows are."""
-    found: dict[str, list[Segment]] = {}
-    for bucket in plan.segment_plan.buckets:
-        for segment in bucket.segments if bucket.trainers else ():
-            name = segment.name if segment.is_expert else segment.parameter
-            found.setdefault(name, []).append(segment)
+    found: dict[str, list[tuple[Segment, str]]] = {}
+    for segment, kind in merged_kinds(plan):
+        name = segment.name if segment.is_expert else segment.parameter
+        found.setdefault(name, []).append((segment, kind))
     shapes: dict[str, tuple[int, ...]] = {}
     sources: dict[str, list[tuple[int, str]]] = {}
     biased = biased_layers(plan.config)
@@ -215,8 +227,8 @@ def _tensors(plan: RunPlan) -> tuple[dict[str, tuple[int, ...]], dict[str, list[
         names = [spec.row_name(e) for e in rows] if spec.kind == "expert" else [spec.name]
         for name in filter(found.__contains__, names):  # what nobody trains is not saved
             shapes[name] = spec.shape[1:] if spec.kind == "expert" else spec.shape
-            pieces = sorted(found[name], key=lambda segment: segment.start)
-            sources[name] = [(s.holders[0], entry("param", s.name)) for s in pieces]
+            pieces = sorted(found[name], key=lambda piece: piece[0].start)
+            sources[name] = [(s.holders[0], entry(kind, s.name)) for s, kind in pieces]
         if spec.kind == "router" and spec.layer in biased:
             name = bias_name(spec.layer)
             shapes[name] = (spec.shape[0],)

@@ -235,20 +235,35 @@ def _settings(ask: Ask, question: Question, *, trainable: bool) -> Grid:
     steps = (ask.local_steps,) if ask.local_steps else LOCAL_STEPS[: 1 if every else None]
     bits = (ask.bits,) if ask.bits else BITS[: 1 if every and trainable else None]
     size = -(-question.shape.num_layers // LAYERS_PER_FRAGMENT)
-    parts = (1,) if trainable or every else (1, size)
+    if trainable:  # it cuts the layers evenly
+        size = max(n for n in range(1, size + 1) if question.shape.num_layers % n == 0)
+    parts = (1,) if every else (1, size)
     if question.method.layers_per_fragment:
         parts = (size,)
-    overlaps = (0,) if trainable or every else (0, 1)
+    overlaps = (0,) if every else (0, 1)
     if not every:
         parts = (ask.fragments,) if ask.fragments else parts
         overlaps = (ask.overlap_steps,) if ask.overlap_steps is not None else overlaps
     points = [
         point
         for point in product(steps, bits, parts, overlaps)
-        if point[2] > 1 or not point[3] or ask.overlap_steps is not None
+        if (point[2] > 1 or not point[3] or ask.overlap_steps is not None)
+        and not (trainable and _uneven(question.shape.num_layers, *point))
     ]
+    if not points:
+        rule = f"leaves no plan that can be trained: {ask.fragments or 1} fragments must divide "
+        rule += f"{question.shape.num_layers} layers and H, and overlaps be below their quotient"
+        field = "--overlap-steps" if ask.fragments is None else "--fragments"
+        raise ConfigError(field, ask.fragments or ask.overlap_steps, rule)
     names = ("local_steps", "bits", "fragments", "overlap_steps")
     return grid(question, **dict(zip(names, np.array(points, float).T, strict=True)))
+
+
+def _uneven(num_layers: int, steps: int, _: float, fragments: int, overlap: int) -> bool:
+    """Whether the trainer would refuse to cut steps and layers so, or to overlap so many steps."""
+    return bool(
+        steps % fragments or num_layers % fragments or (overlap and overlap >= steps // fragments)
+    )
 
 
 def broken(limits: Constraints, row: Row, known: Answered) -> tuple[str, ...]:

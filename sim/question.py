@@ -286,15 +286,17 @@ def check_replication(replication: int | None, num_sites: int) -> None:
 
 def _sync(ask: Ask, row: Method, shape: ModelShape, config: Config | None) -> dict[str, Any]:
     """Bits, fragments and overlap; the config's or the method's own where nothing is said."""
-    codec = FP32
-    if config is not None and ask.bits is None and row.trained_as:
-        codec = CODECS[config.sync.codec]
+    codec, own, overlap = FP32, 1, row.overlap_steps
+    if config is not None and row.trained_as:
+        codec = CODECS[config.sync.codec] if ask.bits is None else FP32
+        own, overlap = config.sync.fragments, config.sync.overlap_steps
     sent = {"codec": codec, "bits": float(ask.bits or min(codec.mean_bits, row.bits))}
     if row.every_step:
         return {**sent, "fragments": 1, "overlap_steps": 0}
     check_fragments(ask.fragments, shape)
-    own = -(-shape.num_layers // row.layers_per_fragment) if row.layers_per_fragment else 1
-    overlap = row.overlap_steps if ask.overlap_steps is None else ask.overlap_steps
+    if row.layers_per_fragment:
+        own = -(-shape.num_layers // row.layers_per_fragment)
+    overlap = overlap if ask.overlap_steps is None else ask.overlap_steps
     return {**sent, "fragments": ask.fragments or own, "overlap_steps": overlap}
 
 

@@ -55,8 +55,12 @@ def config_tree(question: Question, known: Answered) -> dict[str, Any]:
         # Without routed experts the trainer's dense FFN has the active width.
         tree["model"] |= {"ffn": "dense", "num_experts": 1, "top_k": 1}
         tree["model"]["expert_ffn_dim"] = shape.dense_ffn
+    tree["sync"] = {
+        "fragments": question.fragments,
+        "overlap_steps": question.overlap_steps,
+    }
     if codec := codec_of(question.bits):
-        tree["sync"] = {"codec": codec}
+        tree["sync"]["codec"] = codec
     if question.method.placed:
         tree["placement"] = _placement(question)
     return tree

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from test_adapter_runs import write_adapter_config
 from torch import Tensor
 
 from fomoe.adapters.layers import read_model
+from fomoe.load import load_config
+from fomoe.report import next_commands
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +37,19 @@ def logits_at(run_dir: Path, rank: int, tokens: Tensor) -> Tensor:
     adapted.put(matrices, rank)
     with torch.no_grad():
         return adapted.logits(tokens)
+
+
+def test_the_commands_that_a_run_ends_with_work(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    (config,) = map(load_config, run_dir.parent.glob("*.yaml"))
+    commands = next_commands(config, str(run_dir))
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        outcome = fomoe(*shlex.split(command)[1:])
+        assert outcome.status == 0, outcome.err
+    assert (tmp_path / "models/run/adapter_config.json").is_file()
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 4])

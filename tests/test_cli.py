@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -280,12 +281,39 @@ def test_a_run_ends_with_a_table_and_where_to_look(tiny: Path, tmp_path: Path) -
     summary = summary_of(tmp_path / "run")
     assert f"{summary['val_loss_merged']:.4f}" in outcome.out
     assert f"{summary['unigram_entropy']:.4f}" in outcome.out
-    for hint in ("metrics.jsonl", "summary.json", f"fomoe merge {tmp_path / 'run'}"):
+    for hint in ("metrics.jsonl", "summary.json"):
         assert hint in outcome.out
     lines = outcome.err.splitlines()
     assert [line.split("  ")[0] for line in lines] == ["round 1/2", "round 2/2"]
     assert all(re.search(r"train loss \d.*skipped 0.*tokens/s.* left", line) for line in lines)
     assert f"  {summary['tokens_per_s']:,.0f} tokens/s per site, " in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["model.shared_expert_ffn_dim=0"], ["generate", "export", "report"]),
+        ([], ["merge", "report"]),  # no format can say a shared expert of half a routed one
+        (["method=copies", "model.shared_expert_ffn_dim=0"], ["merge", "report"]),
+    ],
+)
+def test_the_next_commands_work(
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    expected: list[str],
+) -> None:
+    for package in ("transformers", "matplotlib"):
+        pytest.importorskip(package)
+    sites = ["num_sites=4", "rounds=1"]
+    ended = fomoe("train", tiny, *sites, *options, f"run.dir={tmp_path / 'my run'}").out
+    commands = [line.partition("fomoe ")[2] for line in ended.splitlines() if "fomoe " in line]
+    assert [command.split()[0] for command in commands] == expected
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        outcome = fomoe(*shlex.split(command))
+        assert outcome.status == 0, outcome.err
 
 
 def test_a_terminal_gets_a_live_display(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -393,6 +393,28 @@ def test_a_run_resumes_before_and_after_the_copies_part(tmp_path):
     assert loss == pytest.approx(whole["val_loss_merged"], abs=1e-6)
 
 
+def test_what_cannot_choose_by_the_text_refuses_a_model_of_copies(tmp_path):
+    """It would run the wrong experts without a word."""
+    config, run, out = write_config(tmp_path), tmp_path / "run", tmp_path / "out"
+    plain = "model.shared_expert_ffn_dim=0"  # mixtral can say it
+    trained(config, *FOUR, "rounds=2", plain)
+    before = snapshot(tmp_path)
+    again = [config, "num_sites=4", plain, f"init_from={run}", f"run.dir={out}"]
+    for words, reason in {
+        ("export", run, "--out", out): "cannot be exported",
+        ("eval", run): "is evaluated by the run itself",
+        ("eval", run, "--text", config): "is evaluated by the run itself",
+        ("generate", run, "--prompt", "site"): "cannot be exported",
+        ("train", *again): "cannot be started from",
+        ("train", *again, "method=copies", "model.num_experts=8"): "cannot be started from",
+    }.items():
+        outcome = fomoe(*words)
+        assert outcome.status in (1, 2)
+        assert outcome.err.startswith(f"fomoe: error: placement.kind copies {reason}"), outcome.err
+        assert outcome.err.count("\n") == 1
+        assert snapshot(tmp_path) == before
+
+
 def test_a_resume_may_not_move_the_parting_over_rounds_that_are_done(tmp_path):
     config, folder = write_config(tmp_path), f"run.dir={tmp_path / 'run'}"
     trained(config, *FOUR, "rounds=3", folder)

@@ -87,6 +87,16 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"inner.parallel": "ddp"}, 3, "inner.batch_size 2 must be a multiple of 3"),
     ({"inner.parallel": "ddp", "method": "ddp"}, 2, "sync.average gradients is trained with one"),
     (
+        {"inner.parallel": "fsdp", "sync.overlap_steps": 1, "local_steps": 4},
+        2,
+        "sync.overlap_steps 1 must be 0 for the 2 ranks of a site",
+    ),
+    (
+        {"inner.parallel": "ddp", "sync.fragments": 2},
+        2,
+        "sync.fragments 2 must be 1 for the 2 ranks of a site with inner.parallel ddp",
+    ),
+    (
         {"inner.parallel": "ddp", "method": "copies"},
         2,
         "placement.kind copies is trained with one rank per site",
@@ -281,6 +291,8 @@ def runs(config: Path) -> dict[str, World]:
         command("ddp", 4, DDP, *TWO),
         command("spes", 2, "method=spes"),
         command("spes-fsdp", 4, "method=spes", FSDP, *TWO),
+        command("parts", 2, "sync.fragments=2"),
+        command("parts-fsdp", 4, "sync.fragments=2", FSDP, *TWO),
         command("short", 4, "rounds=1", FSDP, *TWO),
         command("apart", 4, FSDP, ranks=2),
         command("unequal", 3, FSDP, ranks=2),
@@ -352,6 +364,13 @@ def test_frozen_experts_are_sharded_too(runs: dict[str, World], config: Path) ->
         runs["spes"].summary["val_loss_merged"], abs=1e-5
     )
     assert_close(config, "spes", "spes-fsdp")
+
+
+def test_fragments_of_ranks_are_those_of_one(runs: dict[str, World], config: Path) -> None:
+    one, two = runs["parts"].summary, runs["parts-fsdp"].summary
+    assert two["val_loss_merged"] == pytest.approx(one["val_loss_merged"], abs=1e-5)
+    assert two["fragments"] == one["fragments"]
+    assert_close(config, "parts", "parts-fsdp")
 
 
 def test_bytes_are_counted_over_the_ranks(runs: dict[str, World]) -> None:

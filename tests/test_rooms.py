@@ -95,7 +95,7 @@ def test_only_transports_talk_to_torch_distributed() -> None:
 LIGHT = [
     "errors", "config", "load", "methods", "rules", "placement", "shapes", "segments", "memory",
     "planning", "report", "catalogue", "figures", "records", "reportpage", "study.plan",
-    "study.preview", "study.work", "study.results", "study.page", "formats",
+    "study.preview", "study.work", "study.results", "study.page", "formats", "theirs",
 ]  # fmt: skip
 
 

@@ -83,6 +83,19 @@ class Contribution:
                 part.copy_(self._read(self._bucket.segments[index], low - first, high - first))
         return out
 
+    def staged(self) -> Contribution:
+        """The same values, read now: what they are read from may change."""
+        flat = self.values(0, self._bucket.numel)
+        firsts, first = {}, 0
+        for segment in self._bucket.segments:
+            firsts[segment.name] = first
+            first += segment.numel
+
+        def read(segment: Segment, start: int, stop: int) -> Tensor:
+            return flat[firsts[segment.name] + start : firsts[segment.name] + stop]
+
+        return Contribution(self._bucket, self.weights.tolist(), read)
+
 
 def weigh(chunk: Chunk, values: Tensor, weights: Tensor) -> Tensor:
     """Weight x value of a site's share of a chunk, in place; weights are those of the segments."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from copy import copy
 from datetime import timedelta
 
 import torch
@@ -68,17 +69,20 @@ class GlooTransport:
         options._timeout = timedelta(seconds=timeout_s)
         options._devices = [open_interface(interface)]
         prefixed = dist.PrefixStore(f"{prefix}/{inside.rank}", store)
+        self._twins: list[GlooTransport] = []
+        rank, size = self._rank[site], len(self.members)
+
+        def connect(name: str) -> dist.ProcessGroupGloo:
+            return dist.ProcessGroupGloo(dist.PrefixStore(name, prefixed), rank, size, options)
+
+        self._connect_as = connect
         self._membership = Membership(
             prefixed, self.members, site, place=place, hosts_store=hosts_store
         )
         end = time.monotonic() + (timeout_s if join_s is None else join_s)
         try:
             self._membership.join(end - time.monotonic())
-            rank, size = self._rank[site], len(self.members)
-            self._group = self._connect(
-                lambda: dist.ProcessGroupGloo(prefixed, rank, size, options),
-                timeout_s=end - time.monotonic(),
-            )
+            self._group = self._connect(lambda: connect("own"), timeout_s=end - time.monotonic())
         except BaseException as error:
             self._membership.record(failure_text(error))
             self._membership.leave()
@@ -108,6 +112,17 @@ class GlooTransport:
                 f"no connection to each of {names} within {timeout_s:.0f} s; can the sites reach "
                 f"the ports that gloo opens at each other?"
             ) from None
+
+    def beside(self) -> GlooTransport:
+        twin = copy(self)
+        twin.counts = {self._site: ByteCounts()}
+        number = len(self._twins)
+        twin._group = self._connect(
+            lambda: self._connect_as(f"beside-{number}"), timeout_s=self._timeout_s
+        )
+        twin._waits = PeerWaits(self._peers, abort=twin._abort, timed_out=_timed_out)
+        self._twins.append(twin)
+        return twin
 
     def move(self, what: str, messages: Sequence[Message]) -> list[Tensor | None]:
         works: list[tuple[int, int, Tensor, Tensor]] = []
@@ -190,12 +205,16 @@ class GlooTransport:
         """Leave the group: peers that still wait for this site fail now, not at their timeout."""
         if reason:
             self._membership.record(reason)
-            self._abort()
+        for transport in (*self._twins, self):
+            if reason:
+                transport._abort()
+            transport._waits.close()
+        if reason:
             self._membership.leave()
-        self._waits.close()
-        # The connections close with the last reference to the group; shutdown leaves them open.
-        self._group.shutdown()
-        del self._group
+        for transport in (*self._twins, self):
+            # The connections close with the last reference to the group; shutdown leaves them open.
+            transport._group.shutdown()
+            del transport._group
 
 
 def open_interface(interface: str | None) -> dist.ProcessGroupGloo.Device:

@@ -57,14 +57,20 @@ class Anchors:
                 self.values[segment.name] = nn.Parameter(value, requires_grad=False)
         self.optimizer = build_outer_optimizer(config, list(self.values.values()))
 
-    def step(self, means: Mapping[int, Tensor]) -> None:
-        """Step with the mean pseudo-gradients and copy the result to every local holder.
+    def step(self, means: Mapping[int, Tensor], own_share: float = 0.0) -> None:
+        """Step with the mean pseudo-gradients and give the result to every local holder.
+
+        Args:
+            means: by bucket index; what has none keeps its anchor.
+            own_share: alpha of Streaming DiLoCo (arXiv 2501.18512): a holder then has alpha x its
+                own value + (1 - alpha) x the anchor.
 
         Raises:
             SyncError: if a finite mean overflows in the step. The anchors have changed then, no
                 parameter has.
         """
-        for bucket in self.buckets:
+        due = [bucket for bucket in self.buckets if bucket.index in means]
+        for bucket in due:
             for name, grad in split_bucket(bucket, means[bucket.index]).items():
                 self.values[name].grad = grad
         if self.values:
@@ -72,19 +78,23 @@ class Anchors:
         for anchor in self.values.values():
             anchor.grad = None
         for site in self.sites:
-            if problem := divergence(self.state_of(site)):
+            if problem := divergence(self.state_of(site, due)):
                 raise SyncError(problem)
-        for bucket in self.buckets:
+        for bucket in due:
             for site in set(bucket.holders) & set(self.sites):
                 for segment in bucket.segments:
-                    self.sites[site].view(segment).copy_(self.values[segment.name].detach())
+                    own, anchor = self.sites[site].view(segment), self.values[segment.name].detach()
+                    if own_share:
+                        own.mul_(own_share).add_(anchor.to(own.device), alpha=1 - own_share)
+                    else:
+                        own.copy_(anchor)
 
     # -------------------------------------------------------------------------------- checkpoint
 
-    def state_of(self, site: int) -> dict[str, Tensor]:
-        """Anchors and outer state of one site's segments, by entry, for its checkpoint."""
+    def state_of(self, site: int, buckets: Sequence[Bucket] | None = None) -> dict[str, Tensor]:
+        """Anchors and outer state of one site's segments, by entry; of these buckets, or all."""
         tensors = {}
-        for segment in self._segments_of(site):
+        for segment in self._segments_of(site, buckets):
             anchor = self.values[segment.name]
             tensors[entry("anchor", segment.name)] = anchor.detach()
             for key, value in self.optimizer.state.get(anchor, {}).items():
@@ -118,8 +128,9 @@ class Anchors:
                 own = outer[segment.name]
                 self.optimizer.state[anchor] = {key: value.clone() for key, value in own.items()}
 
-    def _segments_of(self, site: int) -> list[Segment]:
-        return [s for bucket in self.buckets if site in bucket.holders for s in bucket.segments]
+    def _segments_of(self, site: int, buckets: Sequence[Bucket] | None = None) -> list[Segment]:
+        chosen = self.buckets if buckets is None else buckets
+        return [s for bucket in chosen if site in bucket.holders for s in bucket.segments]
 
 
 def build_outer_optimizer(config: Config, anchors: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -1,4 +1,9 @@
-"""The sync of a round: prepare, exchange, commit.
+"""A sync: prepare, exchange, commit.
+
+With one fragment it follows a round. With several each fragment has its own in every round; the
+last is due at the round's end, and `sync_fragment` runs the others between local steps. Where steps
+run beside a sync, `begin` stages the values of its fragment and starts its exchange in another
+thread, with connections of its own; `exchange` then waits for the result.
 
 `prepare` ends the round at every site. `exchange` averages values over their holders, adds the
 balance counts, compares bytes with the plan and checks that every state is finite; it changes no
@@ -8,9 +13,8 @@ site, and can fail only where a step overflows.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,8 +25,8 @@ from fomoe.codecs import CODECS
 from fomoe.copies import coupling, encoded_buckets, exchanged
 from fomoe.counting import RoundRouting
 from fomoe.errors import SyncError
+from fomoe.fragments import streams, synced_again
 from fomoe.planning import RunPlan
-from fomoe.ranks import Ranks
 from fomoe.segments import (
     Bucket,
     RoundCounts,
@@ -36,20 +40,25 @@ from fomoe.sync.buckets import Contribution
 from fomoe.sync.coder import Coder
 from fomoe.sync.exchange import Contribute, check_sites, gather, mean_over_holders
 from fomoe.sync.outer import Anchors
+from fomoe.sync.replicas import compare_replicas
+from fomoe.sync.since import Since
 from fomoe.sync.transport import Transport, model_bytes
+from fomoe.sync.waiting import Beside
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The counts of a round at the sites of this process.
+    """The counts of a round, or of the steps since a fragment's last sync.
 
     Attributes:
-        routing: its routing, by site.
-        counts: what the contribution weights are computed from, by site.
+        routing: the round's, by site of this process; empty within a round.
+        counts: what the contribution weights are computed from, by site of this process.
+        fragment: what is synced.
     """
 
     routing: dict[int, RoundRouting]
     counts: dict[int, RoundCounts]
+    fragment: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,10 +69,40 @@ class Exchanged:
         means: mean pseudo-gradients by bucket index, of the buckets held here; those of copies are
             pulled towards their families'.
         selected_LE: assignments per layer and expert over all sites; None without a balance bias.
+        own_share: share of a site's own values in what it takes.
     """
 
     means: dict[int, Tensor]
     selected_LE: Tensor | None
+    own_share: float = 0.0
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One reduction at the sites of this process.
+
+    Attributes:
+        fragment: what was reduced.
+        seconds: that it took, whether or not local steps ran meanwhile.
+        wire: model bytes sent, by site.
+    """
+
+    fragment: int
+    seconds: float
+    wire: dict[int, int]
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A sync that runs beside local steps.
+
+    Attributes:
+        fragment: what is synced.
+        means: returns its means, once they are there.
+    """
+
+    fragment: int
+    means: Callable[[], dict[int, Tensor]]
 
 
 class Sync:
@@ -86,17 +125,73 @@ class Sync:
         self.coder = Coder(CODECS[plan.config.sync.codec], encoded, sites)
         self._family_of = {copy.index: f.index for f in plan.families for copy in f.copies}
         self._unplanned = dict.fromkeys(sites, "")
+        self.since = {index: Since(plan.config, site) for index, site in sites.items()}
+        self._beside = transport.beside() if plan.config.sync.overlap_steps else transport
+        self._flight: Flight | None = None
+        self.timed: list[Timed] = []
 
     @property
     def _steps(self) -> int:
         """Local steps that every site has taken since the start."""
         return next(iter(self.sites.values())).step_idx
 
+    def sync_fragment(self, fragment: int) -> None:
+        """Sync a fragment within a round.
+
+        Raises:
+            SyncError: as `exchange` and `commit` do.
+        """
+        counts = {site: since.take(fragment) for site, since in self.since.items()}
+        self.commit(self.exchange(Prepared({}, counts, fragment)))
+
+    def begin(self, fragment: int) -> None:
+        """Begin a fragment's sync, beside the local steps that follow."""
+        assert self._flight is None, "two syncs would be under way"
+        counts = {site: since.take(fragment) for site, since in self.since.items()}
+        due = tuple(b for b in self.buckets if b.fragment == fragment)
+        staged = {
+            (bucket.index, site): self._contribute(bucket, site, counts[site]).staged()
+            for bucket in due
+            for site in set(bucket.holders) & set(self.sites)
+        }
+        problems = {index: site.divergence() for index, site in self.sites.items()}
+
+        def average() -> dict[int, Tensor]:
+            self.coder.discard()
+            with self._uncommitted("at any site"):
+                means = self.reduce(due, lambda b, site: staged.pop((b.index, site)), self._beside)
+            with self._uncommitted("at this site"):
+                self._check(problems.__getitem__, self._beside)
+            return means
+
+        if self._beside.remote:
+            self._flight = Flight(fragment, Beside(average).result)
+        else:
+            means = average()
+            self._flight = Flight(fragment, lambda: means)
+
+    def end(self, fragment: int) -> None:
+        """Wait for the fragment's sync that has begun, and commit it.
+
+        Raises:
+            SyncError: as `exchange` and `commit` do.
+        """
+        self.commit(self.exchange(Prepared({}, {}, fragment)))
+
+    def synced_again(self) -> range:
+        """Fragments that are synced at the round's end beside the one that is due."""
+        config = self.plan.config
+        ends = self._steps == config.rounds * config.local_steps
+        return synced_again(config) if ends else range(0)
+
     def prepare(self) -> Prepared:
-        """End the round at every site of this process."""
-        routing = {index: site.end_round() for index, site in self.sites.items()}
-        counts = {i: site.round_counts(routing[i]) for i, site in self.sites.items()}
-        return Prepared(routing, counts)
+        """End the round at every site of this process; its last fragment is due."""
+        fragment = self.plan.config.sync.fragments - 1
+        counts: dict[int, RoundCounts] = {}
+        if self._flight is None:
+            counts = {site: since.take(fragment) for site, since in self.since.items()}
+        routing = {site: since.end_round() for site, since in self.since.items()}
+        return Prepared(routing, counts, fragment)
 
     def exchange(self, prepared: Prepared) -> Exchanged:
         """Average, and check the state and the byte counts of every site.
@@ -105,17 +200,38 @@ class Sync:
             SyncError: if an exchange failed, or naming the sites whose state is not finite or whose
                 bytes are not those planned. Nothing is committed at this site then.
         """
+        if self._flight is not None:
+            return self._landed(prepared)
         self.coder.discard()
         # Before a site has said that it is well, no other commits.
         with self._uncommitted("at any site"):
             means = self._average(prepared)
             selected_LE = self._balance_counts(prepared)
-        unplanned, self._unplanned = self._unplanned, dict.fromkeys(self.sites, "")
         with self._uncommitted("at this site"):
-            check_sites(
-                self.transport, lambda site: self.sites[site].divergence() or unplanned[site]
-            )
+            self._check(lambda site: self.sites[site].divergence(), self.transport)
         return Exchanged(means, selected_LE)
+
+    def _landed(self, prepared: Prepared) -> Exchanged:
+        """The result of the sync that has begun before."""
+        flight, self._flight = self._flight, None
+        assert flight is not None
+        assert flight.fragment == prepared.fragment
+        means = flight.means()
+        if self._beside is not self.transport:
+            for site in self.sites:
+                self.transport.counts[site].take(self._beside.counts[site])
+        with self._uncommitted("at any site"):
+            selected_LE = self._balance_counts(prepared)
+        own_share = self.plan.config.sync.own_share
+        if not own_share:  # what the steps beside it have trained is dropped, and so are its counts
+            for since in self.since.values():
+                since.take(flight.fragment)
+        return Exchanged(means, selected_LE, own_share)
+
+    def _check(self, problem: Callable[[int], str], transport: Transport) -> None:
+        """Compare every site's problems and bytes; all continue, or none does."""
+        unplanned, self._unplanned = self._unplanned, dict.fromkeys(self.sites, "")
+        check_sites(transport, lambda site: problem(site) or unplanned[site])
 
     def commit(self, exchanged: Exchanged) -> None:
         """Step the anchors and give them to every holder of this process.
@@ -124,7 +240,7 @@ class Sync:
             SyncError: if the step overflows; nothing is committed at this site then.
         """
         with self._uncommitted("at this site"):
-            self.anchors.step(exchanged.means)
+            self.anchors.step(exchanged.means, exchanged.own_share)
         self.coder.commit()
         if exchanged.selected_LE is not None:
             for site in self.sites.values():
@@ -146,11 +262,13 @@ class Sync:
     def _average(self, prepared: Prepared) -> dict[int, Tensor]:
         """Mean pseudo-gradients by bucket index."""
         share = coupling(self.plan.config, self._steps)
+        due = tuple(b for b in self.buckets if b.fragment == prepared.fragment)
         means = self.reduce(
-            exchanged(tuple(self.buckets), self.plan.families, share),
+            exchanged(due, self.plan.families, share),
             lambda bucket, site: self._contribute(bucket, site, prepared.counts[site]),
         )
-        return {b.index: self._coupled(b, means, share) for b in self.anchors.buckets}
+        held = (b for b in self.anchors.buckets if b.fragment == prepared.fragment)
+        return {b.index: self._coupled(b, means, share) for b in held}
 
     def _coupled(self, bucket: Bucket, means: Mapping[int, Tensor], share: float) -> Tensor:
         """A bucket's mean; of copies, pulled towards the mean of their family by this share."""
@@ -161,20 +279,30 @@ class Sync:
             return means[family].clone()  # each set of copies has its own, which a step may change
         return means[bucket.index] * (1 - share) + means[family] * share
 
-    def reduce(self, buckets: Sequence[Bucket], contribute: Contribute) -> dict[int, Tensor]:
+    def reduce(
+        self,
+        buckets: Sequence[Bucket],
+        contribute: Contribute,
+        transport: Transport | None = None,
+    ) -> dict[int, Tensor]:
         """Means of all buckets of a sync; `exchange` reports bytes that the run did not plan."""
-        counts = self.transport.counts
+        transport = transport or self.transport
+        counts, started = transport.counts, time.perf_counter()
         before = {site: model_bytes(counts[site]) for site in self.sites}
-        means = mean_over_holders(self.transport, buckets, contribute, self.coder)
+        means = mean_over_holders(transport, buckets, contribute, self.coder)
+        seconds, wire = time.perf_counter() - started, dict[int, int]()
+        fragment = buckets[0].fragment if buckets else 0
         for site, earlier in before.items():
-            planned = self.plan.traffic_of_sync(site, self._steps)
+            planned = self.plan.traffic_of_sync(site, self._steps, fragment)
             now = model_bytes(counts[site])
             counted = (now[0] - earlier[0], now[1] - earlier[1])
+            wire[site] = counted[1]
             if counted != (planned.payload, planned.wire):
                 self._unplanned[site] = (
-                    f"it sent (payload, wire) = {counted} bytes in this round, but the plan says "
+                    f"it sent (payload, wire) = {counted} bytes in this sync, but the plan says "
                     f"{(planned.payload, planned.wire)}"
                 )
+        self.timed.append(Timed(fragment, seconds, wire))
         return means
 
     def _contribute(self, bucket: Bucket, site: int, counts: RoundCounts) -> Contribution:
@@ -195,7 +323,7 @@ class Sync:
 
     def _balance_counts(self, prepared: Prepared) -> Tensor | None:
         config = self.plan.config
-        if config.router.balance == "loss" or not config.model.moe_layers:
+        if not prepared.routing or config.router.balance == "loss" or not config.model.moe_layers:
             return None
         own = {site: routing.selected_LE for site, routing in prepared.routing.items()}
         messages = gather(self.transport, lambda site: own[site].numpy().tobytes())
@@ -205,9 +333,10 @@ class Sync:
     # ---------------------------------------------------------------------------- checkpoint
 
     def state_of(self, site: int) -> dict[str, Tensor]:
-        """What the sync keeps for one site between rounds, by entry: anchors, outer state and
-        residuals."""
-        return self.anchors.state_of(site) | self.coder.state_of(site)
+        """What the sync keeps for one site between rounds, by entry: anchors, outer state,
+        residuals and counts."""
+        kept = self.anchors.state_of(site) | self.coder.state_of(site)
+        return kept | self.since[site].state()
 
     def state_layout(self, site: int) -> Layout:
         """Shapes and types of what `state_of` returns after the first sync, of all ranks of a site
@@ -215,23 +344,49 @@ class Sync:
         config, buckets = self.plan.config, self.plan.site_plan.buckets
         stepped = [b for b in buckets if site in b.holders and takes_outer_step(config, b)]
         encoded = encoded_buckets(config, buckets, self.plan.families)
-        return self.anchors.state_layout(
-            segment for bucket in stepped for segment in bucket.segments
-        ) | self.coder.state_layout(b for b in encoded if site in b.holders)
+        kept = self.anchors.state_layout(s for bucket in stepped for s in bucket.segments)
+        kept |= self.coder.state_layout(b for b in encoded if site in b.holders)
+        return kept | self.since[site].state_layout()
 
     def load_state_of(self, site: int, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `state_of` returned."""
         self.anchors.load_state_of(site, tensors)
         self.coder.load_state_of(site, tensors)
+        self.since[site].load_state(tensors)
 
     def divergence(self, site: int) -> str:
         """Says what in the state of one site is not finite; empty if everything is."""
         return divergence(self.state_of(site))
 
+    # ------------------------------------------------------------------------- the whole model
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within the block every site has the merged model's values: those of the anchors."""
+        if not streams(self.plan.config):
+            yield
+            return
+        views = [
+            (self.sites[site].view(segment), self.anchor(segment))
+            for bucket in self.anchors.buckets
+            for site in sorted(set(bucket.holders) & set(self.sites))
+            for segment in bucket.segments
+        ]
+        kept = [view.clone() for view, _ in views]
+        for view, anchor in views:
+            view.copy_(anchor)
+        try:
+            yield
+        finally:
+            for (view, _), own in zip(views, kept, strict=True):
+                view.copy_(own)
+
     # ------------------------------------------------------------------------------ replicas
 
     def check_replicas(self) -> dict[int, str]:
         """Compare hashes of the sites' own parameters between the holders of every bucket.
+
+        Where parameters move on between two syncs (`streams`), the anchors are compared.
 
         Returns:
             The hash of each bucket that is held here and has several holders.
@@ -239,54 +394,6 @@ class Sync:
         Raises:
             SyncError: naming the first bucket whose replicas differ, and its holders.
         """
-        shared = self.plan.replicas(self._steps)
-        own = {
-            index: replica_hashes(shared, index, site.view) for index, site in self.sites.items()
-        }
-        messages = gather(self.transport, lambda site: b"".join(own[site].values()))
-        size = hashlib.sha256().digest_size
-        by_bucket: dict[int, set[bytes]] = {bucket.index: set() for bucket in shared}
-        for site, message in zip(self.transport.members, messages, strict=True):
-            held = [bucket.index for bucket in shared if site in bucket.holders]
-            for position, index in enumerate(held):
-                by_bucket[index].add(message[position * size : (position + 1) * size])
-        problem = next(
-            (
-                f"replicas differ after a sync: bucket {bucket.index} "
-                f"({bucket.segments[0].name}, ...) is not equal at its holders "
-                f"{list(bucket.holders)}"
-                for bucket in shared
-                if len(by_bucket[bucket.index]) > 1
-            ),
-            "",
-        )
-        # The same ranks of all sites have seen the same hashes, so all ranks raise or none does.
-        if found := next(filter(None, self.transport.inside.gather(problem.encode())), b""):
-            raise SyncError(found.decode())
-        texts = {i: digest.hex() for hashes in own.values() for i, digest in hashes.items()}
-        return hashes_of_ranks(self.transport.inside, texts)
-
-
-def hashes_of_ranks(inside: Ranks, own: dict[int, str]) -> dict[int, str]:
-    """Hashes of a site's buckets, from those of every rank's part of them."""
-    if inside.size == 1:
-        return own
-    parts = [json.loads(message) for message in inside.gather(json.dumps(own).encode())]
-    indices = sorted({int(index) for part in parts for index in part})
-    texts = {i: "".join(part.get(str(i), "") for part in parts) for i in indices}
-    return {i: hashlib.sha256(text.encode()).hexdigest() for i, text in texts.items()}
-
-
-def replica_hashes(
-    buckets: Iterable[Bucket], site: int, view: Callable[[Segment], Tensor]
-) -> dict[int, bytes]:
-    """sha256 of a site's values of each of these buckets that it holds, by bucket index."""
-    hashes = {}
-    for bucket in buckets:
-        if site in bucket.holders:
-            digest = hashlib.sha256()
-            for segment in bucket.at(site).segments:
-                value = view(segment).to("cpu", torch.float32).contiguous()
-                digest.update(memoryview(value.reshape(-1).numpy()))
-            hashes[bucket.index] = digest.digest()
-    return hashes
+        moving = streams(self.plan.config)
+        views = {i: self.anchor if moving else site.view for i, site in self.sites.items()}
+        return compare_replicas(self.transport, self.plan.replicas(self._steps), views)

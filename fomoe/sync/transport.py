@@ -32,6 +32,13 @@ class ByteCounts:
             self.payload[kind] += payload
             self.wire[kind] += wire
 
+    def take(self, other: ByteCounts) -> None:
+        """Add what others have counted, who start again from 0."""
+        for kind in other.payload | other.wire:
+            self.add(kind, payload=other.payload[kind], wire=other.wire[kind])
+        other.payload.clear()
+        other.wire.clear()
+
     def state(self) -> dict[str, dict[str, int]]:
         return {"payload": dict(self.payload), "wire": dict(self.wire)}
 
@@ -93,6 +100,16 @@ class Transport(Protocol):
         """
         ...
 
+    def beside(self) -> Transport:
+        """A transport between the same sites for a thread of its own; it closes with this one.
+
+        It counts bytes apart. In one process it is this one: nothing is to be waited for.
+
+        Raises:
+            SyncError: if the sites cannot be reached.
+        """
+        ...
+
     def close(self, reason: str = "") -> None:
         """Leave; peers that still wait for this process receive the reason, if there is one."""
         ...
@@ -120,6 +137,9 @@ class InMemoryTransport:
             if message.source != message.target:
                 count_wire(self.counts, message)
         return [message.tensor for message in messages]
+
+    def beside(self) -> Transport:
+        return self
 
     def close(self, reason: str = "") -> None:
         pass

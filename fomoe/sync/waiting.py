@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from fomoe.errors import say_line
 
@@ -23,6 +23,44 @@ PATIENCE_S = 10.0  # a longer wait prints a line that names the missing sites
 _LOOK_S = 1.0  # how often a wait checks whether the run has stopped elsewhere
 _SETTLE_S = 2.0  # longest wait for threads whose messages were made to fail
 _CALL = "call that may block"
+
+
+class Beside(Generic[T]):
+    """A call that runs in a thread of its own, beside the caller."""
+
+    def __init__(self, call: Callable[[], T]) -> None:
+        answers: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
+        self._answers = answers
+        self._answer: tuple[T | None, BaseException | None] | None = None
+
+        def run() -> None:
+            try:
+                answers.put((call(), None))
+            except BaseException as error:
+                answers.put((None, error))
+
+        threading.Thread(target=run, name=_CALL, daemon=True).start()
+
+    def ended(self, timeout_s: float) -> bool:
+        """Wait for the call, but not longer; a signal ends the wait at once."""
+        if self._answer is None:
+            with suppress(Empty):
+                self._answer = self._answers.get(timeout=timeout_s)
+        return self._answer is not None
+
+    def result(self) -> T:
+        """What the call returned, however long it takes.
+
+        Raises:
+            Exception: what the call raised.
+        """
+        while not self.ended(_LOOK_S):
+            pass
+        assert self._answer is not None
+        answer, error = self._answer
+        if error is not None:
+            raise error
+        return answer  # type: ignore[return-value]
 
 
 def in_thread(
@@ -38,29 +76,16 @@ def in_thread(
         TimeoutError: if the call does not return in time. It continues in its thread.
         Exception: what the call raises.
     """
-    answers: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
-
-    def run() -> None:
-        try:
-            answers.put((call(), None))
-        except BaseException as error:
-            answers.put((None, error))
-
-    threading.Thread(target=run, name=_CALL, daemon=True).start()
+    running = Beside(call)
     end = time.monotonic() + timeout_s
-    while True:
+    left = timeout_s
+    while not running.ended(max(min(left, _LOOK_S), 0.0)):
+        if left <= 0:
+            raise TimeoutError(f"no answer within {timeout_s:g} s")
+        if look is not None:
+            look()
         left = end - time.monotonic()
-        try:
-            answer, error = answers.get(timeout=max(min(left, _LOOK_S), 0.0))
-            break
-        except Empty:
-            if left <= 0:
-                raise TimeoutError(f"no answer within {timeout_s:g} s") from None
-            if look is not None:
-                look()
-    if error is not None:
-        raise error
-    return answer  # type: ignore[return-value]
+    return running.result()
 
 
 def is_blocked() -> bool:
