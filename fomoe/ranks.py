@@ -64,6 +64,10 @@ class Ranks:
         """Norm of all gradients of the site, from those of this rank."""
         return nn.utils.get_total_norm(grads)
 
+    def beside(self) -> Ranks:
+        """The same ranks, for messages of a thread of its own."""
+        return self
+
     def close(self) -> None:
         """Leave the other ranks."""
 

@@ -69,9 +69,10 @@ def check_ranks(config: Config, num_ranks: int) -> None:
         raise ConfigError("placement.kind", "copies", one)
     if config.sync.average == "gradients":
         raise ConfigError("sync.average", "gradients", one)
-    if config.sync.overlap_steps:
-        raise ConfigError("sync.overlap_steps", config.sync.overlap_steps, f"must be 0 for {ranks}")
-    if config.sync.fragments > 1 and parallel == "ddp":
+    if parallel == "ddp" and config.sync.overlap_steps:
+        rule = f"must be 0 for {ranks} with inner.parallel ddp"
+        raise ConfigError("sync.overlap_steps", config.sync.overlap_steps, rule)
+    if parallel == "ddp" and config.sync.fragments > 1:
         rule = f"must be 1 for {ranks} with inner.parallel ddp"
         raise ConfigError("sync.fragments", config.sync.fragments, rule)
     if config.inner.batch_size % num_ranks:

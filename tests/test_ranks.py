@@ -87,9 +87,9 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"inner.parallel": "ddp"}, 3, "inner.batch_size 2 must be a multiple of 3"),
     ({"inner.parallel": "ddp", "method": "ddp"}, 2, "sync.average gradients is trained with one"),
     (
-        {"inner.parallel": "fsdp", "sync.overlap_steps": 1, "local_steps": 4},
+        {"inner.parallel": "ddp", "sync.overlap_steps": 1, "local_steps": 4},
         2,
-        "sync.overlap_steps 1 must be 0 for the 2 ranks of a site",
+        "sync.overlap_steps 1 must be 0 for the 2 ranks of a site with inner.parallel ddp",
     ),
     (
         {"inner.parallel": "ddp", "sync.fragments": 2},
@@ -273,6 +273,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 TWO, FOUR = ("--ranks-per-site", 2), ("--ranks-per-site", 4)
 FSDP, DDP = "inner.parallel=fsdp", "inner.parallel=ddp"
+PARTS = ("local_steps=4", "sync.fragments=2", "sync.overlap_steps=1", "sync.mix=0.25")
 INT8 = ("sync.codec=int8", "placement.replication_factor=2")
 
 
@@ -291,11 +292,11 @@ def runs(config: Path) -> dict[str, World]:
         command("ddp", 4, DDP, *TWO),
         command("spes", 2, "method=spes"),
         command("spes-fsdp", 4, "method=spes", FSDP, *TWO),
-        command("parts", 2, "sync.fragments=2"),
-        command("parts-fsdp", 4, "sync.fragments=2", FSDP, *TWO),
+        command("parts", 2, *PARTS),
+        command("parts-fsdp", 4, *PARTS, FSDP, *TWO),
         command("short", 4, "rounds=1", FSDP, *TWO),
         command("apart", 4, FSDP, ranks=2),
-        command("unequal", 3, FSDP, ranks=2),
+        command("unequal", 3, FSDP, "sync.timeout_s=60", ranks=2),
         command("int8", 4, FSDP, *TWO, *INT8),
         command("int8-short", 4, "rounds=1", FSDP, *TWO, *INT8),
     ]
@@ -366,7 +367,9 @@ def test_frozen_experts_are_sharded_too(runs: dict[str, World], config: Path) ->
     assert_close(config, "spes", "spes-fsdp")
 
 
-def test_fragments_of_ranks_are_those_of_one(runs: dict[str, World], config: Path) -> None:
+def test_fragments_beside_steps_of_ranks_are_those_of_one(
+    runs: dict[str, World], config: Path
+) -> None:
     one, two = runs["parts"].summary, runs["parts-fsdp"].summary
     assert two["val_loss_merged"] == pytest.approx(one["val_loss_merged"], abs=1e-5)
     assert two["fragments"] == one["fragments"]

@@ -116,6 +116,7 @@ class GlooTransport:
     def beside(self) -> GlooTransport:
         twin = copy(self)
         twin.counts = {self._site: ByteCounts()}
+        twin.inside = self.inside.beside()
         number = len(self._twins)
         twin._group = self._connect(
             lambda: self._connect_as(f"beside-{number}"), timeout_s=self._timeout_s

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from copy import copy
 from datetime import timedelta
 from typing import Any
 
@@ -52,6 +53,7 @@ class SiteRanks(Ranks):
         timeout_s: float,
     ) -> None:
         self.rank, self.size, self.shards = rank, size, parallel == "fsdp"
+        self._group: dist.ProcessGroup | None = None  # the default one
         cuda = device.type == "cuda"
         started = time.monotonic()
         try:
@@ -79,20 +81,20 @@ class SiteRanks(Ranks):
         with lost_ranks():
             own = torch.tensor([len(message)])
             lengths = [torch.empty_like(own) for _ in range(self.size)]
-            dist.all_gather(lengths, own)
+            dist.all_gather(lengths, own, group=self._group)
             sizes = [int(length) for length in lengths]
             longest = max(*sizes, 1)
             padded = torch.zeros(longest, dtype=torch.uint8)
             if message:
                 padded[: len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
             found = [torch.empty_like(padded) for _ in range(self.size)]
-            dist.all_gather(found, padded)
+            dist.all_gather(found, padded, group=self._group)
         return [t.numpy().tobytes()[:n] for t, n in zip(found, sizes, strict=True)]
 
     def sum(self, values: Tensor) -> Tensor:
         with lost_ranks():
             found = [torch.empty_like(values) for _ in range(self.size)]
-            dist.all_gather(found, values.contiguous())
+            dist.all_gather(found, values.contiguous(), group=self._group)
         # In the order of the ranks: every rank gets the same bits.
         total = found[0]
         for other in found[1:]:
@@ -106,7 +108,7 @@ class SiteRanks(Ranks):
                 flat = own.contiguous() if rank == self.rank else own.new_empty(size)
                 assert flat.numel() == size
                 if size:
-                    dist.broadcast(flat, src=rank)
+                    dist.broadcast(flat, src=rank, group=self._group)
                 found.append(flat)
         return found
 
@@ -149,6 +151,11 @@ class SiteRanks(Ranks):
         if not self.shards:
             return own
         return self.sum(own.double().square()).sqrt().to(own.dtype)
+
+    def beside(self) -> SiteRanks:
+        twin = copy(self)
+        twin._group = dist.new_group(backend="gloo")
+        return twin
 
     def close(self) -> None:
         with suppress(RuntimeError):

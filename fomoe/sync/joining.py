@@ -25,11 +25,13 @@ from fomoe.ranks import ONE_RANK
 from fomoe.sync import waiting
 from fomoe.sync.gloo import GlooTransport, open_interface
 from fomoe.sync.inside import SiteRanks
+from fomoe.sync.membership import record_before_joining
 from fomoe.sync.transport import InMemoryTransport, Transport
 from fomoe.sync.waiting import in_thread, one_line, say
 
 _CONNECT_S = 5.0  # longest wait for one attempt to connect
 _RETRY_S = 0.2
+_LINGER_S = 1.0  # time for the others to read why this site ends
 _ANSWER_S = 10.0  # longest wait for a store's first answer, once connected
 
 _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
@@ -72,7 +74,7 @@ def open_transport(
     else:
         store, own = reach_store(launch, addresses, join_s)
     prefix, inside = f"attempt-{launch.attempt}", ONE_RANK
-    _check_ranks(dist.PrefixStore(prefix, store), launch)
+    _check_ranks(dist.PrefixStore(prefix, store), launch, f"{socket.gethostname()}, {own}")
     if launch.ranks > 1:
         inside = SiteRanks(
             dist.PrefixStore(f"{prefix}/inside-{launch.site}", store),
@@ -103,20 +105,28 @@ def open_transport(
         raise SyncError(f"{error} (the sites meet at {launch.where})") from error
 
 
-def _check_ranks(store: dist.Store, launch: Launch) -> None:
-    """Refuse sites with different numbers of ranks, before anyone waits for one that never comes.
+def _check_ranks(store: dist.Store, launch: Launch, place: str) -> None:
+    """Refuse sites with different numbers of ranks: one would wait for ranks that never come.
 
     Raises:
-        SyncError: at the sites that differ from the first to come.
+        SyncError: at the sites that differ from the first to come; the others read why.
     """
-    first = in_thread(
-        lambda: store.compare_set("ranks per site", "", str(launch.ranks)), timeout_s=_ANSWER_S
-    ).decode()
-    if first != str(launch.ranks):
-        raise SyncError(
-            f"site {launch.site} has {launch.ranks} ranks, but the first site to come has {first}: "
-            f"all sites must have as many"
-        )
+
+    def check() -> str:
+        first = int(store.compare_set("ranks per site", "", str(launch.ranks)))
+        if first == launch.ranks:
+            return ""
+        reason = f"it has {launch.ranks} ranks, not {first} as the first site to come: all sites "
+        reason += "must have as many"
+        for rank in range(first):
+            members = dist.PrefixStore(str(rank), store)
+            record_before_joining(members, launch.site, place, reason)
+        return f"site {launch.site}: {reason}"
+
+    if problem := in_thread(check, timeout_s=_ANSWER_S):
+        if launch.first and not launch.agent_store:
+            time.sleep(_LINGER_S)  # the store ends with this process
+        raise SyncError(problem)
 
 
 def resolve(name: str, port: int, timeout_s: float) -> list[Address]:
