@@ -50,9 +50,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", choices=PARTS, action="append", help="one part; repeatable")
     parser.add_argument("--store", action="store_true", help="keep the ratios as the baseline")
     parser.add_argument("--plot", type=Path, help="draw the growth of cost: .svg, .png or .pdf")
+    parser.add_argument(
+        "--stored", type=Path, help="with --plot: draw these rows (JSON Lines); nothing is measured"
+    )
     args = parser.parse_args(argv)
     if args.plot and args.plot.suffix not in SUFFIXES:
         parser.error(f"--plot {args.plot} must end in .svg, .png or .pdf")
+    if args.stored:
+        if not args.plot:
+            parser.error("--stored needs --plot")
+        growth([json.loads(row) for row in args.stored.read_text().splitlines()]).save(args.plot)
+        return 0
     if args.clock == "cpu" and (args.threads or torch.get_num_threads()) != 1:
         parser.error("--clock cpu counts the waiting of threads for each other; add --threads 1")
     machine = find_machine(args.device, args.threads, args.clock)

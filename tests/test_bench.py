@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from conftest import tiny_config
 pytest.importorskip("bench", reason="the bench folder is not beside the package")
 
 from bench import answers, baseline, peaks
+from bench.__main__ import main as bench_main
 from bench.codecs import sync_rows
 from bench.growth import even_routing, growth_rows
 from bench.layers import layer_rows, product_candidates
@@ -25,6 +27,7 @@ from fomoe.figures import COLOURS
 from fomoe.load import build_config
 from fomoe.shapes import parameter_specs
 
+ROOT = Path(__file__).parent.parent
 SHAPE = LayerShape(tokens=32, width=16, hidden=12, num_experts=4, top_k=2)
 STEP = StepShape(
     layers=2, width=16, heads=2, hidden=12, num_experts=4, top_k=2, vocab=32, seq_len=8, batch=2
@@ -189,6 +192,28 @@ def test_plot_is_made_of_the_rows() -> None:
     measured = [[row["value"], row["ms"]] for row in rows if row["series"] == "router"]
     assert routers.get_xydata().tolist() == sorted(measured)
     assert all(text in drawing.svg() for text in ("<!-- experts -->", "<!-- router -->"))
+
+
+def test_the_figure_of_the_page_is_drawn_from_the_stored_rows(tmp_path: Path) -> None:
+    stored, page = ROOT / "docs/results/growth.jsonl", ROOT / "docs/performance.md"
+    assert bench_main(["--stored", str(stored), "--plot", str(tmp_path / "plot.svg")]) == 0
+    drawn, shown = (
+        path.read_text() for path in (tmp_path / "plot.svg", ROOT / "docs/performance.svg")
+    )
+    # Legend, labels and ticks; lines may differ in the last digit between versions of the library.
+    words = re.compile("<!-- (.*) -->")
+    assert words.findall(drawn) == words.findall(shown)
+    assert drawn.count("<path") == shown.count("<path")
+    rows = [json.loads(line) for line in stored.read_text().splitlines()]
+    for series, field in (("assignments", "ms"), ("residents", "state_mb"), ("experts", "ms")):
+        numbers = [f"{row[field]:g}" for row in rows if row["series"] == series]
+        assert ", ".join(numbers) in page.read_text()
+
+
+def test_stored_rows_are_for_a_figure(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench_main(["--stored", "rows.jsonl"])
+    assert "--stored needs --plot" in capsys.readouterr().err
 
 
 def result(share: float) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from fomoe.adapters.layers import AdaptedModel, initial_matrix
 from fomoe.adapters.nesting import participants, row_ranks, truncations
+from fomoe.adapters.pruning import rank_after, tail_norm
 from fomoe.data.stream import Stream
 from fomoe.evaluate import LocalEvaluation
 from fomoe.planning import RunPlan
@@ -30,6 +32,7 @@ class Client(Site):
 
     Attributes:
         rank: rows of each of its matrices.
+        kept: rows that it uses; fewer after self-pruning.
         adapted: the base.
     """
 
@@ -42,7 +45,8 @@ class Client(Site):
         adapted: AdaptedModel,
         device: torch.device,
     ) -> None:
-        self.adapted, self.rank = adapted, plan.config.adapters.ranks[site]
+        self.adapted = adapted
+        self.rank = self.kept = plan.config.adapters.ranks[site]
         super().__init__(plan, site, stream=stream, device=device)
 
     def _build(self, plan: RunPlan) -> dict[str, nn.Parameter]:
@@ -66,7 +70,30 @@ class Client(Site):
             return []
         if not self.config.adapters.keep_optimizer:
             self.optimizer.state.clear()
-        return super().run_local_steps(num_steps, on_step)
+        before = self._tail_norm()
+        records = super().run_local_steps(num_steps, on_step)
+        if self._tail_norm() < before:
+            self.kept = self._after_pruning
+        return records
+
+    @property
+    def _after_pruning(self) -> int:
+        share = self.config.adapters.prune_keep
+        return self.kept if share is None else rank_after(self.kept, share)
+
+    @torch.no_grad()
+    def _tail_norm(self) -> float:
+        """Of the rows that self-pruning would remove; 0 without it."""
+        if self._after_pruning == self.kept:
+            return 0.0
+        return float(tail_norm(self.parameters, self._after_pruning, self.kept))
+
+    def _objective(self, loss: Tensor) -> Tensor:
+        """The loss, with the penalty of self-pruning."""
+        weight = self.config.adapters.prune_weight
+        if self._after_pruning == self.kept or not weight:
+            return loss
+        return loss + weight * tail_norm(self.parameters, self._after_pruning, self.kept)
 
     def backward(self) -> Tensor:
         """Gradients of one inner step: the mean over micro-batches and over their truncations.
@@ -83,10 +110,10 @@ class Client(Site):
             ranks = truncations(config.adapters, self.site, part=part, **draw)
             rows = row_ranks(config.adapters, self.site, len(windows), part=part, **draw)
             for index, rank in enumerate(ranks):
-                self.adapted.put(self.parameters, rank, rows)
+                self.adapted.put(self.parameters, min(rank, self.kept), rows)
                 with self.autocast:
                     loss = self.adapted.loss(windows)
-                (loss / (len(ranks) * inner.accumulation_steps)).backward()
+                (self._objective(loss) / (len(ranks) * inner.accumulation_steps)).backward()
                 if index == 0:
                     total[0] += loss.detach() / inner.accumulation_steps
             self._count({}, int((windows[:, 1:] >= 0).sum()))
@@ -110,6 +137,14 @@ class Client(Site):
             return layout
         return {n: kind for n, kind in layout.items() if not n.startswith(entry("inner", ""))}
 
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, values = super().state()
+        return tensors, {**values, "kept": self.kept}
+
+    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        super().load_state(tensors, values)
+        self.kept = values.get("kept", self.rank)
+
     @torch.no_grad()
     def losses(self, windows: np.ndarray, rank: int | None = None) -> tuple[float, int]:
         """Sum of the cross-entropy over coded windows, and the number of targets.
@@ -117,7 +152,7 @@ class Client(Site):
         Args:
             rank: of the truncation; None: this client's own.
         """
-        self.adapted.put(self.parameters, self.rank if rank is None else rank)
+        self.adapted.put(self.parameters, self.kept if rank is None else rank)
         return summed_loss(self, windows)
 
 

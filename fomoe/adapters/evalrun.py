@@ -120,6 +120,6 @@ class _Answers:
         for number, client in clients.items():
             row = own[number]
             if row is not None:
-                adapted.put(client.parameters, client.rank)
+                adapted.put(client.parameters, client.kept)
                 for name, score in self.scores.items():
                     row[name] = score(adapted, self.own[number])

@@ -31,7 +31,8 @@ def evaluate_server(
     Returns:
         The loss at the largest rank; `more` has `val_loss_by_rank`, `val_loss_by_client`, what
         each client's own held-out part costs at the client's own rank, `passes_per_step`, mean
-        over the clients, and `energy`, the share of every rank dimension in the server's product.
+        over the clients, and `energy`, the share of every rank dimension in the server's product;
+        with self-pruning `kept_ranks`, the ranks that clients still use.
     """
     clients = {index: site for index, site in sites.items() if isinstance(site, Client)}
     matrices = fetch_matrices(plan, clients, transport)
@@ -44,7 +45,8 @@ def evaluate_server(
         for rank in cuts:
             client.adapted.put(matrices, rank)
             sums.append(summed_loss(client, share))
-        return json.dumps([sums, None if own is None else client.losses(own)]).encode()
+        own_sums = None if own is None else client.losses(own)
+        return json.dumps([sums, own_sums, client.kept]).encode()
 
     # Computed first: no peer waits for the first message while another still computes.
     messages = {site: message(site) for site in transport.sites}
@@ -59,6 +61,8 @@ def evaluate_server(
         "passes_per_step": mean_passes(plan.config.adapters),
         "energy": energy(part(matrices, A), part(matrices, B)),
     }
+    if plan.config.adapters.prune_keep is not None:
+        more["kept_ranks"] = [row[2] for row in rows]
     return MergedEvaluation(loss=by_rank[cuts[-1]], load_LE=[], more=more)
 
 

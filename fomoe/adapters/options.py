@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fomoe.options import IntTuple, Options, PositiveFloat, Text, TextTuple
+from fomoe.options import IntTuple, NonNegativeFloat, Options, PositiveFloat, Text, TextTuple
 
 # What the server makes of the clients' adapters; `adapters/server.py` has a function for each but
 # the first, which is the sync of pre-training.
@@ -46,6 +46,11 @@ class AdaptersConfig(Options):
     aggregate: Aggregate = "segments"
     """How adapters become one: every range of rows over the clients that have it (segments), or
     a baseline, which needs all clients in one process."""
+    prune_keep: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """[share] Self-pruning of aggregate hetlora: what a client keeps of its rank when the last rows
+    have shrunk in a round; null: none."""
+    prune_weight: NonNegativeFloat = 0.01
+    """Weight of the penalty on the rows that self-pruning would remove."""
     participation: Annotated[float, Field(gt=0, le=1)] = 1.0
     """[share] Clients that train in a round, drawn from the seed; the others only receive."""
     keep_optimizer: bool = False

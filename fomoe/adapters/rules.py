@@ -94,6 +94,7 @@ def _check_server(config: Config) -> None:
             "does not fit adapters.participation below 1: a client that rests would keep old state"
         )
         raise ConfigError("adapters.keep_optimizer", "true", rule)
+    _check_pruning(adapters)
     if config.sync.single_holder == "local":
         rule = "has no meaning for adapters: the largest rank may have one holder"
         raise ConfigError("sync.single_holder", "local", rule)
@@ -105,3 +106,18 @@ def _check_server(config: Config) -> None:
     }:  # fmt: skip
         rule = f"must be SGD with lr 1 and momentum 0 for adapters.aggregate {adapters.aggregate}"
         raise ConfigError("outer.optimizer", outer.optimizer, rule)
+
+
+def _check_pruning(adapters: AdaptersConfig) -> None:
+    default = AdaptersConfig.model_fields["prune_weight"].default
+    if adapters.prune_keep is None:
+        if adapters.prune_weight != default:
+            rule = "needs adapters.prune_keep"
+            raise ConfigError("adapters.prune_weight", adapters.prune_weight, rule)
+        return
+    if adapters.aggregate != "hetlora":
+        rule = f"is for adapters.aggregate hetlora, not {adapters.aggregate}"
+        raise ConfigError("adapters.prune_keep", adapters.prune_keep, rule)
+    if adapters.nesting != "none":
+        rule = f"does not fit adapters.nesting {adapters.nesting}: a client's rank would change"
+        raise ConfigError("adapters.prune_keep", adapters.prune_keep, rule)

@@ -63,9 +63,13 @@ class ServerSync(Sync):
                 counts=prepared.counts[index],
             )
             if weight:
-                own = {n: p.detach().to("cpu", copy=True) for n, p in site.parameters.items()}
-                rank = self.plan.config.adapters.ranks[index]
-                scale = scale_at(self.plan.config.adapters, rank)
+                assert isinstance(site, Client)
+                # Rows that a client has pruned are still sent as the plan has them, and ignored.
+                own = {
+                    name: parameter.detach()[: site.kept].to("cpu", copy=True)
+                    for name, parameter in site.parameters.items()
+                }
+                scale = scale_at(self.plan.config.adapters, site.kept)
                 found.append(Upload(weight=weight, scale=scale, a=part(own, A), b=part(own, B)))
         return found
 
