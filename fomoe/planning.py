@@ -77,13 +77,23 @@ class RunPlan:
 
     def payload_per_round(self, site: int) -> float:
         """Mean over the rounds of the run; an integer if it is whole."""
-        again = sum(self.fragments[f][site].payload for f in synced_again(self.config))
-        return self._mean([(p.rounds, p.traffic[site].payload) for p in self.phases], again)
+        at_end, _ = self.added_at_end(site)
+        return self._mean([(p.rounds, p.traffic[site].payload) for p in self.phases], at_end)
 
     def wire_per_round(self, site: int) -> float:
         """Mean over the rounds of the run; an integer if it is whole."""
-        again = sum(self.fragments[f][site].wire for f in synced_again(self.config))
-        return self._mean([(p.rounds, p.traffic[site].wire) for p in self.phases], again)
+        _, at_end = self.added_at_end(site)
+        return self._mean([(p.rounds, p.traffic[site].wire) for p in self.phases], at_end)
+
+    @property
+    def syncs_at_end(self) -> int:
+        """How many syncs the run's last round has beyond the others."""
+        return len(synced_again(self.config))
+
+    def added_at_end(self, site: int) -> tuple[int, int]:
+        """Payload and wire bytes that the run's last round has beyond the others."""
+        again = [self.fragments[fragment][site] for fragment in synced_again(self.config)]
+        return sum(t.payload for t in again), sum(t.wire for t in again)
 
     def _mean(self, counted: list[tuple[int, int]], at_end: int) -> float:
         total = self.syncs_per_round * sum(rounds * number for rounds, number in counted) + at_end

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_cli import fomoe, load_part, records, snapshot, trained, write_config
+from helpers_cli import MEASURED, fomoe, load_part, records, snapshot, trained, write_config
 from safetensors.torch import load_file
 
 from fomoe import checkpoint
@@ -32,7 +32,7 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
 
 
 def parts(run_dir: Path, round_idx: int, num_sites: int = 3) -> list[tuple[Any, Any]]:
