@@ -937,7 +937,7 @@ def test_bytes_that_were_not_planned_stop_the_sync_before_it_is_committed(layout
     work = partial(failing_sync, tiny_config(FAILING[layout]), miscount, SyncError)
     for message in [*all_good(over_gloo(4, work)), work(InMemoryTransport(range(4)))]:
         assert message.startswith("site 2: it sent (payload, wire) = (")
-        assert "bytes in this round, but the plan says (" in message
+        assert "bytes in this sync, but the plan says (" in message
         assert message.endswith(NOT_HERE)
 
 
