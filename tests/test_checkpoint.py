@@ -164,7 +164,9 @@ def test_only_rounds_and_run_may_change(tiny: Path, tmp_path: Path) -> None:
         outcome = fomoe("train", tiny, override, "rounds=3", "--resume")
         assert outcome.status != 0
         assert override.partition("=")[0] in outcome.err
-        assert "only rounds, inner.schedule_steps and run.* may change" in outcome.err
+        assert (
+            "only rounds, inner.schedule_steps, inner.parallel and run.* may change" in outcome.err
+        )
         assert snapshot(tmp_path / "run" / "checkpoints") == saved
     trained(tiny, "rounds=3", "run.log_every=3", "run.keep_checkpoints=4", "--resume")
 
