@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -104,7 +104,9 @@ def build_run(
 ) -> Run:
     """Build data and sites, and resume if asked; only then write to the folder."""
     run_dir = lock.run_dir
-    plan = plan_run(config)
+    inside = transport.inside
+    plan = plan_run(config, inside.size)
+    own_plan = plan.at_rank(inside.rank)
     system = agreed(transport, lambda: system_of(config, device))
     if device.type == "cpu":
         keep_freed_memory()
@@ -124,12 +126,13 @@ def build_run(
     ):
         initial = agreed(transport, lambda: open_initial(config, data.fingerprints["tokenizer"]))
     sites, parkings = agreed(
-        transport, lambda: build_sites(plan, data, transport.sites, device, system, initial)
+        transport, lambda: build_sites(own_plan, data, transport, device, system, initial)
     )
-    sync = system.sync(plan, sites, transport, pin=device.type == "cuda")
+    sync = system.sync(own_plan, sites, transport, pin=device.type == "cuda")
     if initial is not None:
         check_equal_start(config, sync)
-    progress = Progress(config, num_local_sites=len(sites), show=show and transport.sites[0] == 0)
+    first = transport.sites[0] == inside.rank == 0
+    progress = Progress(config, num_local_sites=len(sites), show=show and first)
     if config.model.moe_layers:
         progress.notes.append(f"experts: {sites[transport.sites[0]].expert_backend}")
     if parkings:
@@ -151,7 +154,7 @@ def build_run(
     )
     lock.began = True
     if mode == "overwrite":  # before any site writes
-        agreed(transport, lambda: remove_run(run_dir))
+        agreed(transport, lambda: None if inside.rank else remove_run(run_dir))
     agreed(transport, lambda: write_run_files(config, run_dir, data, transport))
     return run
 
@@ -172,7 +175,7 @@ def check_equal_start(config: Config, sync: Sync) -> None:
 def build_sites(
     plan: RunPlan,
     data: Data,
-    own: Sequence[int],
+    transport: Transport,
     device: torch.device,
     system: System,
     initial: Initial | None = None,
@@ -182,10 +185,10 @@ def build_sites(
     Raises:
         CheckpointError: if a file of the initial model turns out to be damaged.
     """
-    sites, parkings = {}, {}
+    sites, parkings, own = {}, {}, transport.sites
     parking = parks(plan.config, [plan.memory[site] for site in own], device)
     for site in own:
-        sites[site] = system.make_site(plan, site, data.streams[site])
+        sites[site] = system.make_site(plan, site, data.streams[site], transport.inside)
         if initial is not None:
             sites[site].start_from(initial.read, initial.biases)
         if parking:

@@ -11,8 +11,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +21,7 @@ from typing import Any, NoReturn
 from fomoe import __version__, finished
 from fomoe.errors import ConfigError, FomoeError, say_line
 from fomoe.hints import hint
-from fomoe.launch import Launch, launch_from_environment, site_label
+from fomoe.launch import Launch, launch_from_environment, launch_of_site, site_label
 from fomoe.study.command import add_study
 from fomoe.sync.waiting import is_blocked
 
@@ -52,29 +53,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     # torch's C++ side prints stack traces of refused connections; our own line is clearer.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     words = sys.argv[1:] if argv is None else list(argv)
+    label = site_label
     try:
         signal.signal(signal.SIGTERM, _interrupt)
         parser = build_parser(next((word for word in words if not word.startswith("-")), None))
         args, rest = parser.parse_known_args(words)
+        label = partial(
+            site_label, max(1, getattr(args, "ranks_per_site", 1)), getattr(args, "site", None)
+        )
         _take_overrides(args, rest)
         return args.run(args)
     except ConfigError as error:
-        return _fail(error, _EXIT_USAGE)
+        return _fail(error, _EXIT_USAGE, label)
     except FomoeError as error:
-        return _fail(error, _EXIT_FAILED)
+        return _fail(error, _EXIT_FAILED, label)
     except BrokenPipeError:
         # The reader of our output has ended, as `head` does; Python would complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _EXIT_FAILED
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
-        return _fail(f"{error.strerror or error}{where}", _EXIT_FAILED)
+        return _fail(f"{error.strerror or error}{where}", _EXIT_FAILED, label)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        return _fail(f"out of memory: {error}", _EXIT_FAILED)
+        return _fail(f"out of memory: {error}", _EXIT_FAILED, label)
     except KeyboardInterrupt:
-        return _fail("interrupted; checkpoints are kept, --resume continues", _EXIT_INTERRUPTED)
+        text = "interrupted; checkpoints are kept, --resume continues"
+        return _fail(text, _EXIT_INTERRUPTED, label)
 
 
 def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
@@ -142,6 +148,24 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 def _add_train(commands: Any) -> None:
     parser = commands.add_parser("train", help="train; under torchrun, one site per rank")
     _add_config(parser)
+    parser.add_argument(
+        "--ranks-per-site",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes of every site, under one torchrun over all of them (default 1); "
+        "inner.parallel says how they share the work",
+    )
+    parser.add_argument(
+        "--site",
+        type=int,
+        metavar="K",
+        help="this process is of site K, which has a torchrun of its own, or one process; with "
+        "--meet (launch/site.sh gives both)",
+    )
+    parser.add_argument(
+        "--meet", metavar="ADDRESS[:PORT]", help="where the sites join: an address of site 0"
+    )
     parser.add_argument(
         "--resume-round",
         type=int,
@@ -213,9 +237,13 @@ def _train(args: argparse.Namespace) -> int:
     if args.dry_run:
         from fomoe.planning import plan_run, planned_summary
         from fomoe.ready import check_ready
+        from fomoe.rules import check_ranks
 
-        check_ready(config, site=_launched_site(config))
-        run = plan_run(config)
+        if args.ranks_per_site < 1:
+            raise ConfigError("--ranks-per-site", args.ranks_per_site, "must be at least 1")
+        check_ranks(config, args.ranks_per_site)
+        check_ready(config, site=_launched_site(config, args.ranks_per_site))
+        run = plan_run(config, args.ranks_per_site)
         if args.json:
             print(json.dumps(planned_summary(run)))
         else:
@@ -223,7 +251,7 @@ def _train(args: argparse.Namespace) -> int:
 
             print_dry_run(run)
         return 0
-    launch = _launch(config.num_sites)
+    launch = _launch_of(args, config.num_sites)
     from fomoe.training import train
 
     summary = train(
@@ -234,7 +262,7 @@ def _train(args: argparse.Namespace) -> int:
         interface=args.interface,
         launch=launch,
     )
-    if launch.rank == 0:
+    if launch.first:
         if args.json:
             print(json.dumps(summary))
         else:
@@ -250,7 +278,7 @@ def _compare(args: argparse.Namespace) -> int:
     launch = _launch()
     if launch.distributed:
         rule = "must be 1 for compare, which trains all sites of a method in one process"
-        raise ConfigError("WORLD_SIZE", launch.world_size, rule)
+        raise ConfigError("WORLD_SIZE", launch.num_sites, rule)
     methods = comparison.read_methods(args.methods)
     seeds = comparison.read_seeds(args.seeds) if args.seeds is not None else []
     configs = comparison.settings(
@@ -349,18 +377,32 @@ def load(
     return config.model_copy(update={"run": config.run.model_copy(update={"dir": at_home})})
 
 
-def _launched_site(config: Any) -> int | None:
+def _launched_site(config: Any, ranks: int) -> int | None:
     """The site that this process would run; None in a proxy run."""
     rank = os.environ.get("RANK", "")
-    return int(rank) if rank.isdecimal() and int(rank) < config.num_sites else None
+    site = int(rank) // ranks if rank.isdecimal() else config.num_sites
+    return site if site < config.num_sites else None
 
 
-def _launch(num_sites: int | None = None) -> Launch:
+def _launch(num_sites: int | None = None, ranks: int = 1) -> Launch:
     """Read and check the launch environment; a warning is printed."""
-    launch = launch_from_environment(num_sites=num_sites)
+    launch = launch_from_environment(num_sites=num_sites, ranks=ranks)
     if launch.warning:
         say_line(f"fomoe: warning: {launch.warning}")
     return launch
+
+
+def _launch_of(args: argparse.Namespace, num_sites: int) -> Launch:
+    """The launch that the arguments and the environment describe."""
+    if (args.site is None) != (args.meet is None):
+        name, other = ("--site", "--meet") if args.meet is None else ("--meet", "--site")
+        raise ConfigError(name, getattr(args, name[2:]), f"needs {other}")
+    if args.site is None:
+        return _launch(num_sites, args.ranks_per_site)
+    if args.ranks_per_site != 1:
+        rule = "is for one torchrun over all sites; with --site, torchrun's own number counts"
+        raise ConfigError("--ranks-per-site", args.ranks_per_site, rule)
+    return launch_of_site(args.site, args.meet, num_sites=num_sites)
 
 
 def _take_overrides(args: argparse.Namespace, rest: list[str]) -> None:
@@ -381,7 +423,7 @@ def _interrupt(signum: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _fail(message: object, status: int) -> int:
+def _fail(message: object, status: int, label: Callable[[], str]) -> int:
     line = re.sub(r"\s*[\r\n]\s*", " ", str(message).strip())  # names keep their spaces
-    say_line(f"fomoe: error{site_label()}: {line}")
+    say_line(f"fomoe: error{label()}: {line}")
     return status

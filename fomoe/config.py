@@ -182,6 +182,9 @@ class InnerConfig(Options):
     """[micro-batches] Gradients that are summed for one inner step."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on accelerators, fp32 on CPU."""
+    parallel: Literal["none", "ddp", "fsdp"] = "none"
+    """How the ranks of a site share the work, where it has several (--ranks-per-site): each has all
+    parameters and a part of the batch (ddp), or a part of both (fsdp, torch's FSDP2)."""
 
 
 class OuterConfig(Options):
@@ -236,7 +239,10 @@ class SyncConfig(Options):
     single_holder: Literal["outer", "local"] = "outer"
     """A segment with one holder takes the outer step, or stays as trained (local)."""
     timeout_s: Annotated[float, Field(ge=1, le=1_000_000, allow_inf_nan=False)] = 600.0
-    """[seconds] Longest wait for a peer that sends nothing, and for all sites to join."""
+    """[seconds] Longest wait for a peer that sends nothing."""
+    join_timeout_s: Annotated[float, Field(ge=1, le=1_000_000, allow_inf_nan=False)] | None = None
+    """[seconds] Longest wait for all sites to join, which may be hours where sites wait in queues;
+    null: timeout_s."""
     verify_replicas: bool = True
     """Whether the holders compare hashes of their replicas at every round's end."""
 

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from fomoe.config import Config
 from fomoe.copies import num_sets, set_of_site
+from fomoe.gathering import gather_whole
 from fomoe.model.experts import Expert, swiglu
+from fomoe.planning import RunPlan
 from fomoe.segments import Plan, Segment
 from fomoe.site import Site
 from fomoe.sync.exchange import Item, fetch, gather
@@ -61,15 +63,25 @@ class MergedEvaluation:
 def evaluate_local(site: Site, held_out: np.ndarray) -> LocalEvaluation:
     """Evaluate one site's model, skipping absent experts as in training."""
     site.model.eval()
-    total, probe = 0.0, torch.empty(0, 0, site.config.model.top_k, dtype=torch.int16)
-    for index, batch in enumerate(_batches(site.config, held_out)):
-        tokens = torch.from_numpy(batch).to(site.device)
+    ranks, batches = site.ranks, _batches(site.config, held_out)
+    losses, probe = {}, torch.empty(0, 0, site.config.model.top_k, dtype=torch.int16)
+    for turn in range(0, len(batches), ranks.size):
+        # Ranks that share parameters run equally often; one without a batch runs the last again.
+        index = min(turn + ranks.rank, len(batches) - 1)
+        tokens = torch.from_numpy(batches[index]).to(site.device)
         with site.autocast:
             output = site.model(tokens[:, :-1], tokens[:, 1:])
-        total += float(output.loss) * len(batch)
+        losses[index] = float(output.loss) * len(batches[index])
         if index == 0 and output.routings:
             chosen = [routing.selected_TK for routing in output.routings.values()]
             probe = torch.stack(chosen).to("cpu", torch.int16)
+    own = json.dumps([list(losses.items()), probe.tolist()]).encode()
+    parts = [json.loads(part) for part in ranks.gather(own)] if ranks.size > 1 else []
+    for others, _ in parts:
+        losses |= {index: loss for index, loss in others}
+    if parts and parts[0][1]:
+        probe = torch.tensor(parts[0][1], dtype=torch.int16)
+    total = sum(losses[index] for index in range(len(batches)))
     return LocalEvaluation(loss=total / len(held_out), probe_LTK=probe)
 
 
@@ -83,39 +95,64 @@ def topk_agreement(before_LTK: Tensor, after_LTK: Tensor) -> float:
 
 @torch.no_grad()
 def evaluate_merged(
-    config: Config,
+    plan: RunPlan,
     sites: Mapping[int, Site],
-    plan: Plan,
     transport: Transport,
     held_out: np.ndarray,
 ) -> MergedEvaluation:
-    """Evaluate all experts together, right after a sync; every site takes a share of the batches.
+    """Evaluate all experts together, right after a sync; every rank of every site takes a share of
+    the batches.
 
     Args:
+        plan: the experiment: where each expert's tensors are found.
         sites: the sites of this process.
-        plan: where each expert's tensors are found.
     """
-    batches = list(_batches(config, held_out))
-    share = {
-        index: site
-        for index in range(len(batches))
-        for site in transport.sites
-        if transport.members[index % len(transport.members)] == site
-    }
-    segments, rows = _expert_segments(plan), _router_segments(plan)
+    config, inside = plan.config, transport.inside
+    batches = _batches(config, held_out)
+    share, padding = _share(len(batches), transport)
+    # By rank: the rows that it has of every expert.
+    segments = [_expert_segments(own.segment_plan) for own in plan.ranks or (plan,)]
+    whole, rows = _expert_segments(plan.segment_plan), _router_segments(plan.segment_plan)
 
     def experts_of(layer: int) -> tuple[dict[int, Expert], Tensor | None]:
-        experts = _fetch_layer(config, sites, transport, layer, segments[layer])
+        of_layer = [own.get(layer, []) for own in segments]
+        tensors = _fetch_segments(sites, transport, of_layer[inside.rank])
+        if inside.size > 1:
+            tensors = gather_whole(inside, of_layer, lambda segment: tensors[segment.name])
+        device = next(iter(sites.values())).device
+        experts = _by_expert(config, tensors, whole[layer], device)
         return experts, _fetch_rows(sites, transport, rows[layer]) if layer in rows else None
 
-    losses, loads = _run_layers(
-        config,
-        {index: sites[site] for index, site in share.items()},
-        batches,
-        experts_of,
-        gather_text_counts(config, sites, transport) if num_sets(config) > 1 else None,
-    )
+    def run() -> tuple[dict[int, float], dict[int, list[list[int]]]]:
+        return _run_layers(
+            config,
+            {index: sites[site] for index, site in {**share, **padding}.items()},
+            batches,
+            experts_of,
+            gather_text_counts(config, sites, transport) if num_sets(config) > 1 else None,
+        )
+
+    # A site of several ranks is the only one of its process.
+    losses, loads = run() if inside.size == 1 else next(iter(sites.values())).model.within(run)
     return _combine(transport, share, losses, loads, [len(batch) for batch in batches])
+
+
+def _share(count: int, transport: Transport) -> tuple[dict[int, int], dict[int, int]]:
+    """Batches that run in this process, and the site of each; and batches that run for nothing.
+
+    Ranks that share parameters have to run equally often, so one that has fewer batches than its
+    siblings runs some again, under indices from the end.
+    """
+    members, inside = transport.members, transport.inside
+    share: dict[int, int] = {}
+    padding: dict[int, int] = {}
+    for site in transport.sites:
+        own = [index for index in range(count) if members[index % len(members)] == site]
+        mine = own[inside.rank :: inside.size]
+        share |= dict.fromkeys(mine, site)
+        missing = -(-len(own) // inside.size) - len(mine)
+        padding |= dict.fromkeys(range(-missing, 0), site)
+    return dict(sorted(share.items())), padding
 
 
 @torch.no_grad()
@@ -128,7 +165,7 @@ def evaluate_stored(
         plan: names the experts' tensors.
         read: an expert's tensor by name, on any device.
     """
-    batches = list(_batches(site.config, held_out))
+    batches = _batches(site.config, held_out)
     segments = _expert_segments(plan)
     losses, loads = _run_layers(
         site.config,
@@ -220,7 +257,11 @@ def _combine(
         own = [index for index, owner in share.items() if owner == site]
         return json.dumps([[index, losses[index], loads[index]] for index in own]).encode()
 
-    rows = sorted(row for part in gather(transport, message) for row in json.loads(part))
+    def of_ranks(site: int) -> bytes:
+        parts = transport.inside.gather(message(site))
+        return json.dumps([row for part in parts for row in json.loads(part)]).encode()
+
+    rows = sorted(row for part in gather(transport, of_ranks) for row in json.loads(part))
     return _sum_up(rows, sizes)
 
 
@@ -272,18 +313,6 @@ def _fetch_rows(sites: Mapping[int, Site], transport: Transport, segments: list[
     """All router rows of one layer, [E, D]."""
     tensors = _fetch_segments(sites, transport, segments)
     return torch.cat([tensors[segment.name] for segment in segments])
-
-
-def _fetch_layer(
-    config: Config,
-    sites: Mapping[int, Site],
-    transport: Transport,
-    layer: int,
-    segments: list[Segment],
-) -> dict[int, Expert]:
-    """All experts of one layer; local ones are not copied."""
-    tensors = _fetch_segments(sites, transport, segments)
-    return _by_expert(config, tensors, segments, next(iter(sites.values())).device)
 
 
 def _by_expert(

@@ -29,6 +29,8 @@ class _Sink(Protocol):
 
     name: str
 
+    def open(self) -> None: ...
+
     def log(self, site: int, scalars: Scalars, *, step: int) -> None: ...
 
     def close(self) -> None: ...
@@ -107,7 +109,7 @@ class WandbRuns:
         resumed: whether it goes on with one.
 
     Raises:
-        ServiceError: if one cannot be opened; nothing is left in the folder.
+        ServiceError: if the library is not installed.
     """
 
     name = "wandb"
@@ -116,24 +118,29 @@ class WandbRuns:
         self, config: Config, run_dir: Path, sites: tuple[int, ...], run_id: str, *, resumed: bool
     ) -> None:
         self._wandb = import_wandb(config.run.wandb)
+        self._config, self._run_dir, self._sites = config, run_dir, sites
         self._folder = run_dir / "wandb"
         self._before = listing(self._folder)
-        kept = self._folder / "run-id"
-        if resumed and kept.is_file():
-            run_id = kept.read_text(encoding="utf-8").strip()
+        self._kept = self._folder / "run-id"
+        self._id = run_id
+        if resumed and self._kept.is_file():
+            self._id = self._kept.read_text(encoding="utf-8").strip()
         self._runs: dict[int, Any] = {}
+
+    def open(self) -> None:
+        """Open the runs.
+
+        Raises:
+            ServiceError: if one cannot be opened.
+        """
         try:
-            for site in sites:
-                self._runs[site] = self._open(config, run_dir, site, run_id)
+            for site in self._sites:
+                self._runs[site] = self._open(self._config, self._run_dir, site, self._id)
             self._folder.mkdir(exist_ok=True)
-            write_text_atomically(kept, f"{run_id}\n")
+            write_text_atomically(self._kept, f"{self._id}\n")
         except Exception as error:
-            self.discard()
-            mode = config.run.wandb
+            mode = self._config.run.wandb
             raise ServiceError(f"run.wandb={mode}: no wandb run opens: {_line(error)}") from None
-        except BaseException:  # an interrupt while it waits for the network
-            self.discard()
-            raise
 
     def _open(self, config: Config, run_dir: Path, site: int, run_id: str) -> Any:
         run = self._wandb.init(
@@ -213,25 +220,30 @@ class TensorBoard:
         first_step: steps from it on that the folder has already are hidden: they run again.
 
     Raises:
-        ServiceError: if a writer cannot be opened; nothing is left in the folder.
+        ServiceError: if the library is not installed.
     """
 
     name = "TensorBoard"
 
     def __init__(self, run_dir: Path, sites: tuple[int, ...], first_step: int) -> None:
-        library = import_tensorboard()
+        self._library = import_tensorboard()
+        self._sites, self._first_step = sites, first_step
         self._folder = run_dir / "tensorboard"
         self._before = {path for path in self._folder.rglob("*")}
         self._writers: dict[int, Any] = {}
+
+    def open(self) -> None:
+        """Open the writers.
+
+        Raises:
+            ServiceError: if one cannot be opened.
+        """
         try:
-            for site in sites:
-                self._writers[site] = library.SummaryWriter(
-                    str(self._folder / f"site-{site}"), purge_step=first_step + 1
+            for site in self._sites:
+                self._writers[site] = self._library.SummaryWriter(
+                    str(self._folder / f"site-{site}"), purge_step=self._first_step + 1
                 )
-        except BaseException as error:
-            self.discard()
-            if not isinstance(error, Exception):
-                raise
+        except Exception as error:
             text = f"run.tensorboard=true: no writer opens: {_line(error)}"
             raise ServiceError(text) from None
 
@@ -288,12 +300,17 @@ def open_logs(
     logs = Logs(config, sites, [])
 
     def enter() -> None:
+        if transport.inside.rank:  # a site's first rank sends its records
+            return
         if config.run.tensorboard:
             first_step = first_round * config.local_steps
             logs._sinks.append(TensorBoard(run_dir, sites, first_step))
         if config.run.wandb != "off":
             logs._sinks.append(WandbRuns(config, run_dir, sites, run_id, resumed=resumed))
+        for sink in logs._sinks:
+            sink.open()
 
+    # Sites may share the folder: what is new in it is removed when none of them still opens.
     try:
         agreed(transport, enter)
     except BaseException:

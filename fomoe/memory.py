@@ -37,21 +37,35 @@ class SiteMemory:
         return sum(asdict(self).values())
 
 
+def sum_memory(parts: list[SiteMemory]) -> SiteMemory:
+    """State of several ranks of a site together."""
+    rows = [asdict(part) for part in parts]
+    return SiteMemory(**{name: sum(row[name] for row in rows) for name in rows[0]})
+
+
 def site_memory(
-    config: Config, plan: Plan, site: int, families: tuple[Bucket, ...] = ()
+    config: Config,
+    plan: Plan,
+    site: int,
+    families: tuple[Bucket, ...] = (),
+    *,
+    in_memory: Plan | None = None,
 ) -> SiteMemory:
-    """State bytes of one site: only of the segments that it holds.
+    """State bytes of one site (or of one rank of it): only of the segments that it holds.
 
     Gradients and inner optimizer state exist for what the site trains, anchor and outer state for
     what the outer optimizer steps, residuals for what a codec encodes.
 
     Args:
         families: the plan's buckets of experts' copies (`fomoe.copies`).
+        in_memory: what parameters, gradients and inner state exist for; None: for the plan's own
+            segments.
     """
+    own = [b for b in (in_memory or plan).buckets if site in b.holders]
+    numel = sum(bucket.numel for bucket in own)
+    trained = sum(bucket.numel for bucket in own if trains(bucket, site))
+    tensors = len({s.parameter for b in own if trains(b, site) for s in b.segments})
     held = [bucket for bucket in plan.buckets if site in bucket.holders]
-    numel = sum(bucket.numel for bucket in held)
-    trained = sum(bucket.numel for bucket in held if trains(bucket, site))
-    tensors = len({s.parameter for b in held if trains(b, site) for s in b.segments})
     stepped = [bucket for bucket in held if takes_outer_step(config, bucket)]
     return SiteMemory(
         parameters=FLOAT32 * numel,

@@ -80,6 +80,21 @@ class Metrics:
             self._log.close()
 
 
+class Unwritten(Metrics):
+    """The records of a rank that is not its site's first one, which writes them."""
+
+    def __init__(
+        self, run_dir: Path, sites: tuple[int, ...], *, first_round: int, log: Logs | None = None
+    ) -> None:
+        self.path, self.num_damaged = metrics_path(run_dir, sites[0]), 0
+
+    def write(self, records: list[dict[str, Any]]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def _read_records(path: Path) -> tuple[list[tuple[str, int]], int]:
     """Text and round of every record, and the number of lines without one."""
     if not path.exists():

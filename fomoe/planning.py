@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fomoe.codecs import CODECS
 from fomoe.config import Config
 from fomoe.copies import build_families, coupling, exchanged, rounds_by_coupling
 from fomoe.fragments import fragment_of, fragment_of_layer, streams, synced_again
-from fomoe.memory import SiteMemory, site_memory
+from fomoe.memory import SiteMemory, site_memory, sum_memory
 from fomoe.placement import Placement, build_placement
 from fomoe.segments import (
     Bucket,
@@ -22,9 +22,11 @@ from fomoe.segments import (
     build_plan,
     full_payload,
     rule_of,
+    sum_traffic,
     takes_outer_step,
 )
 from fomoe.shapes import parameter_specs
+from fomoe.shards import cut_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,8 @@ class Phase:
     Attributes:
         coupling: how far copies of experts are tied to one another; 1 without copies.
         rounds: how many there are in the run.
-        traffic: bytes of one sync per site (of one gradient average with `ddp`).
+        traffic: bytes of one sync per site (of one gradient average with `ddp`), of all ranks of
+            the site together.
     """
 
     coupling: float
@@ -51,7 +54,10 @@ class RunPlan:
         families: buckets of experts' copies with the same origin; none without copies.
         phases: one, or that of tied copies and that of copies that have parted.
         fragments: bytes of one sync per fragment and site; one fragment is a whole sync.
+        memory: state per site; of a rank's plan, per rank.
         syncs_per_round: 1, or local_steps where gradients are averaged every step.
+        ranks: the plan of every rank of a site, in order; none if a site is one process.
+        whole: of a rank's plan, that of the site: the segments that its checkpoints name.
     """
 
     config: Config
@@ -62,6 +68,23 @@ class RunPlan:
     fragments: tuple[tuple[Traffic, ...], ...]
     memory: tuple[SiteMemory, ...]
     syncs_per_round: int
+    ranks: tuple[RunPlan, ...] = ()
+    whole: Plan | None = None
+
+    def at_rank(self, rank: int) -> RunPlan:
+        """The plan of one rank: what it averages with the same rank of the other sites."""
+        return self.ranks[rank] if self.ranks else self
+
+    @property
+    def site_plan(self) -> Plan:
+        """The segments of whole sites."""
+        return self.whole or self.segment_plan
+
+    @property
+    def memory_plan(self) -> Plan:
+        """The segments that are in the memory of this rank."""
+        shards = self.config.inner.parallel == "fsdp"
+        return self.segment_plan if shards else self.site_plan
 
     @property
     def traffic(self) -> tuple[Traffic, ...]:
@@ -77,13 +100,23 @@ class RunPlan:
 
     def payload_per_round(self, site: int) -> float:
         """Mean over the rounds of the run; an integer if it is whole."""
-        again = sum(self.fragments[f][site].payload for f in synced_again(self.config))
-        return self._mean([(p.rounds, p.traffic[site].payload) for p in self.phases], again)
+        at_end, _ = self.added_at_end(site)
+        return self._mean([(p.rounds, p.traffic[site].payload) for p in self.phases], at_end)
 
     def wire_per_round(self, site: int) -> float:
         """Mean over the rounds of the run; an integer if it is whole."""
-        again = sum(self.fragments[f][site].wire for f in synced_again(self.config))
-        return self._mean([(p.rounds, p.traffic[site].wire) for p in self.phases], again)
+        _, at_end = self.added_at_end(site)
+        return self._mean([(p.rounds, p.traffic[site].wire) for p in self.phases], at_end)
+
+    @property
+    def syncs_at_end(self) -> int:
+        """How many syncs the run's last round has beyond the others."""
+        return len(synced_again(self.config))
+
+    def added_at_end(self, site: int) -> tuple[int, int]:
+        """Payload and wire bytes that the run's last round has beyond the others."""
+        again = [self.fragments[fragment][site] for fragment in synced_again(self.config)]
+        return sum(t.payload for t in again), sum(t.wire for t in again)
 
     def _mean(self, counted: list[tuple[int, int]], at_end: int) -> float:
         total = self.syncs_per_round * sum(rounds * number for rounds, number in counted) + at_end
@@ -105,18 +138,23 @@ class RunPlan:
         return "anchor" if stepped else "param"
 
 
-def plan_run(config: Config) -> RunPlan:
-    """Work out who holds what and what it costs."""
+def plan_run(config: Config, num_ranks: int = 1) -> RunPlan:
+    """Work out who holds what and what it costs.
+
+    Args:
+        num_ranks: processes of every site.
+    """
     placement = build_placement(config)
+    specs = parameter_specs(config)
     plan = build_plan(
-        parameter_specs(config),
+        specs,
         config.num_sites,
         rule_of(config, placement),
         lambda spec: fragment_of(config, spec),
     )
     families = build_families(config, plan)
     sites = range(config.num_sites)
-    return RunPlan(
+    run = RunPlan(
         config=config,
         placement=placement,
         segment_plan=plan,
@@ -126,6 +164,52 @@ def plan_run(config: Config) -> RunPlan:
         memory=tuple(site_memory(config, plan, site, families) for site in sites),
         syncs_per_round=config.local_steps if config.sync.average == "gradients" else 1,
     )
+    if num_ranks == 1:
+        return run
+    rows = {spec.name: spec.shape[spec.kind == "expert"] for spec in specs}
+    ranks = tuple(_rank_plan(run, rows, rank, num_ranks) for rank in range(num_ranks))
+    memory = tuple(sum_memory([own.memory[site] for own in ranks]) for site in sites)
+    return replace(
+        run,
+        ranks=ranks,
+        phases=_summed_phases(ranks),
+        fragments=tuple(
+            _summed(fragment) for fragment in zip(*(own.fragments for own in ranks), strict=True)
+        ),
+        memory=memory,
+    )
+
+
+def _rank_plan(run: RunPlan, rows: dict[str, int], rank: int, num_ranks: int) -> RunPlan:
+    config, whole = run.config, run.segment_plan
+    plan = cut_plan(whole, rows, rank, num_ranks)
+    in_memory = plan if config.inner.parallel == "fsdp" else whole
+    return replace(
+        run,
+        segment_plan=plan,
+        phases=_phases(config, plan, ()),
+        fragments=_fragments(config, plan),
+        memory=tuple(
+            site_memory(config, plan, site, in_memory=in_memory) for site in range(config.num_sites)
+        ),
+        whole=whole,
+    )
+
+
+def _summed_phases(ranks: tuple[RunPlan, ...]) -> tuple[Phase, ...]:
+    """Phases of whole sites, whose bytes are those of their ranks together."""
+    return tuple(
+        replace(
+            phases[0],
+            traffic=_summed(tuple(phase.traffic for phase in phases)),
+        )
+        for phases in zip(*(rank.phases for rank in ranks), strict=True)
+    )
+
+
+def _summed(of_ranks: tuple[tuple[Traffic, ...], ...]) -> tuple[Traffic, ...]:
+    """Bytes per site, from those of every rank per site."""
+    return tuple(sum_traffic(own) for own in zip(*of_ranks, strict=True))
 
 
 def _phases(config: Config, plan: Plan, families: tuple[Bucket, ...]) -> tuple[Phase, ...]:
@@ -179,9 +263,17 @@ def planned_summary(run: RunPlan) -> dict[str, Any]:
         **spread("wire_bytes_per_site_per_round", [run.wire_per_round(site) for site in sites]),
         "ratio_vs_ddp": _ratio(diloco * config.local_steps, payload),
         "ratio_vs_diloco": _ratio(diloco, payload),
+        **(_of_ranks(run) if run.ranks else {}),
         **({"phases": [_phase_row(run, phase) for phase in run.phases]} if run.families else {}),
         **({"fragments": fragment_rows(run)} if streams(config) else {}),
     }
+
+
+def _of_ranks(run: RunPlan) -> dict[str, Any]:
+    """What is known of sites of several ranks; the memory is that of a site's largest rank."""
+    sites = range(run.config.num_sites)
+    most = [max(own.memory[site].total for own in run.ranks) for site in sites]
+    return {"ranks_per_site": len(run.ranks), **spread("memory_bytes_per_rank", most)}
 
 
 def _phase_row(run: RunPlan, phase: Phase) -> dict[str, Any]:

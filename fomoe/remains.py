@@ -24,7 +24,7 @@ from fomoe.sync.exchange import agreed, gather
 from fomoe.sync.transport import Transport
 from fomoe.yamlfile import read_yaml
 
-_MAY_CHANGE = ("rounds", "inner.schedule_steps")  # beside run.*
+_MAY_CHANGE = ("rounds", "inner.schedule_steps", "inner.parallel")  # beside run.*
 WAYS_OUT = "--overwrite replaces the run, --next-free takes a new folder"
 
 

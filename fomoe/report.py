@@ -160,6 +160,10 @@ def print_dry_run(run: RunPlan) -> None:
             f"{summary['replication_factor']:g} of {summary['num_sites']} sites hold an expert "
             f"on average"
         )
+    if run.ranks:
+        kept = bytes_text(summary["memory_bytes_per_rank"])
+        how = f"{len(run.ranks)} ranks per site ({run.config.inner.parallel})"
+        out.print(f"{how}; a rank keeps {kept} of state")
     out.print(_traffic_table(run))
     if streams(run.config):
         out.print(_fragments_table(run))

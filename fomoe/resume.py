@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fomoe import checkpoint
 from fomoe.config import Config
 from fomoe.copies import coupling
 from fomoe.errors import CheckpointError, ConfigError, say_line
 from fomoe.fragments import streams
+from fomoe.ranks import Ranks
 from fomoe.remains import WAYS_OUT, by_site, choose_rounds, differences, look, parse_saved
 from fomoe.run import Run
 from fomoe.segments import Bucket
-from fomoe.site import learning_rate
-from fomoe.state import Layout, misfit, not_finite, of_kind
+from fomoe.site import Site, learning_rate
+from fomoe.state import RANKED, Layout, entry, misfit, not_finite, of_kind
 from fomoe.summary import Totals
 from fomoe.sync.exchange import agreed, check_sites, gather
 from fomoe.sync.replicas import replica_hashes
@@ -50,7 +52,7 @@ def resume(run: Run, asked: int | None, *, show: bool) -> None:
     choice = choose_rounds(remains, asked)
     if choice.because:
         run.progress.say(choice.because)
-        agreed(run.transport, lambda: remove_newer(run.run_dir, 0, run.sites))
+        agreed(run.transport, lambda: remove_newer(run.run_dir, 0, _own_parts(run)))
         return
     agreed(run.transport, lambda: refuse_moved_parting(run, choice.rounds))
 
@@ -80,8 +82,13 @@ def resume(run: Run, asked: int | None, *, show: bool) -> None:
             say_line(line)
     if change := horizon_change(values, config):
         run.progress.say(change)
-    agreed(run.transport, lambda: remove_newer(run.run_dir, found.round_idx, run.sites))
+    agreed(run.transport, lambda: remove_newer(run.run_dir, found.round_idx, _own_parts(run)))
     run.progress.resumed(found.round_idx)
+
+
+def _own_parts(run: Run) -> Iterable[int]:
+    """The sites whose parts this process removes: a site's first rank does it for all ranks."""
+    return run.sites if run.transport.inside.rank == 0 else ()
 
 
 def starts_anew(
@@ -151,16 +158,11 @@ def find_round(
     """
     refused: dict[int, dict[int, str]] = {}
     for round_idx in rounds:
-        own: dict[int, dict[str, Any]] = {}
         equal = replicas(round_idx)
-        for site in transport.sites:
-            try:
-                own[site] = _inspect(
-                    run_dir, round_idx, site, config, fingerprints, expected[site], equal
-                )
-            except CheckpointError as error:
-                own[site] = {"problem": str(error), "replicas": {}}
-        messages = gather(transport, partial(_as_json, own))
+        inspect = partial(
+            _inspect, run_dir, round_idx, config, fingerprints, expected, equal, transport.inside
+        )
+        messages = gather(transport, partial(_of_first_rank, transport.inside, inspect))
         answers = dict(zip(transport.members, map(json.loads, messages), strict=True))
         problems = {site: a["problem"] for site, a in answers.items() if a["problem"]}
         problems = problems or _differing(equal, {s: a["replicas"] for s, a in answers.items()})
@@ -177,43 +179,56 @@ def find_round(
     )
 
 
+def _of_first_rank(inside: Ranks, inspect: Callable[[int], dict[str, Any]], site: int) -> bytes:
+    """What the first rank of a site finds, as JSON, at all of its ranks."""
+    return inside.gather(json.dumps(inspect(site)).encode() if inside.rank == 0 else b"")[0]
+
+
 def _inspect(
     run_dir: Path,
     round_idx: int,
-    site: int,
     config: Config,
     fingerprints: dict[str, str],
-    expected: Expected,
+    expected: Mapping[int, Expected],
     replicas: Sequence[Bucket],
+    inside: Ranks,
+    site: int,
 ) -> dict[str, Any]:
     """What is wrong with one site's part, or nothing, and the hashes of its replicas."""
-    problem = checkpoint.check_part(run_dir, round_idx, site)
-    if problem:
-        raise CheckpointError(problem)
-    values = checkpoint.read_values(run_dir, round_idx, site)
-    differs = differences(values, config, fingerprints)
-    if differs:
-        raise CheckpointError(f"it is of another experiment: {differs}")
-    problem = wrong_value(values, round_idx, site, expected)
-    if problem:
-        raise CheckpointError(f"site-{site}.json: {problem}")
-    tensors = checkpoint.read_tensors(run_dir, round_idx, site)
-    problem = misfit(tensors, expected.tensors, optional=expected.optional)
-    name = not_finite(tensors)
-    if not problem and name:
-        problem = f"{name} is not finite"
-    if not problem:
-        problem = _wrong_random_state(tensors["rng"])
-    if problem:
-        raise CheckpointError(f"site-{site}.safetensors: {problem}")
-    # What a sync gave every holder: the parameters of fragments move on between two of theirs.
-    own = of_kind(tensors, "anchor" if streams(config) else "param")
-    hashes = replica_hashes(replicas, site, lambda segment: own[segment.name])
+    try:
+        if problem := checkpoint.check_part(run_dir, round_idx, site):
+            raise CheckpointError(problem)
+        values = checkpoint.read_values(run_dir, round_idx, site)
+        if differs := differences(values, config, fingerprints):
+            raise CheckpointError(f"it is of another experiment: {differs}")
+        if problem := wrong_value(values, round_idx, site, expected[site]):
+            raise CheckpointError(f"site-{site}.json: {problem}")
+        part = checkpoint.Part(run_dir, round_idx, site, checked=True)
+        if problem := _wrong_tensors(part, expected[site], inside):
+            raise CheckpointError(f"site-{site}.safetensors: {problem}")
+        # What a sync gave every holder: the parameters of fragments move on between two of theirs.
+        kind = "anchor" if streams(config) else "param"
+        hashes = replica_hashes(
+            replicas, site, lambda segment: part.read(entry(kind, segment.name))
+        )
+    except CheckpointError as error:
+        return {"problem": str(error), "replicas": {}}
     return {"problem": "", "replicas": {str(i): digest.hex() for i, digest in hashes.items()}}
 
 
-def _as_json(own: dict[int, dict[str, Any]], site: int) -> bytes:
-    return json.dumps(own[site]).encode()
+def _wrong_tensors(part: checkpoint.Part, expected: Expected, inside: Ranks) -> str:
+    """The first tensor that a run cannot continue with; empty if all are right."""
+    if problem := misfit(part.kept, expected.tensors, optional=expected.optional):
+        return problem
+    if part.num_ranks != inside.size and of_kind(part.kept, "residual"):
+        return (
+            f"its residuals of sync.codec are those of {part.num_ranks} ranks per site, and go on "
+            f"with as many only, not with {inside.size}"
+        )
+    for name in part.kept:
+        if not_finite({name: part.read(name)}):
+            return f"{name} is not finite"
+    return _wrong_random_state(part.read("rng"))
 
 
 def wrong_value(values: dict[str, Any], round_idx: int, site: int, expected: Expected) -> str:
@@ -352,7 +367,7 @@ def expected_state(run: Run, site: int) -> Expected:
     probe = (moe_layers, first_batch if moe_layers else 0, config.model.top_k)
     return Expected(
         tensors={
-            **run.sites[site].state_layout(),
+            **run.sites[site].state_layout(run.plan.segment_plan.segments_at(site)),
             **run.sync.state_layout(site),
             "rng": (tuple(rng.shape), rng.dtype),
         },
@@ -371,12 +386,17 @@ def save_round(run: Run, rounds_done: int) -> None:
     """
     check_sites(run.transport, lambda s: run.sites[s].divergence() or run.sync.divergence(s))
 
-    def save() -> None:
-        for site_idx, site in run.sites.items():
+    inside = run.transport.inside
+
+    def save(turn: bool) -> None:
+        for site_idx, site in run.sites.items() if turn else ():
             tensors, values = site.state()
             tensors |= run.sync.state_of(site_idx)
-            tensors["rng"] = torch.get_rng_state()
-            if site_idx in run.probes:
+            if inside.rank:
+                tensors = {n: t for n, t in tensors.items() if n.partition("/")[0] in RANKED}
+            else:
+                tensors["rng"] = torch.get_rng_state()
+            if site_idx in run.probes and not inside.rank:
                 tensors["probe"] = run.probes[site_idx]
             values |= {
                 "round": rounds_done,
@@ -384,15 +404,29 @@ def save_round(run: Run, rounds_done: int) -> None:
                 "config": run.config.model_dump(mode="json"),
                 "fingerprints": run.data.fingerprints,
                 "totals": run.totals[site_idx].state(),
-                "counts": run.transport.counts[site_idx].state(),
+                "counts": counts[site_idx],
                 "val_loss_local": run.local_losses.get(site_idx),
             }
-            checkpoint.save_part(run.run_dir, rounds_done, site_idx, tensors, values)
+            checkpoint.save_part(
+                run.run_dir,
+                rounds_done,
+                site_idx,
+                tensors,
+                values,
+                rank=inside.rank,
+                num_ranks=inside.size,
+            )
 
-    agreed(run.transport, save)
+    counts = run.site_counts()
+    if inside.size > 1:  # the first rank's manifest says that all have saved theirs
+        for site_idx in _own_parts(run):
+            checkpoint.remove_manifest(run.run_dir, rounds_done, site_idx)
+        agreed(run.transport, lambda: None)
+        agreed(run.transport, lambda: save(inside.rank > 0))
+    agreed(run.transport, lambda: save(inside.rank == 0))
     keep = run.config.run.keep_checkpoints
     try:
-        checkpoint.remove_old(run.run_dir, rounds_done, keep, run.sites)
+        checkpoint.remove_old(run.run_dir, rounds_done, keep, _own_parts(run))
     except OSError as error:  # the round is saved: no reason to end the run
         run.progress.warn(f"{error.filename} cannot be removed: {error.strerror}")
 
@@ -400,15 +434,34 @@ def save_round(run: Run, rounds_done: int) -> None:
 def load_round(run: Run, round_idx: int) -> dict[str, Any]:
     """Load a round at this process's sites; returns the small values of the last site."""
     for site_idx, site in run.sites.items():
-        tensors = checkpoint.read_tensors(run.run_dir, round_idx, site_idx)
-        values = checkpoint.read_values(run.run_dir, round_idx, site_idx)
+        # Every site has found its part whole.
+        part = checkpoint.Part(run.run_dir, round_idx, site_idx, checked=True)
+        tensors, values = _own_rows(part, site), part.values
         site.load_state(tensors, values)
         run.sync.load_state_of(site_idx, tensors)
         torch.set_rng_state(tensors["rng"])
         run.totals[site_idx].load_state(values["totals"])
-        run.transport.counts[site_idx].load_state(values["counts"])
+        if run.transport.inside.rank == 0:  # they are those of all ranks
+            run.transport.counts[site_idx].load_state(values["counts"])
         if "probe" in tensors:
             run.probes[site_idx] = tensors["probe"]
         if values["val_loss_local"] is not None:
             run.local_losses[site_idx] = values["val_loss_local"]
     return values
+
+
+def _own_rows(part: checkpoint.Part, site: Site) -> dict[str, Tensor]:
+    """The rows of every tensor of a part that this rank goes on with."""
+    stored, own = ({s.name: s.cut for s in segments} for segments in (site.stored, site.segments))
+    tensors = {}
+    for name in part.kept:
+        kind, _, rest = name.partition("/")
+        segment = rest.partition("/")[2] if kind in ("inner", "outer") else rest
+        cuts = stored if kind in ("param", "inner") else own
+        if kind == "residual":
+            tensors[name] = part.read_of_rank(name, site.ranks.rank)
+        elif kind not in RANKED:
+            tensors[name] = part.read(name)
+        elif segment in cuts:
+            tensors[name] = part.read(name, cuts[segment])
+    return tensors

@@ -51,6 +51,44 @@ def check_config(config: Config) -> None:
         raise ConfigError("run.park", "always", "has no waiting sites where gradients are averaged")
 
 
+def check_ranks(config: Config, num_ranks: int) -> None:
+    """Check what a site of several ranks can train.
+
+    Raises:
+        ConfigError: naming the field, its value and the rule.
+    """
+    if num_ranks == 1:
+        return
+    ranks, parallel, model = f"the {num_ranks} ranks of a site", config.inner.parallel, config.model
+    if parallel == "none":
+        raise ConfigError("inner.parallel", "none", f"must be fsdp or ddp for {ranks}")
+    one = "is trained with one rank per site (--ranks-per-site 1)"
+    if config.adapters.base is not None:
+        raise ConfigError("adapters.base", config.adapters.base, one)
+    if isinstance(config.placement, CopiesPlacement):
+        raise ConfigError("placement.kind", "copies", one)
+    if config.sync.average == "gradients":
+        raise ConfigError("sync.average", "gradients", one)
+    if parallel == "ddp" and config.sync.overlap_steps:
+        rule = f"must be 0 for {ranks} with inner.parallel ddp"
+        raise ConfigError("sync.overlap_steps", config.sync.overlap_steps, rule)
+    if parallel == "ddp" and config.sync.fragments > 1:
+        rule = f"must be 1 for {ranks} with inner.parallel ddp"
+        raise ConfigError("sync.fragments", config.sync.fragments, rule)
+    if config.inner.batch_size % num_ranks:
+        rule = f"must be a multiple of {num_ranks}: {ranks} share it equally"
+        raise ConfigError("inner.batch_size", config.inner.batch_size, rule)
+    if parallel == "fsdp" and model.moe_layers:
+        widths = {
+            "model.d_model": (model.d_model, model.d_model),
+            "model.expert_ffn_dim": (model.expert_ffn_dim, 2 * model.expert_width),
+        }
+        for field, (value, rows) in widths.items():
+            if rows % num_ranks:
+                rule = f"gives experts {rows} rows, which {ranks} cannot share equally (fsdp)"
+                raise ConfigError(field, value, rule)
+
+
 def _check_copies(config: Config) -> None:
     """What has no meaning where every site holds one set of copies and steps all of it."""
     if not isinstance(config.placement, CopiesPlacement):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,5 +45,27 @@ class Run:
     counts_before: dict[int, Counts] = field(default_factory=dict)  # at the round's start
     log: Logs | None = None
 
+    def site_counts(self) -> dict[int, Counts]:
+        """Bytes counted so far, of the sites of this process: those of all their ranks together."""
+        return {
+            site: sum_counts(
+                [json.loads(own) for own in self.transport.inside.gather(_as_json(counts.state()))]
+            )
+            for site, counts in self.transport.counts.items()
+        }
+
     def parkings_of(self, site: int) -> list[Parking]:
         return [self.parkings[site]] if site in self.parkings else []
+
+
+def sum_counts(parts: list[Counts]) -> Counts:
+    """Bytes by class of several ranks together."""
+    total: dict[str, Counter[str]] = {"payload": Counter(), "wire": Counter()}
+    for part in parts:
+        for name, counts in part.items():
+            total[name].update(counts)
+    return {name: dict(counts) for name, counts in total.items()}
+
+
+def _as_json(counts: Counts) -> bytes:
+    return json.dumps(counts).encode()

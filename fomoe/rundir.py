@@ -25,7 +25,7 @@ from fomoe.files import (
 )
 from fomoe.overrides import flatten
 from fomoe.runlock import LOCK_NAME, FolderInUseError, RunLock, lock_folder
-from fomoe.sync.exchange import agreed, gather
+from fomoe.sync.exchange import agreed, check_sites, gather, share
 from fomoe.sync.transport import Transport
 
 T = TypeVar("T")
@@ -62,22 +62,34 @@ def compare_fingerprints(fingerprints: dict[str, str], transport: Transport) -> 
 
 
 def _compare(own: dict[str, Any], transport: Transport) -> None:
-    messages = gather(transport, lambda _: json.dumps(own).encode())
+    message = json.dumps(own).encode()
+    first_rank = transport.inside.gather(message)[0]
+    check_sites(
+        transport,
+        lambda _: "" if message == first_rank else _between_ranks(own, json.loads(first_rank)),
+        SiteMismatchError,
+    )
+    messages = gather(transport, lambda _: message)
     everyone = [json.loads(message) for message in messages]
     first = everyone[0]
     problems = []
     for site, other in zip(transport.members, everyone, strict=True):
-        fields = [
-            f"{name} ({_shown(other.get(name))}, not {_shown(first.get(name))})"
-            for name in {**first, **other}
-            if other.get(name) != first.get(name)
-        ]
-        if fields:
-            problems.append(
-                f"site {site} differs from site {transport.members[0]} in {', '.join(fields)}"
-            )
+        if fields := _fields(other, first):
+            problems.append(f"site {site} differs from site {transport.members[0]} in {fields}")
     if problems:
         raise SiteMismatchError("; ".join(problems))
+
+
+def _between_ranks(own: dict[str, Any], first: dict[str, Any]) -> str:
+    return f"differs from the site's first rank in {_fields(own, first)}"
+
+
+def _fields(other: dict[str, Any], first: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name} ({_shown(other.get(name))}, not {_shown(first.get(name))})"
+        for name in {**first, **other}
+        if other.get(name) != first.get(name)
+    )
 
 
 def _shown(value: Any) -> str:
@@ -104,8 +116,7 @@ def claim_run_dir(
     """
     assert config.run.dir is not None  # the command line gives one
     wanted = Path(config.run.dir)
-    # Every site draws an id; the first site's names the run.
-    run_id = gather(transport, lambda _: secrets.token_hex(4).encode())[0].decode()
+    run_id = share(transport, lambda: secrets.token_hex(4).encode()).decode()
     if mode == "next-free":
         lock = _lock_next_free(wanted, run_id, transport)
     else:
@@ -117,7 +128,7 @@ def claim_run_dir(
     try:
         if mode == "new":  # again: a run may just have ended there
             agreed(transport, lambda: _refuse_existing(wanted))
-        if not lock.held:
+        if not lock.held and transport.inside.rank == 0:
             text = "is on a file system without locks: nothing keeps a second run out of it"
             say_line(f"run.dir {lock.run_dir} {text}")
         lock.run_id = run_id
@@ -133,16 +144,20 @@ def _lock_in_turn(take: Callable[[], RunLock | None], transport: Transport) -> R
     Of two runs that start at once in the same folders, the first sites decide which one continues.
     """
     lock: RunLock | None = None
+    inside = transport.inside
 
     def enter(turn: bool) -> None:
         nonlocal lock
-        if turn:
+        if turn and inside.rank == 0:  # it locks for all ranks of its site
             lock = take()
 
     first = transport.members[0] in transport.sites
     try:
         agreed(transport, lambda: enter(first))
         agreed(transport, lambda: enter(not first))
+        folder = inside.gather(b"" if lock is None else str(lock.run_dir).encode())[0]
+        if inside.rank and folder:
+            lock = RunLock(Path(folder.decode()), held=False)
         everywhere = all(gather(transport, lambda _: b"held" if lock else b""))
     except BaseException:
         if lock is not None:
@@ -220,7 +235,7 @@ def remove_run(run_dir: Path) -> None:
 
 def write_run_files(config: Config, run_dir: Path, data: Data, transport: Transport) -> None:
     """The resolved config and the trained tokenizer, once per run (by the first site)."""
-    if transport.members[0] not in transport.sites:
+    if transport.members[0] not in transport.sites or transport.inside.rank:
         return
     for name in ("config.yaml", "tokenizer.json", "summary.json"):  # of a run that was killed
         remove_temporaries(run_dir, name)

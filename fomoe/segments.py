@@ -8,7 +8,7 @@ equal trainers) form a bucket, which is reduced as one flat vector. The trainer'
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -59,6 +59,8 @@ class Segment:
         holders: sites that store it and receive its mean, ascending.
         trainers: holders whose updates may count, ascending.
         row: the first of the rows in the memory of a holder, which may have only a part of them.
+        cut: the rows of the segment that this rank of a site has (`fomoe.shards`), counted from the
+            segment's own first row (an expert's: from its matrix's); `shape` is theirs. None: all.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Segment:
     holders: Sites
     trainers: Sites
     row: int
+    cut: tuple[int, int] | None = None
 
     @property
     def numel(self) -> int:
@@ -373,6 +376,12 @@ def buckets_traffic(buckets: Iterable[Bucket], site: int, *, codec: Codec = FP32
         counts[f"payload_{name}"] += payload
         counts[f"wire_{name}"] += wire
     return Traffic(**counts)
+
+
+def sum_traffic(parts: Iterable[Traffic]) -> Traffic:
+    """Bytes of several ranks of a site together."""
+    rows = [asdict(part) for part in parts]
+    return Traffic(**{name: sum(row[name] for row in rows) for name in rows[0]})
 
 
 def full_payload(numel: int, num_sites: int) -> int:

@@ -1,13 +1,13 @@
 """One site: its resident model, its inner optimizer and its data; it runs local steps.
 
-A site never talks to another one; the sync does, between rounds.
+A site never talks to another one; the sync does, between rounds. Where several ranks train it, each
+runs this code on its part of every batch, and `fomoe.ranks` adds up what belongs to the site.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -15,63 +15,62 @@ from torch import Tensor, nn
 
 from fomoe.config import Config, InnerConfig
 from fomoe.copies import num_sets, set_of_site, set_size, site_config
+from fomoe.counting import RoundCounter, RoundRouting
 from fomoe.data.stream import Stream
 from fomoe.errors import DataError
 from fomoe.model.backends.choice import choose_backend
-from fomoe.model.router import RouterStats
-from fomoe.model.transformer import Transformer
+from fomoe.model.router import load_balancing_loss
+from fomoe.model.transformer import Output, Transformer, initialize
 from fomoe.planning import RunPlan
+from fomoe.ranks import ONE_RANK, Ranks
 from fomoe.segments import RoundCounts, Segment
+from fomoe.shards import rank_rows
 from fomoe.state import Layout, by_key, divergence, entry, optimizer_layout
 from fomoe.textchoice import NUM_COUNTERS, count_ngrams, ngram_length
 
 STEP_FIELDS = ("loss", "lb_loss", "z_loss", "grad_norm", "skipped_fraction", "executed_fraction")
 
 
-@dataclass(frozen=True, kw_only=True)
-class RoundRouting:
-    """Routing of one site over a round; L MoE layers, E experts (with copies: of the site's set).
-
-    Attributes:
-        selected_LE, executed_LE: assignments per layer and expert.
-        skipped_L: assignments of the original choice whose expert is absent.
-        unserved_L: tokens none of whose assignments ran.
-        entropy_L: mean entropy of the router's scores, in nats.
-        tokens: tokens trained on.
-    """
-
-    selected_LE: Tensor
-    executed_LE: Tensor
-    skipped_L: Tensor
-    unserved_L: Tensor
-    entropy_L: Tensor
-    tokens: int
-
-
 class Site:
     """A site's model, optimizer and data.
 
     Args:
-        plan: the experiment, and which site holds and trains what.
+        plan: the experiment, and which site holds and trains what; that of this rank.
         site: this site's id.
-        stream: this site's token sequences.
+        stream: this site's token sequences, the same at all of its ranks.
         device: where the model lives.
+        ranks: the ranks of this site.
 
     Attributes:
-        segments: those that this site holds.
+        segments: those that this site holds; of a site of several ranks, what this rank exchanges
+            with other sites and saves.
+        stored: what lies in this rank's memory; without shards, also what its siblings exchange.
+        counter: what its routers did since the last sync.
         text_counts_N: n-grams of the text trained on, int64 [N]; None without copies of experts.
         parameters: the model's parameters by name; `trainable` are those with gradients.
     """
 
-    def __init__(self, plan: RunPlan, site: int, *, stream: Stream, device: torch.device) -> None:
+    def __init__(
+        self,
+        plan: RunPlan,
+        site: int,
+        *,
+        stream: Stream,
+        device: torch.device,
+        ranks: Ranks = ONE_RANK,
+    ) -> None:
         config = plan.config
         self.config, self.site, self.stream, self.device = config, site, stream, device
+        self.ranks = ranks
         bf16 = uses_bf16(config.inner.precision, device)
         # With copies, the model here is one of this site's set, whose experts are numbered from 0.
         self.first_expert = set_of_site(config, site) * set_size(config)
         self.segments = plan.segment_plan.segments_at(site)
+        self.stored = plan.memory_plan.segments_at(site)
         self.parameters = self._build(plan)
-        self.trainable = {n: p for n, p in self.parameters.items() if p.requires_grad}
+        self.trainable = {
+            name: p for name, p in self.parameters.items() if p.requires_grad and p.numel()
+        }
         self.optimizer = build_inner_optimizer(config.inner, self.trainable)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
         self.step_idx = 0
@@ -79,7 +78,8 @@ class Site:
         self.text_counts_N = (
             torch.zeros(NUM_COUNTERS, dtype=torch.int64) if num_sets(config) > 1 else None
         )
-        self._reset_round()
+        layers, experts = len(config.model.moe_layers), set_size(config)
+        self.counter = RoundCounter(layers, experts, device, ranks)
 
     def _build(self, plan: RunPlan) -> dict[str, nn.Parameter]:
         """Make the model; returns its parameters by name."""
@@ -87,9 +87,27 @@ class Site:
         self.expert_backend = expert_backend(self.config, self.device)
         residents = _from(self.first_expert, plan.placement.residents(self.site))
         trained = _from(self.first_expert, plan.placement.trained(self.site))
-        self.model = Transformer(site_config(self.config), residents, trained)
-        self.model.to(self.device)
-        return dict(self.model.named_parameters())
+        config = site_config(self.config)
+        # The weights are drawn once every rank has only its own part of them.
+        self.model = Transformer(config, residents, trained, initial=False)
+        self._engine = self.ranks.parallelize(self.model, self.device)
+        self._whole = dict(self.model.named_parameters())
+        self.parameters = {name: self.ranks.local(p) for name, p in self._whole.items()}
+        initialize(self.model, config, self._rows_in_memory)
+        return self.parameters
+
+    def _rows_in_memory(self, name: str, row: int | None) -> tuple[Tensor, int]:
+        """What is here of a parameter, or of one row of a stack, and the first row of it."""
+        local = self.parameters[name].detach()
+        return (local if row is None else local[row]), self._first_row(name)
+
+    def _first_row(self, name: str) -> int:
+        """First of the rows of a parameter (of a stack: of each expert's matrix) that are here."""
+        if not self.ranks.shards:
+            return 0
+        shape = self._whole[name].shape
+        num_rows = shape[1] if len(shape) == 3 else shape[0]
+        return rank_rows(num_rows, self.ranks.rank, self.ranks.size)[0]
 
     def run_local_steps(self, num_steps: int, on_step: Callable[[Tensor], None]) -> list[Tensor]:
         """Take some local steps; `on_step` is called with the record of each step.
@@ -110,45 +128,71 @@ class Site:
         Returns:
             Vector of the first STEP_FIELDS: loss, lb_loss, z_loss.
         """
-        inner, router = self.config.inner, self.config.router
+        inner = self.config.inner
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self._whole.values():
+            parameter.grad = None
         total = torch.zeros(3, device=self.device)
-        for _ in range(inner.accumulation_steps):
-            batch = torch.from_numpy(self.stream.next_batch(inner.batch_size))
-            self._check_tokens(batch)
-            if self.text_counts_N is not None:
-                self.text_counts_N += count_ngrams(batch[:, :-1], ngram_length(self.config))
-            batch = batch.to(self.device, non_blocking=True)
-            with self.autocast:
-                output = self.model(batch[:, :-1], batch[:, 1:])
-            lb_loss = _mean_over_layers([s.lb_loss for s in output.stats.values()], output.loss)
-            z_loss = _mean_over_layers([s.z_loss for s in output.stats.values()], output.loss)
-            loss = output.loss + router.z_loss * z_loss
-            if router.balance != "bias":
-                loss = loss + router.lb_loss * lb_loss
-            (loss / inner.accumulation_steps).backward()
-            total += torch.stack([output.loss, lb_loss, z_loss]).detach() / inner.accumulation_steps
-            self._count(output.stats, batch[:, 1:].numel())
-        for parameter in self.trainable.values():
+        for part in range(inner.accumulation_steps):
+            batch, tokens = self._next_batch()
+            last = part + 1 == inner.accumulation_steps
+            with self.ranks.micro_batch(self._engine, last=last):
+                with self.autocast:
+                    output = self._engine(batch[:, :-1], batch[:, 1:])
+                selected_LE = self.counter.add(output.stats, tokens)
+                loss, losses = self._total_loss(output, selected_LE)
+                (loss / inner.accumulation_steps).backward()
+            total += losses / inner.accumulation_steps
+        for name, parameter in self.trainable.items():
+            grad = self.ranks.local_grad(self._whole[name])
             # An expert without tokens gets a zero gradient, so that the step does not depend on
             # how a backend treats empty experts.
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        return total
+            parameter.grad = torch.zeros_like(parameter) if grad is None else grad
+        return self.ranks.sum(total) / self.ranks.size
+
+    def _next_batch(self) -> tuple[Tensor, int]:
+        """This rank's part of the site's next micro-batch, and the tokens of all of it."""
+        whole = torch.from_numpy(self.stream.next_batch(self.config.inner.batch_size))
+        self._check_tokens(whole)
+        if self.text_counts_N is not None:
+            self.text_counts_N += count_ngrams(whole[:, :-1], ngram_length(self.config))
+        own = whole.chunk(self.ranks.size)[self.ranks.rank]
+        return own.to(self.device, non_blocking=True), whole[:, 1:].numel()
+
+    def _total_loss(self, output: Output, selected_LE: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The loss with its router losses, and a vector of the first STEP_FIELDS.
+
+        Over ranks of equal parts, the mean is the loss of the site's whole micro-batch.
+        """
+        router, stats = self.config.router, list(output.stats.values())
+        lb_losses = [s.lb_loss for s in stats]
+        if self.ranks.size > 1 and selected_LE is not None:
+            lb_losses = [
+                load_balancing_loss(selected_E=selected_E, mean_E=s.mean_E)
+                for selected_E, s in zip(selected_LE, stats, strict=True)
+            ]
+        lb_loss = _mean_over_layers(lb_losses, output.loss)
+        z_loss = _mean_over_layers([s.z_loss for s in stats], output.loss)
+        loss = output.loss + router.z_loss * z_loss
+        if router.balance != "bias":
+            loss = loss + router.lb_loss * lb_loss
+        return loss, torch.stack([output.loss, lb_loss, z_loss]).detach()
 
     def apply(self, losses: Tensor) -> Tensor:
         """Clip the present gradients and take the step; returns the step's record."""
         inner = self.config.inner
         # The norm is over this site's gradients only; sites do not share statistics.
         limit = inner.clip_norm or math.inf
-        grad_norm = nn.utils.clip_grad_norm_(list(self.trainable.values()), limit)
+        parameters = list(self.trainable.values())
+        grad_norm = self.ranks.total_norm([p.grad for p in parameters if p.grad is not None])
+        nn.utils.clip_grads_with_norm_(parameters, limit, grad_norm)
         lr = learning_rate(inner, self.step_idx, self.config.schedule_horizon)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.step_idx += 1
-        shares = self._steer_and_reset_step()
+        executed_L, shares = self.counter.end_step()
+        self._steer(executed_L)
         return torch.cat([losses, grad_norm.detach().reshape(1), shares])
 
     # ---------------------------------------------------------------------------------- segments
@@ -166,12 +210,12 @@ class Site:
             read: a parameter, or one expert's matrix, by name.
             biases: names of the selection biases that the model has; others stay 0.
         """
-        for segment in self.segments:
+        for segment in self.stored:
             if segment.is_expert:
-                self.view(segment).copy_(read(segment.name))
+                rows = read(segment.name)
             else:
                 rows = read(segment.parameter)[segment.start : segment.stop]
-                self.view(segment).copy_(rows)
+            self.view(segment).copy_(rows if segment.cut is None else rows[slice(*segment.cut)])
         for layer in self.config.model.moe_layers:
             name = f"layers.{layer}.moe.router.balance_bias"
             if name in biases:
@@ -190,14 +234,21 @@ class Site:
         state = self.optimizer.state.get(self.parameters[name], {})
         return {k: v[rows] if v.ndim else v for k, v in state.items() if v is not None}
 
-    def _place(self, segment: Segment) -> tuple[str, int | slice]:
+    def _place(self, segment: Segment) -> tuple[str, int | slice | tuple[int, slice]]:
         """The parameter that holds a segment, and its rows there; no other code knows this."""
-        if segment.is_expert:
-            assert segment.layer is not None
-            stack, _, part = segment.parameter.rpartition(".")
-            place, row = self.model.moe(segment.layer).experts.place(part, segment.row)
-            return f"{stack}.{place}", row
-        return segment.parameter, slice(segment.row, segment.row + segment.stop - segment.start)
+        low, high = segment.cut or (0, segment.stop - segment.start)
+        if not segment.is_expert:
+            name = segment.parameter
+            first = segment.row - (0 if segment.cut is None else self._first_row(name))
+            return name, slice(first + low, first + high)
+        assert segment.layer is not None
+        stack, _, part = segment.parameter.rpartition(".")
+        place, row = self.model.moe(segment.layer).experts.place(part, segment.row)
+        name = f"{stack}.{place}"
+        if segment.cut is None:
+            return name, row
+        first = self._first_row(name)
+        return name, (row, slice(low - first, high - first))
 
     # ---------------------------------------------------------------------------------- counting
 
@@ -209,72 +260,21 @@ class Site:
                 f"model.vocab_size {self.config.vocab_size} and from 0 up"
             )
 
-    def _reset_round(self) -> None:
-        layers, experts = len(self.config.model.moe_layers), set_size(self.config)
-        counts = {"dtype": torch.int64, "device": self.device}
-        self._selected_LE = torch.zeros(layers, experts, **counts)
-        self._executed_LE = torch.zeros(layers, experts, **counts)
-        self._skipped_L = torch.zeros(layers, **counts)
-        self._unserved_L = torch.zeros(layers, **counts)
-        self._entropy_L = torch.zeros(layers, device=self.device)
-        self._step_selected_L = torch.zeros(layers, **counts)
-        self._step_executed_L = torch.zeros(layers, **counts)
-        self._step_skipped_L = torch.zeros(layers, **counts)
-        self._tokens = 0
-        self._batches = 0
-
-    @torch.no_grad()
-    def _count(self, stats: dict[int, RouterStats], tokens: int) -> None:
-        self._tokens += tokens
-        self._batches += 1
-        if not stats:
-            return
-        layers = list(stats.values())
-        selected_LE = torch.stack([s.selected_E for s in layers])
-        executed_LE = torch.stack([s.executed_E for s in layers])
-        skipped_L = torch.stack([s.skipped for s in layers])
-        self._selected_LE += selected_LE
-        self._executed_LE += executed_LE
-        self._skipped_L += skipped_L
-        self._unserved_L += torch.stack([s.unserved for s in layers])
-        self._entropy_L += torch.stack([s.entropy for s in layers])
-        self._step_selected_L += selected_LE.sum(-1)
-        self._step_executed_L += executed_LE.sum(-1)
-        self._step_skipped_L += skipped_L
-
-    def _steer_and_reset_step(self) -> Tensor:
-        """Skipped and executed share of this step; moves the execute bias towards its target."""
-        selected_L = self._step_selected_L.clamp_min(1)
-        executed_L = self._step_executed_L / selected_L
+    def _steer(self, executed_L: Tensor) -> None:
+        """Move the execute bias towards its target."""
         target = self.config.router.execute_target
         if target is not None:
             for row, layer in enumerate(self.config.model.moe_layers):
                 bias = self.model.moe(layer).router.execute_bias
                 bias += self.config.router.execute_rate * (target - executed_L[row])
-        if len(selected_L):
-            shares = torch.stack([(self._step_skipped_L / selected_L).mean(), executed_L.mean()])
-        else:
-            shares = torch.tensor([0.0, 1.0], device=self.device)  # dense: everything runs
-        for counter in (self._step_selected_L, self._step_executed_L, self._step_skipped_L):
-            counter.zero_()
-        return shares
 
     def routing(self) -> RoundRouting:
         """Counts of the round so far."""
-        return RoundRouting(
-            selected_LE=self._selected_LE.cpu(),
-            executed_LE=self._executed_LE.cpu(),
-            skipped_L=self._skipped_L.cpu(),
-            unserved_L=self._unserved_L.cpu(),
-            entropy_L=self._entropy_L.cpu() / max(self._batches, 1),
-            tokens=self._tokens,
-        )
+        return self.counter.routing()
 
     def end_round(self) -> RoundRouting:
         """Return the round's counts and reset the counters."""
-        routing = self.routing()
-        self._reset_round()
-        return routing
+        return self.counter.end_round()
 
     def round_counts(self, routing: RoundRouting) -> RoundCounts:
         """The counts that this site's contribution weights are computed from."""
@@ -309,13 +309,21 @@ class Site:
         for segment in self._changing():
             for key, value in self.inner_views(segment).items():
                 tensors[entry("inner", key, segment.name)] = value
+        return tensors | self._biases_and_counts(), {
+            "step_idx": self.step_idx,
+            "data": self.stream.state(),
+        }
+
+    def _biases_and_counts(self) -> dict[str, Tensor]:
+        """State that belongs to no segment; equal at all ranks of the site."""
+        tensors = {}
         for layer in self.config.model.moe_layers:
             router = self.model.moe(layer).router
             tensors[entry("router", "balance_bias", layer)] = router.balance_bias_E
             tensors[entry("router", "execute_bias", layer)] = router.execute_bias
         if self.text_counts_N is not None:
             tensors[entry("text", "counts")] = self.text_counts_N
-        return tensors, {"step_idx": self.step_idx, "data": self.stream.state()}
+        return tensors
 
     def _changing(self) -> list[Segment]:
         return [segment for segment in self.segments if segment.trainers]
@@ -324,15 +332,17 @@ class Site:
         """Says what in this site's state is not finite; empty if everything is."""
         return divergence(self.state()[0])
 
-    def state_layout(self) -> Layout:
-        """Shapes and types of the tensors that `state` returns after the first step."""
-        tensors, _ = self.state()
-        layout: Layout = {
-            name: (tuple(tensor.shape), tensor.dtype)
-            for name, tensor in tensors.items()
-            if not name.startswith(entry("inner", ""))
-        }
-        trained = [s for s in self._changing() if self._place(s)[0] in self.trainable]
+    def state_layout(self, segments: Iterable[Segment]) -> Layout:
+        """Shapes and types of the tensors that `state` returns after the first step.
+
+        Args:
+            segments: of this site; those of all its ranks together, in a whole checkpoint.
+        """
+        changing = [segment for segment in segments if segment.trainers]
+        own = self._biases_and_counts().items()
+        layout: Layout = {entry("param", s.name): (s.shape, torch.float32) for s in changing}
+        layout |= {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in own}
+        trained = [s for s in changing if self._whole[self._place(s)[0]].requires_grad]
         return layout | optimizer_layout(
             lambda trial: build_inner_optimizer(self.config.inner, {"trial": trial}),
             {segment.name: segment.shape for segment in trained},
@@ -341,10 +351,12 @@ class Site:
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Restore what `state` returned."""
+        """Restore what `state` returned; without shards, of all ranks of the site together."""
         self.optimizer.state.clear()
         inner = by_key(tensors, "inner")
-        for segment in self._changing():
+        for segment in self.stored:
+            if not segment.trainers:
+                continue
             self.view(segment).copy_(tensors[entry("param", segment.name)])
             name, rows = self._place(segment)
             for key, value in inner.get(segment.name, {}).items():

@@ -27,6 +27,10 @@ _KINDS = {
 }
 
 
+# Kinds of which every rank of a site has a part; the others are equal at all ranks.
+RANKED = ("param", "inner", "anchor", "outer", "residual")
+
+
 def entry(kind: str, *names: object) -> str:
     """Name of a state tensor: `param/<segment>`, `inner/<key>/<segment>`, `anchor/<segment>`,
     `outer/<key>/<segment>`, `residual/<bucket>`, `since/<count>`, `router/<bias>/<layer>`,

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from fomoe import __version__
+from fomoe.counting import RoundRouting
 from fomoe.data.dataset import Data
 from fomoe.evaluate import MergedEvaluation, routing_health
 from fomoe.files import write_text_atomically
 from fomoe.hostmemory import resident_peak_bytes
 from fomoe.planning import RunPlan, planned_summary, spread
 from fomoe.records import site_speed
-from fomoe.site import RoundRouting
 from fomoe.sync.exchange import gather
 from fomoe.sync.sync import Timed
 from fomoe.sync.transport import Transport
@@ -127,19 +127,27 @@ def summarize(
     plan: RunPlan,
     transport: Transport,
     totals: dict[int, Totals],
+    counts: dict[int, Counts],
     data: Data,
     local_losses: dict[int, float],
     merged: MergedEvaluation,
     run_dir: Path,
 ) -> dict[str, Any]:
-    """The summary over all sites; the first site writes `summary.json`."""
+    """The summary over all sites; the first site writes `summary.json`.
+
+    Args:
+        counts: bytes of each site of this process, of all its ranks together.
+    """
+    inside = transport.inside
+    of_ranks = [json.loads(own) for own in inside.gather(json.dumps(process_peaks()).encode())]
+    peaks = {name: max(own[name] for own in of_ranks) for name in of_ranks[0]}
 
     def message(site: int) -> bytes:
         own = {
             "totals": totals[site].state(),
-            "counts": transport.counts[site].state(),
+            "counts": counts[site],
             "val_loss_local": local_losses.get(site),
-            "peaks": process_peaks(),
+            "peaks": peaks,
         }
         return json.dumps(own).encode()
 
@@ -163,7 +171,7 @@ def summarize(
         "run_dir": str(run_dir),
         "environment": environment(),
     }
-    if transport.members[0] in transport.sites:
+    if transport.members[0] in transport.sites and inside.rank == 0:
         write_text_atomically(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
 

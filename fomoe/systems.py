@@ -18,6 +18,7 @@ from fomoe.data.dataset import Data, build_data
 from fomoe.data.stream import Stream
 from fomoe.evaluate import LocalEvaluation, MergedEvaluation, evaluate_local, evaluate_merged
 from fomoe.planning import RunPlan
+from fomoe.ranks import Ranks
 from fomoe.site import Site
 from fomoe.sync.ddp import GradientSync
 from fomoe.sync.sync import Sync
@@ -30,14 +31,14 @@ class System:
 
     Attributes:
         read: streams and held-out parts; arguments as of `build_data`.
-        make_site: a site of this process, from the plan, its id and its stream.
+        make_site: a site of this process, from the plan, its id, its stream and its ranks.
         sync: the class of the sync.
         evaluate_site: one site's own model on the overall held-out part.
         evaluate_whole: the merged model, or the server's adapters.
     """
 
     read: Callable[..., Data]
-    make_site: Callable[[RunPlan, int, Stream], Site]
+    make_site: Callable[[RunPlan, int, Stream, Ranks], Site]
     sync: type[Sync]
     evaluate_site: Callable[[Site, Any], LocalEvaluation]
     evaluate_whole: Callable[[RunPlan, Mapping[int, Site], Transport, Data], MergedEvaluation]
@@ -53,7 +54,9 @@ def system_of(config: Config, device: torch.device) -> System:
     if adapters.base is None:
         return System(
             read=build_data,
-            make_site=lambda plan, site, stream: Site(plan, site, stream=stream, device=device),
+            make_site=lambda plan, site, stream, ranks: Site(
+                plan, site, stream=stream, device=device, ranks=ranks
+            ),
             sync=GradientSync if config.sync.average == "gradients" else Sync,
             evaluate_site=evaluate_local,
             evaluate_whole=evaluate_merged_data,
@@ -64,7 +67,7 @@ def system_of(config: Config, device: torch.device) -> System:
     syncs = {"segments": Sync, "flora": StackingSync}
     return System(
         read=build_client_data,
-        make_site=lambda plan, site, stream: Client(
+        make_site=lambda plan, site, stream, _: Client(
             plan, site, stream=stream, adapted=adapted, device=device
         ),
         sync=syncs.get(adapters.aggregate, ServerSync),
@@ -76,4 +79,4 @@ def system_of(config: Config, device: torch.device) -> System:
 def evaluate_merged_data(
     plan: RunPlan, sites: Mapping[int, Site], transport: Transport, data: Data
 ) -> MergedEvaluation:
-    return evaluate_merged(plan.config, sites, plan.segment_plan, transport, data.held_out)
+    return evaluate_merged(plan, sites, transport, data.held_out)

@@ -13,16 +13,19 @@ import torch
 
 from fomoe.build import choose_device, started
 from fomoe.config import Config
+from fomoe.counting import RoundRouting
 from fomoe.errors import ConfigError
 from fomoe.evaluate import MergedEvaluation, topk_agreement
 from fomoe.fragments import Leg, legs
+from fomoe.gathering import gather_rows
 from fomoe.launch import Launch, launch_from_environment
-from fomoe.metrics import Metrics
+from fomoe.metrics import Metrics, Unwritten
 from fomoe.parking import unparked
 from fomoe.resume import save_round
+from fomoe.rules import check_ranks
 from fomoe.run import Run
-from fomoe.site import STEP_FIELDS, RoundRouting, learning_rate
-from fomoe.summary import Counts, merged_record, round_record, summarize
+from fomoe.site import STEP_FIELDS, learning_rate
+from fomoe.summary import merged_record, round_record, summarize
 from fomoe.sync.ddp import GradientSync
 from fomoe.sync.exchange import agreed
 from fomoe.sync.joining import open_transport
@@ -58,9 +61,16 @@ def train(
         raise ConfigError("run.dir", "null", "must be set to the folder that the run will write")
     launch = launch or launch_from_environment(num_sites=config.num_sites)
     # A problem of this site alone is reported before the site waits for the others.
+    check_ranks(config, launch.ranks)
     where = choose_device(device, launch.local_rank)
     transport = open_transport(
-        launch, config.num_sites, timeout_s=config.sync.timeout_s, interface=interface
+        launch,
+        config.num_sites,
+        timeout_s=config.sync.timeout_s,
+        join_s=config.sync.join_timeout_s,
+        interface=interface,
+        parallel=config.inner.parallel,
+        device=where,
     )
     try:
         with started(
@@ -71,15 +81,17 @@ def train(
         transport.close(failure_text(error))
         raise
     transport.close()
+    transport.inside.close()
     return summary
 
 
 def run_rounds(run: Run) -> dict[str, Any]:
     """The rounds: local steps, sync, evaluation, metrics, checkpoint."""
     config, transport = run.config, run.transport
+    kind = Metrics if transport.inside.rank == 0 else Unwritten
     metrics = agreed(
         transport,
-        lambda: Metrics(run.run_dir, transport.sites, first_round=run.first_round, log=run.log),
+        lambda: kind(run.run_dir, transport.sites, first_round=run.first_round, log=run.log),
     )
     if metrics.num_damaged:
         run.progress.warn(f"{metrics.path}: damaged lines dropped: {metrics.num_damaged}")
@@ -94,6 +106,7 @@ def run_rounds(run: Run) -> dict[str, Any]:
             for site in run.sites:
                 run.totals[site].add(routing[site], train_s[site], sync_s)
             agreement = evaluate_sites(run, round_idx)
+            counts_after = run.site_counts()
             for site in run.sites:
                 records.append(
                     round_record(
@@ -102,7 +115,7 @@ def run_rounds(run: Run) -> dict[str, Any]:
                         round_idx,
                         routing=routing[site],
                         counts_before=run.counts_before[site],
-                        counts_after=transport.counts[site].state(),
+                        counts_after=counts_after[site],
                         train_s=train_s[site],
                         sync_s=sync_s,
                         timed=timed,
@@ -124,7 +137,14 @@ def run_rounds(run: Run) -> dict[str, Any]:
         metrics.close()
     run.merged = run.merged or merged_loss(run)
     return summarize(
-        run.plan, transport, run.totals, run.data, run.local_losses, run.merged, run.run_dir
+        run.plan,
+        transport,
+        run.totals,
+        run.site_counts(),
+        run.data,
+        run.local_losses,
+        run.merged,
+        run.run_dir,
     )
 
 
@@ -137,7 +157,7 @@ def run_local_steps(
         Step records, seconds of local training per site, seconds of averaging in between.
     """
     config = run.config
-    run.counts_before = count_bytes(run)
+    run.counts_before = run.site_counts()
     vectors: dict[int, list[torch.Tensor]] = {site: [] for site in run.sites}
     seconds = dict.fromkeys(run.sites, 0.0)
     averaged_s = 0.0
@@ -231,12 +251,9 @@ def synchronize(run: Run) -> dict[int, RoundRouting]:
         run.sync.sync_fragment(fragment)
     prepared = run.sync.prepare()
     run.sync.commit(run.sync.exchange(prepared))
+    for site in run.sites.values():
+        gather_rows(site, run.plan)
     return prepared.routing
-
-
-def count_bytes(run: Run) -> dict[int, Counts]:
-    """Bytes counted so far, of the sites of this process."""
-    return {site: run.transport.counts[site].state() for site in run.sites}
 
 
 def evaluate_sites(run: Run, round_idx: int) -> dict[int, float]:

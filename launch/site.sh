@@ -3,13 +3,16 @@
 #   launch/site.sh SITE NUM_SITES SITE0_ADDRESS[:PORT] CONFIG [fomoe train arguments]
 #   launch/site.sh 0 3 10.8.0.1:29500 configs/three.yaml --interface wg0
 #   launch/site.sh 1 3 10.8.0.1:29500 configs/three.yaml --interface wg0
+# A site of several accelerators on one machine: --ranks N after CONFIG, for N processes under a
+# torchrun of this site's own (inner.parallel says how they share the work). A site of several
+# machines: start torchrun on each, with fomoe's --site and --meet as below.
 # An IPv6 address stands in brackets: [fd00::1]:29500, [fd00::1].
 # Traffic between sites is not encrypted: join the sites by a tunnel such as WireGuard and give its
 # interface. The port (default 29500) and the ports that gloo opens must be reachable in the tunnel.
 set -euo pipefail
 refuse() { echo "launch/site.sh: $1" >&2; exit 2; }
 if [ $# -lt 4 ]; then
-  echo "usage: launch/site.sh SITE NUM_SITES SITE0_ADDRESS[:PORT] CONFIG [fomoe train arguments]" >&2
+  echo "usage: launch/site.sh SITE NUM_SITES SITE0_ADDRESS[:PORT] CONFIG [--ranks N] [fomoe train arguments]" >&2
   exit 2
 fi
 site=$1 num_sites=$2 address=$3
@@ -37,7 +40,23 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
 command -v "$python" >/dev/null || {
   echo "no $python; run 'make install' in $root, or set PYTHON" >&2; exit 2; }
+words=() ranks=1
+while [ $# -gt 0 ]; do
+  case $1 in
+    --ranks) ranks=${2-} && shift ;;
+    --ranks=*) ranks=${1#*=} ;;
+    *) words+=("$1") ;;
+  esac
+  shift
+done
+[[ $ranks =~ ^[0-9]{1,6}$ ]] && ((10#$ranks > 0)) || refuse "--ranks '$ranks' must be a number above 0"
+if ((10#$ranks > 1)); then
+  meet=$host:$port
+  if [[ $host == *:* ]]; then meet="[$host]:$port"; fi
+  exec "$python" -m torch.distributed.run --standalone --nproc-per-node=$((10#$ranks)) \
+    -m fomoe train "${words[@]}" --site "$site" --meet "$meet"
+fi
 # What torchrun would set. Without its agent a mistake stays one line, and one rank per site needs
 # no agent; sites may be started in any order.
 export RANK=$site WORLD_SIZE=$num_sites LOCAL_RANK=0 MASTER_ADDR=$host MASTER_PORT=$port
-exec "$python" -m fomoe train "$@"
+exec "$python" -m fomoe train "${words[@]}"

@@ -122,14 +122,26 @@ def _needs(one: Grid, found: Answered) -> list[str]:
     """What `fomoe train` lacks for each point of a grid, or that it runs today."""
     question, inside = one.question, one.question.inside
     kinds = {str(layout.degrees["recompute"]) for layout in found.layouts}
+    counts = sorted({site.count for site in question.cluster.sites})
     always = {
         "unequal_batches": len(set(found.tokens.tolist())) > 1,
-        "accelerators": any(site.count > 1 for site in question.cluster.sites),
+        "accelerators": counts[-1] > 1,
+        "unequal_accelerators": len(counts) > 1,
+        "averaged_gradients": counts[-1] > 1
+        and question.method.every_step
+        and question.cluster.num_sites > 1,
+        "uneven_rows": any(
+            rows % count
+            for count in counts
+            for rows in (question.shape.d_model, 2 * question.shape.expert_ffn)
+        )
+        and bool(question.shape.num_experts),
         "adam": inside.adam != "fp32",
         "mixed": inside.states != "fp32",
         "fp8": inside.precision == "fp8",
     }
     rest = can_train(*(name for name, used in always.items() if used))
+    rest += [f"the layout {words}" for words in sorted(_untrained_layouts(found))]
     rest += [f"recomputation ({name})" for name in sorted(kinds - set(OWN_RECOMPUTE.values()))]
     rest += [] if question.method.trained_as else [f"method {question.method.name}"]
     every = question.method.every_step  # gradients cross in fp32
@@ -142,6 +154,19 @@ def _needs(one: Grid, found: Answered) -> list[str]:
         gaps = [*question.shape.unsupported, *can_train(*names), *rest]
         words[row] = "; ".join(gaps) or "runs today"
     return [words[row] for row in map(tuple, used.tolist())]
+
+
+def _untrained_layouts(found: Answered) -> set[str]:
+    """Layouts other than the trainer's: states sharded over all accelerators of a site."""
+    return {
+        layout.words
+        for layout in found.layouts
+        if any(layout.degrees[name] != 1 for name in ("tp", "pp", "cp", "ep"))
+        or (
+            layout.degrees["dp"] != 1
+            and (layout.degrees["zero"], layout.degrees["shard"]) != (3, layout.degrees["dp"])
+        )
+    }
 
 
 def _bytes(one: Grid, found: Answered, exchanges: Floats) -> dict[str, Any]:

@@ -23,7 +23,14 @@ import numpy as np
 
 from fomoe_sim.evaluate import Row, evaluate
 from fomoe_sim.methods import BASELINE, METHODS, SEARCHED, method_of
-from fomoe_sim.options import Ask, add_flags, check_ask, check_methods, read_flags
+from fomoe_sim.options import (
+    Ask,
+    add_flags,
+    check_ask,
+    check_methods,
+    read_flags,
+    read_parallel,
+)
 from fomoe_sim.question import (
     Question,
     baseline,
@@ -40,6 +47,8 @@ from fomoe_sim.trainconfig import config_tree, cyclic_factor, write_config
 from fomoe_sim.trainer import CODECS, ConfigError, capacity_slots
 from fomoe_sim.units import flag_of, percent, scaled
 
+# All accelerators of a site share its states, as the trainer's ranks do.
+_SHARDED = "tp=1,pp=1,cp=1,ep=1,shard={},zero=3"
 LOCAL_STEPS = (8, 16, 32, 64, 100, 128, 256, 512)
 BITS = tuple(CODECS[name].mean_bits for name in ("fp32", "int8", "int4"))
 LAYERS_PER_FRAGMENT = 3
@@ -86,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     best = min(front, key=lambda c: (c.row["cost_usd"], c.row["days"]))
     reasons = why(best, candidates, one)
     if args.out:
-        write_config(args.out, planned(best))
+        write_config(args.out, planned(best), best.found.question.cluster.sites[0].count)
     shown = sorted(front, key=lambda c: c.row["cost_usd"])
     if args.json:
         rows = [{**c.row, "command": command(ask, c)} for c in shown]
@@ -174,11 +183,15 @@ def search(ask: Ask, limits: Constraints, *, trainable: bool) -> tuple[list[Cand
 
 
 def _as_trained(ask: Ask, question: Question, experts: bool) -> Question:
-    """Equal batches, and the recomputation that the trainer has."""
+    """Equal batches, and the layout and the recomputation that the trainer has."""
     chosen: tuple[str, ...] = ("none", "experts", "full") if experts else ("none", "full")
     if ask.recompute or ask.step_time:
         chosen = (ask.recompute or "none",)
-    inside = replace(question.inside, recompute=chosen)
+    counts = {site.count for site in question.cluster.sites}
+    layout = question.inside.parallel
+    if not layout and counts != {1} and len(counts) == 1:
+        layout = read_parallel(_SHARDED.format(max(counts)))
+    inside = replace(question.inside, recompute=chosen, parallel=layout)
     return replace(question, split=ask.split or "equal", inside=inside)
 
 
@@ -375,6 +388,8 @@ def command(ask: Ask, candidate: Candidate) -> str:
         values |= {"replication": even} if even else {"capacity": ",".join(map(str, counts))}
     if question.split != "speed":
         values["split"] = question.split
+    if inside.parallel and not ask.parallel:
+        values["parallel"] = ",".join(f"{name}={degree}" for name, degree in inside.parallel)
     if inside.recompute != Inside(seq_len=1).recompute:
         values["recompute"] = row["recompute"]
     words = [f"{flag_of(name)} {shlex.quote(_plain(value))}" for name, value in values.items()]

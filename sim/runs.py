@@ -41,7 +41,8 @@ class Round:
         run: folder of the run.
         index: of the round.
         local_steps: steps of the round, H.
-        num_syncs: syncs in the round: one, or one per step where gradients are averaged.
+        num_syncs: syncs in the round: one per fragment (more in the run's last round), or one per
+            step where gradients are averaged.
         train_s: time of the local steps at the slowest site.
         sync_s: time from there to the end of the sync; the wait for slower sites is not in it.
         wire_bytes, payload_bytes: of the site that sent most.
@@ -90,6 +91,9 @@ def read_run(folder: str | Path) -> list[Round]:
         rule = "is a proxy run, whose sites exchange in memory: it shows no link to calibrate"
         raise ConfigError("run", str(folder), rule)
     config = load(str(folder / "config.yaml"))
+    if config.sync.overlap_steps:
+        rule = "hides the syncs of this run behind local steps: it shows no link to calibrate"
+        raise ConfigError(f"{folder} sync.overlap_steps", config.sync.overlap_steps, rule)
     for other in folder.glob("metrics.site*.jsonl"):
         records, torn = _read(other)
         damaged |= torn
@@ -112,14 +116,21 @@ def read_run(folder: str | Path) -> list[Round]:
 
 def _rounds(run: str, table: dict[int, dict[int, Record]], config: Config) -> Iterator[Round]:
     """One round over its sites' records, in order."""
-    payload = [traffic.payload for traffic in plan_run(config).traffic]
+    plan = plan_run(config)
+    payload = [traffic.payload for traffic in plan.traffic]
+    added = [plan.added_at_end(site)[0] for site in range(len(payload))]
     flops = most_step_flops(config)
     for index, sites in sorted(table.items()):
         records = list(sites.values())
         local_steps = int(max(record["local_steps"] for record in records))
         train_s = max(record["train_s"] for record in records)
         end_s = max(record["train_s"] + record["sync_s"] for record in records)
-        num_syncs = local_steps if config.sync.average == "gradients" else 1
+        every = config.sync.average == "gradients"
+        num_syncs = local_steps if every else config.sync.fragments
+        planned = {s: payload[s] * (num_syncs if every else 1) for s in sites if s < len(payload)}
+        if index + 1 == config.rounds:
+            num_syncs += plan.syncs_at_end
+            planned = {site: number + added[site] for site, number in planned.items()}
         yield Round(
             run=run,
             index=index,
@@ -130,7 +141,7 @@ def _rounds(run: str, table: dict[int, dict[int, Record]], config: Config) -> It
             wire_bytes=int(max(record["wire_bytes"] for record in records)),
             payload_bytes=int(max(record["payload_bytes"] for record in records)),
             step_flops=flops,
-            planned_payload_bytes=num_syncs * max(payload[s] for s in sites if s < len(payload)),
+            planned_payload_bytes=max(planned.values()),
             missing_sites=tuple(s for s in range(len(payload)) if s not in sites),
         )
 

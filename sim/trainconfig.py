@@ -22,7 +22,9 @@ def config_tree(question: Question, known: Answered) -> dict[str, Any]:
     shape, attention = question.shape, question.shape.attention
     num_sites, seq_len = question.cluster.num_sites, question.inside.seq_len
     sequences = max(1, round(question.batch_tokens / num_sites / seq_len))
-    micro = min(sequences, int(known.layouts[0].degrees["micro"]))
+    ranks = question.cluster.sites[0].count
+    # A site's micro-batch, which its accelerators share equally.
+    micro = ranks * max(1, min(sequences // ranks, int(known.layouts[0].degrees["micro"])))
     accumulate = max(1, round(sequences / micro))
     per_round = num_sites * question.local_steps * micro * accumulate * seq_len
     tree: dict[str, Any] = {
@@ -49,6 +51,8 @@ def config_tree(question: Question, known: Answered) -> dict[str, Any]:
         "inner": {"batch_size": micro, "accumulation_steps": accumulate},
         "data": {"seq_len": seq_len},
     }
+    if ranks > 1:
+        tree["inner"]["parallel"] = "fsdp"
     if shape.num_dense_layers:
         tree["model"]["dense_ffn_dim"] = shape.dense_ffn
     if not shape.num_experts:
@@ -80,8 +84,11 @@ def cyclic_factor(question: Question) -> int:
     return factor if np.array_equal(even.residents, question.holdings.residents) else 0
 
 
-def write_config(path: str | Path, tree: dict[str, Any]) -> None:
+def write_config(path: str | Path, tree: dict[str, Any], ranks: int = 1) -> None:
     """Write a plan as a config, checked by the trainer's own loader.
+
+    Args:
+        ranks: accelerators of every site.
 
     Raises:
         ConfigError: naming the rule that the config breaks, or why it cannot be written.
@@ -91,6 +98,8 @@ def write_config(path: str | Path, tree: dict[str, Any]) -> None:
         "# Written by fomoe plan.\n"
         "# data.source and data.tokenizer are the defaults: name your own text.\n"
     )
+    if ranks > 1:
+        head += f"# Several accelerators per site: start it with --ranks-per-site {ranks}.\n"
     try:
         text = head + yaml.safe_dump(tree, sort_keys=False)
         Path(path).write_text(text, encoding="utf-8")

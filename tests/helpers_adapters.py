@@ -17,6 +17,7 @@ from fomoe.adapters.layers import AdaptedModel, load_adapted
 from fomoe.config import Config
 from fomoe.data.dataset import Data
 from fomoe.planning import plan_run
+from fomoe.ranks import ONE_RANK
 from fomoe.run import Run
 from fomoe.site import Site
 from fomoe.summary import Totals
@@ -82,7 +83,7 @@ def client_run(config: Config, transport: Transport | None = None) -> Run:
     transport = transport or InMemoryTransport(range(config.num_sites))
     plan, system = plan_run(config), system_of(config, torch.device("cpu"))
     sites: dict[int, Site] = {
-        site: system.make_site(plan, site, RandomStream(config, 100 + site))
+        site: system.make_site(plan, site, RandomStream(config, 100 + site), ONE_RANK)
         for site in transport.sites
     }
     data = Data(

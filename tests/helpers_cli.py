@@ -24,6 +24,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"):
     os.environ.pop(_name, None)
 
+# Fields of a record of a round that are measured, not computed.
+MEASURED = {
+    "train_s",
+    "sync_s",
+    "utilisation",
+    "exchange_s",
+    "mean_bytes_per_s",
+    "peak_bytes_per_s",
+}
+
 WORDS = ("site", "round", "expert", "token", "router", "anchor", "mean", "loss", "holder", "step")
 
 

@@ -27,7 +27,7 @@ from fomoe.checkpoint import saved_rounds
 from fomoe.cli import main as fomoe
 
 NUM_SITES, KEPT, MOST_KILLS = 4, 3, 6  # kills of one run
-TIMES = {"train_s", "sync_s"}
+TIMES = {"train_s", "sync_s", "exchange_s", "utilisation", "mean_bytes_per_s", "peak_bytes_per_s"}
 fork = multiprocessing.get_context("fork")
 for name in ("fomoe.training", "torch._dynamo"):  # once, before the sites are forked
     import_module(name)

@@ -56,7 +56,7 @@ def test_rows_that_have_shrunk_are_no_longer_used_or_counted() -> None:
     clients = [client_of(run, site) for site in run.sites]
     for client in clients:
         fill(client, seed=1)
-        client._tokens = 8
+        client.counter.tokens = 8
     synchronize(run)  # all have what the server has
     assert [client.kept for client in clients] == [1, 2, 2, 4]
     run_local_steps(run, 0)

@@ -193,7 +193,7 @@ def test_flora_merges_the_mean_product_into_the_base() -> None:
     sync: Any = run.sync
     name = "model.layers.1.self_attn.v_proj"
     for site in run.sites.values():
-        site._tokens = 8
+        site.counter.tokens = 8
     synchronize(run)
     products = [S * p[f"{name}.lora_B"].T @ p[f"{name}.lora_A"] for p in own.values()]
     torch.testing.assert_close(sync.merged[name], torch.stack(products).mean(0))

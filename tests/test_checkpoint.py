@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_cli import fomoe, load_part, records, snapshot, trained, write_config
+from helpers_cli import MEASURED, fomoe, load_part, records, snapshot, trained, write_config
 from safetensors.torch import load_file
 
 from fomoe import checkpoint
@@ -32,7 +32,7 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
 
 
 def parts(run_dir: Path, round_idx: int, num_sites: int = 3) -> list[tuple[Any, Any]]:
@@ -164,7 +164,9 @@ def test_only_rounds_and_run_may_change(tiny: Path, tmp_path: Path) -> None:
         outcome = fomoe("train", tiny, override, "rounds=3", "--resume")
         assert outcome.status != 0
         assert override.partition("=")[0] in outcome.err
-        assert "only rounds, inner.schedule_steps and run.* may change" in outcome.err
+        assert (
+            "only rounds, inner.schedule_steps, inner.parallel and run.* may change" in outcome.err
+        )
         assert snapshot(tmp_path / "run" / "checkpoints") == saved
     trained(tiny, "rounds=3", "run.log_every=3", "run.keep_checkpoints=4", "--resume")
 

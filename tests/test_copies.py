@@ -186,7 +186,7 @@ def test_an_update_counts_the_sites_whose_own_copy_was_used():
     run_local_steps(run, 0)
     used = {0: 3, 1: 0, 2: 5, 3: 0}  # assignments of expert 1 of every site's set, in layer 0
     for site, count in used.items():
-        run.sites[site]._executed_LE[0, 1] = count
+        run.sites[site].counter.executed_LE[0, 1] = count
     names = {site: expert_name(4 * site + 1) for site in used}
     old = {site: run.sync.anchors.values[name].clone() for site, name in names.items()}
     grads = {site: old[site] - named_view(run.sites[site], name) for site, name in names.items()}

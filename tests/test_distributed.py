@@ -27,6 +27,7 @@ from conftest import (
     tiny_config,
     whole_model,
 )
+from helpers_cli import MEASURED
 from safetensors.torch import load_file
 
 from fomoe.data.dataset import build_data
@@ -120,7 +121,7 @@ def test_proxy_and_torchrun_have_the_same_summary(runs):
     """Losses to 1e-5, counts and bytes exactly."""
     proxy, distributed = (json.loads((runs[n] / "summary.json").read_text()) for n in runs)
     machine = {"peak_memory_bytes", "peak_accelerator_memory_bytes"}
-    machine |= {"run_dir", "tokens_per_s", "train_s", "sync_s"}
+    machine |= {"run_dir", "tokens_per_s", *MEASURED}
     for name in proxy.keys() | distributed.keys():
         if name.removesuffix("_by_site") in machine:
             continue
@@ -147,7 +148,6 @@ def test_counted_bytes_are_the_planned_bytes(runs):
 
 def test_every_step_and_round_has_the_same_record(runs):
     proxy, distributed = (records(run_dir) for run_dir in runs.values())
-    times = {"train_s", "sync_s"}
 
     def key(record: dict[str, Any]) -> tuple:
         return tuple(record.get(name, -1) for name in ("kind", "round", "step", "site"))
@@ -158,7 +158,7 @@ def test_every_step_and_round_has_the_same_record(runs):
     for record in distributed:  # every site has its own copy of what was measured together
         other = expected[key(record)]
         assert record.keys() == other.keys()
-        for field in record.keys() - times:
+        for field in record.keys() - MEASURED:
             if isinstance(record[field], float):
                 assert record[field] == pytest.approx(other[field], abs=1e-5), (other, field)
             else:

@@ -225,22 +225,22 @@ def test_counts_start_anew_at_a_fragments_own_sync() -> None:
     config = tiny_config(sync__fragments=2, num_sites=1, placement__replication_factor=1)
     site = make_run(config).sites[0]
     since = Since(config, site)
-    site._executed_LE[0, 3] += 5
-    site._executed_LE[1, 3] += 7
-    site._tokens += 10
+    site.counter.executed_LE[0, 3] += 5
+    site.counter.executed_LE[1, 3] += 7
+    site.counter.tokens += 10
     first = since.take(0)
     assert (first.tokens, first.executed[0, 3], first.executed[1, 3]) == (10, 5, 7)
-    site._executed_LE[0, 4] += 2
-    site._executed_LE[1, 4] += 1
-    site._tokens += 20
+    site.counter.executed_LE[0, 4] += 2
+    site.counter.executed_LE[1, 4] += 1
+    site.counter.tokens += 20
     second = since.take(1)
     assert (second.tokens, second.executed[1, 3], second.executed[1, 4]) == (30, 7, 1)
-    site._tokens += 1
+    site.counter.tokens += 1
     routing = since.end_round()
     assert routing.tokens == 31
     assert int(routing.executed_LE[1, 3]) == 7
-    site._executed_LE[0, 5] += 9
-    site._tokens += 4
+    site.counter.executed_LE[0, 5] += 9
+    site.counter.tokens += 4
     third = since.take(0)
     assert (third.tokens, third.executed[0, 3]) == (25, 0)
     assert (third.executed[0, 4], third.executed[0, 5]) == (2, 9)

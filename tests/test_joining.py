@@ -382,7 +382,7 @@ def test_a_site_that_fails_tells_the_others_why():
 
 
 def launch(site: int, port: int, address: str = "127.0.0.1") -> Launch:
-    return Launch(rank=site, world_size=2, address=address, port=port)
+    return Launch(site=site, num_sites=2, address=address, port=port)
 
 
 def free_port() -> int:
@@ -456,7 +456,7 @@ def test_sites_join_over_a_store_and_a_third_is_refused():
     port = free_port()
 
     def work(site: int, attempt: str = "0") -> Any:
-        given = Launch(rank=site, world_size=2, address="localhost", port=port, attempt=attempt)
+        given = Launch(site=site, num_sites=2, address="localhost", port=port, attempt=attempt)
         transport = joining.open_transport(given, 2, timeout_s=20, interface="lo")
         answers = gather(transport, lambda own: f"site {own}".encode())
         return answers, transport

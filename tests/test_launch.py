@@ -398,6 +398,64 @@ def test_a_site_per_slurm_node(stub, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (2, "start it by sbatch: no Slurm job is here\n")
 
 
+def test_a_site_of_several_ranks_has_a_torchrun_of_its_own(stub) -> None:
+    for words in (["--ranks", "2"], ["--ranks=02"]):
+        done = script("site.sh", "1", "3", "[::1]:29733", "c.yaml", *words, "a=b", environment=stub)
+        expected = (
+            "-m torch.distributed.run --standalone --nproc-per-node=2 -m fomoe train c.yaml a=b"
+        )
+        assert done.stdout.strip() == (f"{expected} --site 1 --meet [::1]:29733"), done.stderr
+    done = script("site.sh", "1", "3", "host", "c.yaml", "--ranks", "1", environment=stub)
+    assert done.stdout == "1 3 0 host 29500 -m fomoe train c.yaml\n"
+    for wrong in ("0", "two", ""):
+        done = script("site.sh", "0", "2", "host", "c.yaml", "--ranks", wrong, environment=stub)
+        text = f"launch/site.sh: --ranks '{wrong}' must be a number above 0\n"
+        assert (done.returncode, done.stderr) == (2, text)
+
+
+def slurm(stub: dict[str, str], tmp_path: Path, nodes: int, **more: str) -> list[str]:
+    """What slurm.sbatch starts at each of some nodes."""
+    ids = " ".join(map(str, range(nodes)))
+    programs = {
+        "scontrol": "; ".join(f"echo node-{i}" for i in range(nodes)),
+        "srun": f'shift; for id in {ids}; do SLURM_NODEID=$id SLURM_NNODES={nodes} "$@"; done',
+    }
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    given = stub | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_NODELIST": "node-[0-9]",
+        "SLURM_JOB_ID": "40007",
+        "SLURM_JOB_NUM_NODES": str(nodes),
+        "SLURM_SUBMIT_DIR": str(ROOT),
+    }
+    done = script("slurm.sbatch", "c.yaml", "a=b", environment=given | more)
+    if done.returncode:
+        return [done.stderr]
+    return [line.strip() for line in done.stdout.splitlines()]
+
+
+def test_sites_of_several_slurm_nodes(stub, tmp_path: Path) -> None:
+    found = slurm(stub, tmp_path, 4, NODES_PER_SITE="2", RANKS_PER_NODE="8")
+    assert found == [
+        f"-m torch.distributed.run --nnodes=2 --node-rank={node % 2} --nproc-per-node=8 "
+        f"--master-addr=node-{node // 2 * 2} --master-port=20008 "
+        f"-m fomoe train c.yaml a=b --site {node // 2} --meet node-0:20007"
+        for node in range(4)
+    ]
+    found = slurm(stub, tmp_path, 2, SITE="3", MEET="10.8.0.1:29500", RANKS_PER_NODE="4")
+    assert found == [
+        f"-m torch.distributed.run --nnodes=2 --node-rank={node} --nproc-per-node=4 "
+        f"--master-addr=node-0 --master-port=20008 "
+        f"-m fomoe train c.yaml a=b --site 3 --meet 10.8.0.1:29500"
+        for node in range(2)
+    ]
+    assert slurm(stub, tmp_path, 3, NODES_PER_SITE="2") == [
+        "NODES_PER_SITE 2 does not divide the job's 3 nodes\n"
+    ]
+
+
 def test_the_tiny_experiment_itself_is_right(tmp_path: Path) -> None:
     """Else the refusals above would come for another reason."""
     assert trained(write_config(tmp_path), "rounds=1")["rounds"] == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -110,17 +111,25 @@ def test_wandb_that_fails_later_costs_no_run(
 def test_one_site_without_wandb_stops_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others' wandb runs are ended, and nothing of them is left."""
     ended: list[int] = []
+    opened: list[bool] = []
+    opening = threading.Event()
 
     def init(**options: Any) -> Any:
         if options["job_type"] == "site-1":
+            opening.wait(10)
             raise ServiceFailure("no quota")
-        (Path(options["dir"]) / "wandb" / options["job_type"]).mkdir(parents=True)
+        folder = Path(options["dir"]) / "wandb" / options["job_type"]
+        folder.mkdir(parents=True)
+        opening.set()
+        time.sleep(0.2)  # site 1 fails meanwhile
+        opened.append(folder.is_dir())
         return wandb_run(finish=lambda exit_code: ended.append(exit_code))
 
     monkeypatch.setitem(sys.modules, "wandb", library(init=init))
     config = tiny_config({"num_sites": 3, "run.wandb": "offline"})
     errors = over_gloo(3, lambda transport: open_logs(config, tmp_path, transport, run_id="a"))
     assert all(isinstance(error, FomoeError) and "no quota" in str(error) for error in errors)
+    assert opened == [True, True]  # a site that failed takes nothing from those that still open
     assert ended == [1, 1]
     assert not (tmp_path / "wandb").exists()
 

@@ -45,7 +45,7 @@ def test_options_say_default_unit_and_meaning() -> None:
         "type": "number, at least 1, at most 1e+06",
         "default": 600.0,
         "unit": "seconds",
-        "meaning": "Longest wait for a peer that sends nothing, and for all sites to join.",
+        "meaning": "Longest wait for a peer that sends nothing.",
     }
     told = fomoe("options", "placement").out
     assert "placement.kind = cyclic  (cyclic or common or " in told

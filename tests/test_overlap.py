@@ -125,13 +125,13 @@ def test_what_is_dropped_is_not_counted(mix: float, tokens: int) -> None:
     """Tokens of the steps beside a sync weigh in the next one, unless the merge drops them."""
     run = make_run(tiny_config(TWO, sync__mix=mix))
     for own in run.sites.values():
-        own._tokens += 10
+        own.counter.tokens += 10
     run.sync.begin(0)
     for own in run.sites.values():
-        own._tokens += 20
+        own.counter.tokens += 20
     run.sync.end(0)
     for own in run.sites.values():
-        own._tokens += 5
+        own.counter.tokens += 5
     assert [s.take(0).tokens for s in run.sync.since.values()] == [tokens + 5] * 4
     assert [s.take(1).tokens for s in run.sync.since.values()] == [35] * 4
 

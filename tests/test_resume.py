@@ -219,10 +219,10 @@ def killed_while_saving(monkeypatch: pytest.MonkeyPatch, saves: int, *words: obj
     """`fomoe train` that dies after some parts were written, before the next one."""
     real, left = checkpoint.save_part, iter(range(saves))
 
-    def save_part(*arguments: Any) -> None:
+    def save_part(*arguments: Any, **more: Any) -> None:
         if next(left, None) is None:
             raise Stop
-        real(*arguments)
+        real(*arguments, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_part", save_part)

@@ -87,7 +87,9 @@ def test_the_model_knows_no_peers() -> None:
 def test_only_transports_talk_to_torch_distributed() -> None:
     """And the rooms that bring the sites together for them."""
     users = {n for n in ROOMS if any(o.startswith("torch.distributed") for o in imports(n))}
-    assert users == {"fomoe.sync.gloo", "fomoe.sync.membership", "fomoe.sync.joining"}
+    assert users == {
+        "fomoe.sync.gloo", "fomoe.sync.membership", "fomoe.sync.joining", "fomoe.sync.inside",
+    }  # fmt: skip
 
 
 LIGHT = [

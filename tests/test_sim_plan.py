@@ -9,6 +9,7 @@ import pytest
 from fomoe.cli import main
 from fomoe.load import load_config
 from fomoe.placement import build_placement
+from fomoe.rules import check_ranks
 from fomoe_sim.options import Ask
 from fomoe_sim.plan import Constraints, search
 
@@ -90,9 +91,25 @@ def test_recomputation_is_the_trainers_own(capsys, tmp_path, ours, option):
 def test_sites_of_several_accelerators_are_named(capsys):
     flags = ["--cluster", THREE, "--model", "olmoe-1b-7b"]
     missing = " ".join(plan(capsys, *flags)["missing"])
-    assert "several accelerators per site" in missing
+    assert "different numbers of accelerators per site" in missing
     assert "a batch by each site's speed" in missing
-    assert "several accelerators per site" in refusal(capsys, *flags, "--trainable")
+    assert "different numbers of accelerators" in refusal(capsys, *flags, "--trainable")
+
+
+def test_sites_of_as_many_accelerators_are_trained(capsys, tmp_path):
+    """With states sharded over all of a site's; another layout is named."""
+    out = tmp_path / "plan.yaml"
+    flags = ["--model", "olmoe-1b-7b", "--sites", "4", "--accelerators", "8"]
+    assert main(["plan", *flags, "--trainable", "--out", str(out)]) == 0
+    assert "cp=1,ep=1,pp=1,shard=8,tp=1,zero=3" in capsys.readouterr().out
+    config = load_config(out)
+    assert config.inner.parallel == "fsdp"
+    check_ranks(config, 8)
+    assert "--ranks-per-site 8" in out.read_text()
+    wide = plan(capsys, *flags, "--parallel", "tp=2")["missing"]
+    assert any(gap.startswith("the layout tp2") for gap in wide)
+    every = refusal(capsys, *flags, "--method", "ddp", "--max-local-steps", "1", "--trainable")
+    assert "gradients averaged between sites of several accelerators" in every
 
 
 def found(trainable=False, method="diloco", **more):

@@ -232,7 +232,7 @@ def test_out_is_refused_before_anything_is_printed(tmp_path):
     outcome = fomoe("plan", *flags)
     assert outcome.status == 2
     assert outcome.out == ""
-    assert "several accelerators per site" in outcome.err
+    assert "different numbers of accelerators per site" in outcome.err
 
 
 def test_a_comparison_begins_with_the_same_accelerators_on_one_site():

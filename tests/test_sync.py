@@ -247,8 +247,8 @@ def test_rule_3_an_expert_step_depends_on_no_other_segment(optimizer, lr):
 def run_with_counts(run: Run) -> Run:
     """Pretend that every resident expert executed tokens."""
     for own in run.sites.values():
-        own._executed_LE += 7
-        own._tokens += 7
+        own.counter.executed_LE += 7
+        own.counter.tokens += 7
     return run
 
 
@@ -937,7 +937,7 @@ def test_bytes_that_were_not_planned_stop_the_sync_before_it_is_committed(layout
     work = partial(failing_sync, tiny_config(FAILING[layout]), miscount, SyncError)
     for message in [*all_good(over_gloo(4, work)), work(InMemoryTransport(range(4)))]:
         assert message.startswith("site 2: it sent (payload, wire) = (")
-        assert "bytes in this round, but the plan says (" in message
+        assert "bytes in this sync, but the plan says (" in message
         assert message.endswith(NOT_HERE)
 
 

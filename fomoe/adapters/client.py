@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,7 @@ class Client(Site):
         """The matrices that start from the seed; the base is there already."""
         num_rows, seed = max(self.config.adapters.ranks), self.config.seed
         widths = {segment.parameter: segment.shape[1] for segment in self.segments}
-        return {
+        parameters = {
             name: nn.Parameter(
                 initial_matrix(name, (num_rows, width), seed)[: self.rank].to(
                     self.device, copy=True
@@ -61,6 +61,8 @@ class Client(Site):
             )
             for name, width in widths.items()
         }
+        self._whole = parameters
+        return parameters
 
     def run_local_steps(self, num_steps: int, on_step: Callable[[Tensor], None]) -> list[Tensor]:
         """Take some local steps; none in a round without this client, whose schedule goes on."""
@@ -116,7 +118,7 @@ class Client(Site):
                 (self._objective(loss) / (len(ranks) * inner.accumulation_steps)).backward()
                 if index == 0:
                     total[0] += loss.detach() / inner.accumulation_steps
-            self._count({}, int((windows[:, 1:] >= 0).sum()))
+            self.counter.add({}, int((windows[:, 1:] >= 0).sum()))
         return total
 
     def _next_windows(self, batch_size: int) -> Tensor:
@@ -130,9 +132,9 @@ class Client(Site):
         """The inner optimizer's state of a segment by key, if it is kept between rounds."""
         return super().inner_views(segment) if self.config.adapters.keep_optimizer else {}
 
-    def state_layout(self) -> Layout:
+    def state_layout(self, segments: Iterable[Segment]) -> Layout:
         """Shapes and types of the tensors that `state` returns after the first step."""
-        layout = super().state_layout()
+        layout = super().state_layout(segments)
         if self.config.adapters.keep_optimizer:
             return layout
         return {n: kind for n, kind in layout.items() if not n.startswith(entry("inner", ""))}

@@ -98,13 +98,19 @@ class Experts(nn.Module):
         dispatch = plan_dispatch(routing, self.slot_E, len(self))
         dtype = compute_dtype(x_TD)
         if not len(dispatch.token_A):
-            return torch.zeros_like(x_TD, dtype=dtype)
+            return torch.zeros_like(x_TD, dtype=dtype) + self._nothing()
         gate_A = routing.gate_TK.flatten().index_select(0, dispatch.order_A)
         backend = BACKENDS[choose_backend(self.options, x_TD.device, dtype)]
         recompute = self.options.recompute == "experts"
         return backend(
             x_TD, gate_A, dispatch, self._all(), matmul=self.options.matmul, recompute=recompute
         )
+
+    def _nothing(self) -> Tensor:
+        """A zero that depends on the trained stacks, whose gradients are then zeros, not absent:
+        where ranks share them, every rank has to reduce the same ones."""
+        own = [p.flatten()[:1] for p in (self.gate_up, self.down) if p is not None]
+        return 0 * torch.cat(own).sum() if own else self.resident_E.new_zeros((), dtype=torch.int64)
 
     def _all(self) -> Stacks:
         frozen = None

@@ -44,6 +44,7 @@ class RouterStats:
         skipped: assignments of the original choice whose expert is absent.
         unserved: tokens none of whose assignments ran.
         entropy: mean entropy of the normalised scores, in nats.
+        mean_E: mean normalised score of each expert.
         lb_loss, z_loss: the two router losses, without their coefficients.
     """
 
@@ -52,6 +53,7 @@ class RouterStats:
     skipped: Tensor
     unserved: Tensor
     entropy: Tensor
+    mean_E: Tensor
     lb_loss: Tensor
     z_loss: Tensor
 
@@ -211,24 +213,31 @@ def router_stats(
     else:
         probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
         entropy = torch.special.entr(probs_TE.detach()).sum(-1).mean()
+    mean_E = probs_TE.mean(0)
     return RouterStats(
         selected_E=selected_E,
         executed_E=executed_E,
         skipped=(selected_E * ~resident_E).sum(),
         unserved=(~routing.executed_TK.any(-1)).sum(),
         entropy=entropy,
-        lb_loss=load_balancing_loss(selected_E=selected_E, probs_TE=probs_TE),
+        mean_E=mean_E,
+        lb_loss=load_balancing_loss(selected_E=selected_E, mean_E=mean_E),
         z_loss=router_z_loss(log_sum_T=log_sum_T),
     )
 
 
-def load_balancing_loss(*, selected_E: Tensor, probs_TE: Tensor) -> Tensor:
+def load_balancing_loss(*, selected_E: Tensor, mean_E: Tensor) -> Tensor:
     """E x sum of (share of assignments x mean probability); 1 if balanced (2101.03961, eq. 4).
 
-    Experts that cannot be chosen have probability 0 for every token and do not count in E.
+    Experts that cannot be chosen have probability 0 for every token and do not count in E. The
+    shares may be those of more tokens than the probabilities: the mean over equal parts of a batch
+    is then the loss of the whole batch.
+
+    Args:
+        selected_E: assignments per expert.
+        mean_E: mean probability of each expert, with a graph.
     """
     share_E = selected_E / selected_E.sum()
-    mean_E = probs_TE.mean(0)
     num_choosable = (mean_E.detach() > 0).sum()
     return num_choosable * (share_E * mean_E).sum()
 

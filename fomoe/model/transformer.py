@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,8 @@ from fomoe.model.experts import Expert, Experts, SwiGLU, run_experts, slots
 from fomoe.model.matmul import Linear, check_matmul, linear
 from fomoe.model.router import Router, RouterStats, Routing
 from fomoe.shapes import ParameterSpec, parameter_specs
+
+T = TypeVar("T")
 
 Residents = Mapping[int, tuple[int, ...]]
 
@@ -142,13 +145,19 @@ class Transformer(nn.Module):
         config: the experiment.
         residents: expert ids held, per MoE layer.
         trained: those that are trained, per MoE layer; None: all.
+        initial: draw the initial weights; else `initialize` has to be called.
     """
 
     cos_SH: Tensor
     sin_SH: Tensor
 
     def __init__(
-        self, config: Config, residents: Residents, trained: Residents | None = None
+        self,
+        config: Config,
+        residents: Residents,
+        trained: Residents | None = None,
+        *,
+        initial: bool = True,
     ) -> None:
         super().__init__()
         model = config.model
@@ -168,7 +177,9 @@ class Transformer(nn.Module):
         )
         self.register_buffer("cos_SH", cos_SH, persistent=False)
         self.register_buffer("sin_SH", sin_SH, persistent=False)
-        initialize(self, config)
+        if initial:
+            parameters = dict(self.named_parameters())
+            initialize(self, config, lambda name, row: _row(parameters[name], row))
 
     def forward(
         self, tokens_BS: Tensor, targets_BS: Tensor, scope_TE: Tensor | None = None
@@ -181,6 +192,11 @@ class Transformer(nn.Module):
             if routing is not None and stat is not None:
                 routings[index], stats[index] = routing, stat
         return Output(loss=self.loss(x_BSD, targets_BS), routings=routings, stats=stats)
+
+    def within(self, work: Callable[[], T]) -> T:
+        """Call `work`, which uses parts of this model; where ranks share its parameters, those
+        outside the layers are gathered meanwhile."""
+        return work()
 
     def embed(self, tokens_BS: Tensor) -> Tensor:
         return self.embedding(tokens_BS)
@@ -243,25 +259,36 @@ def rotary_table(*, seq_len: int, head_size: int, theta: float) -> tuple[Tensor,
 
 
 @torch.no_grad()
-def initialize(model: Transformer, config: Config) -> None:
+def initialize(
+    model: Transformer, config: Config, place: Callable[[str, int | None], tuple[Tensor, int]]
+) -> None:
     """Draw every tensor from a generator of its own, keyed by seed and name, on CPU in fp32.
 
     Names carry layer and expert id, so an expert starts the same wherever it is placed, and what
     else a site holds does not matter. Projections into the residual stream are scaled by
     1 / sqrt(2 L) (GPT-2).
+
+    Args:
+        place: the memory of a parameter of the model, or of one row of a stack, and which of the
+            tensor's own rows comes first there: a rank of a site has only some of them.
     """
-    parameters = dict(model.named_parameters())
     for spec in parameter_specs(config):
         std = config.model.init_std / (
             math.sqrt(2 * config.model.num_layers) if spec.residual else 1
         )
-        for name, place, row in model.places(spec):
-            target = parameters[place] if row is None else parameters[place][row]
+        shape = spec.shape[1:] if spec.kind == "expert" else spec.shape
+        for name, parameter, row in model.places(spec):
+            target, first = place(parameter, row)
             if spec.kind == "norm":
                 target.fill_(1)
-            else:
+            elif target.numel():
                 generator = torch.Generator().manual_seed(stable_seed(config.seed, name))
-                target.copy_(torch.randn(target.shape, generator=generator) * std)
+                drawn = torch.randn(shape, generator=generator)[first : first + len(target)]
+                target.copy_(drawn * std)
+
+
+def _row(parameter: Tensor, row: int | None) -> tuple[Tensor, int]:
+    return (parameter if row is None else parameter[row]), 0
 
 
 def stable_seed(*parts: object) -> int:

@@ -90,9 +90,10 @@ class Coder:
         """What one site has left out, by entry."""
         return {entry("residual", i): kept for (own, i), kept in self._kept.items() if own == site}
 
-    def state_layout(self, site: int) -> Layout:
-        """Shapes and types of what `state_of` returns."""
-        return {name: (tuple(t.shape), t.dtype) for name, t in self.state_of(site).items()}
+    @staticmethod
+    def state_layout(buckets: Iterable[Bucket]) -> Layout:
+        """Shapes and types of what `state_of` returns for encoded buckets that a site holds."""
+        return {entry("residual", b.index): ((b.numel,), torch.float32) for b in buckets}
 
     def load_state_of(self, site: int, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `state_of` returned."""

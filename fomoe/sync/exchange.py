@@ -223,13 +223,22 @@ def check_sites(
 ) -> None:
     """Raise at every member if any site has a problem: all sites continue, or none does.
 
+    A problem of one rank of a site is the site's, and is raised at all ranks.
+
     Args:
         problem: says what is wrong with a site of this process; empty if nothing is.
 
     Raises:
         FomoeError: of the kind given, naming the sites and their problems.
     """
-    answers = gather(transport, lambda site: problem(site).encode())
+
+    def of_ranks(site: int) -> bytes:
+        own = problem(site)
+        if own and transport.inside.size > 1:
+            own = f"rank {transport.inside.rank}: {own}"
+        return next(filter(None, transport.inside.gather(own.encode())), b"")
+
+    answers = gather(transport, of_ranks)
     problems = [
         f"site {site}: {answer.decode()}"
         for site, answer in zip(transport.members, answers, strict=True)
@@ -260,10 +269,11 @@ def agreed(transport: Transport, work: Callable[[], T]) -> T:
 
 
 def share(transport: Transport, make: Callable[[], bytes]) -> bytes:
-    """Run `make` at the first member and return its bytes at every member."""
-    first = transport.members[0]
-    made = agreed(transport, lambda: make() if first in transport.sites else b"")
-    return gather(transport, lambda site: made if site == first else b"")[0]
+    """Run `make` in the first process of the first member and return its bytes in every process."""
+    first, inside = transport.members[0], transport.inside
+    makes = first in transport.sites and inside.rank == 0
+    made = agreed(transport, lambda: make() if makes else b"")
+    return inside.gather(gather(transport, lambda site: made if site == first else b"")[0])[0]
 
 
 # ------------------------------------------------------------------------------------------- fetch

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fomoe.errors import ConfigError, SyncError
+from fomoe.ranks import ONE_RANK, Ranks
 from fomoe.sync import waiting
 from fomoe.sync.membership import Membership
 from fomoe.sync.transport import ByteCounts, Message, count_wire, failure_text
@@ -32,7 +33,7 @@ class GlooTransport:
         join_s: longest wait for all members to join, `timeout_s` by default.
         interface: network interface to use, such as eth0; by default the host name's address.
         prefix: name of this membership in the store; a name is used once.
-        local_rank: which of the site's ranks this is; equal local ranks of all sites are peers.
+        inside: the ranks of this site; equal ranks of all sites are peers.
         place, hosts_store: see `Membership`.
 
     Raises:
@@ -52,13 +53,14 @@ class GlooTransport:
         join_s: float | None = None,
         interface: str | None = None,
         prefix: str = "sync",
-        local_rank: int = 0,
+        inside: Ranks = ONE_RANK,
         place: str = "",
         hosts_store: bool = False,
     ) -> None:
         self.members = tuple(sorted(members))
         self.sites: tuple[int, ...] = (site,)
         self.counts = {site: ByteCounts()}
+        self.inside = inside
         self._site, self._timeout_s = site, timeout_s
         self._rank = {member: rank for rank, member in enumerate(self.members)}
         self._aborted = False
@@ -66,7 +68,7 @@ class GlooTransport:
         options = dist.ProcessGroupGloo._Options()
         options._timeout = timedelta(seconds=timeout_s)
         options._devices = [open_interface(interface)]
-        prefixed = dist.PrefixStore(f"{prefix}/{local_rank}", store)
+        prefixed = dist.PrefixStore(f"{prefix}/{inside.rank}", store)
         self._twins: list[GlooTransport] = []
         rank, size = self._rank[site], len(self.members)
 
@@ -114,6 +116,7 @@ class GlooTransport:
     def beside(self) -> GlooTransport:
         twin = copy(self)
         twin.counts = {self._site: ByteCounts()}
+        twin.inside = self.inside.beside()
         number = len(self._twins)
         twin._group = self._connect(
             lambda: self._connect_as(f"beside-{number}"), timeout_s=self._timeout_s

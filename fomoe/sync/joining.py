@@ -16,17 +16,22 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from fomoe.errors import ConfigError, SyncError
 from fomoe.launch import Launch
+from fomoe.ranks import ONE_RANK
 from fomoe.sync import waiting
 from fomoe.sync.gloo import GlooTransport, open_interface
+from fomoe.sync.inside import SiteRanks
+from fomoe.sync.membership import record_before_joining
 from fomoe.sync.transport import InMemoryTransport, Transport
 from fomoe.sync.waiting import in_thread, one_line, say
 
 _CONNECT_S = 5.0  # longest wait for one attempt to connect
 _RETRY_S = 0.2
+_LINGER_S = 1.0  # time for the others to read why this site ends
 _ANSWER_S = 10.0  # longest wait for a store's first answer, once connected
 
 _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
@@ -36,39 +41,92 @@ Address = tuple[int, Any]
 
 
 def open_transport(
-    launch: Launch, num_sites: int, *, timeout_s: float, interface: str | None = None
+    launch: Launch,
+    num_sites: int,
+    *,
+    timeout_s: float,
+    join_s: float | None = None,
+    interface: str | None = None,
+    parallel: str = "none",
+    device: torch.device | None = None,
 ) -> Transport:
     """A transport for this process: all sites in memory, or this site over gloo.
 
+    Args:
+        join_s: longest wait for all sites to join; None: `timeout_s`.
+        parallel: `inner.parallel`, for a site of several ranks.
+        device: where its model will be; None: the CPU.
+
     Raises:
         ConfigError: if the launch does not fit this machine.
-        SyncError: if the sites do not all join within `timeout_s`.
+        SyncError: if the sites do not all join in time.
     """
     if not launch.distributed:
         return InMemoryTransport(range(num_sites))
-    assert launch.world_size == num_sites
+    assert launch.num_sites == num_sites
     open_interface(interface)
-    end = time.monotonic() + timeout_s
-    addresses = resolve(launch.address, launch.port, timeout_s)
-    hosts_store = launch.rank == 0 and not launch.agent_store
+    join_s = timeout_s if join_s is None else join_s
+    end = time.monotonic() + join_s
+    addresses = resolve(launch.address, launch.port, join_s)
+    hosts_store = launch.first and not launch.agent_store
     if hosts_store:
         store, own = host_store(launch, addresses, interface)
     else:
-        store, own = reach_store(launch, addresses, timeout_s)
+        store, own = reach_store(launch, addresses, join_s)
+    prefix, inside = f"attempt-{launch.attempt}", ONE_RANK
+    _check_ranks(dist.PrefixStore(prefix, store), launch, f"{socket.gethostname()}, {own}")
+    if launch.ranks > 1:
+        inside = SiteRanks(
+            dist.PrefixStore(f"{prefix}/inside-{launch.site}", store),
+            launch.rank,
+            launch.ranks,
+            parallel=parallel,
+            device=device or torch.device("cpu"),
+            join_s=end - time.monotonic(),
+            # A sibling may wait that long for another site before it comes.
+            timeout_s=2 * timeout_s,
+        )
+    if num_sites == 1:
+        return InMemoryTransport(range(1), inside)
     try:
         return GlooTransport(
             store,
             range(num_sites),
-            launch.rank,
+            launch.site,
             timeout_s=timeout_s,
             join_s=end - time.monotonic(),
             interface=interface,
-            prefix=f"attempt-{launch.attempt}",
+            prefix=prefix,
+            inside=inside,
             place=f"{socket.gethostname()}, {own}",
             hosts_store=hosts_store,
         )
     except SyncError as error:
         raise SyncError(f"{error} (the sites meet at {launch.where})") from error
+
+
+def _check_ranks(store: dist.Store, launch: Launch, place: str) -> None:
+    """Refuse sites with different numbers of ranks: one would wait for ranks that never come.
+
+    Raises:
+        SyncError: at the sites that differ from the first to come; the others read why.
+    """
+
+    def check() -> str:
+        first = int(store.compare_set("ranks per site", "", str(launch.ranks)))
+        if first == launch.ranks:
+            return ""
+        reason = f"it has {launch.ranks} ranks, not {first} as the first site to come: all sites "
+        reason += "must have as many"
+        for rank in range(first):
+            members = dist.PrefixStore(str(rank), store)
+            record_before_joining(members, launch.site, place, reason)
+        return f"site {launch.site}: {reason}"
+
+    if problem := in_thread(check, timeout_s=_ANSWER_S):
+        if launch.first and not launch.agent_store:
+            time.sleep(_LINGER_S)  # the store ends with this process
+        raise SyncError(problem)
 
 
 def resolve(name: str, port: int, timeout_s: float) -> list[Address]:
@@ -101,7 +159,7 @@ def host_store(
     inside = [(f, a) for f, a in addresses if a[0] in interface_addresses(interface)]
     if interface is not None and not inside:
         say(
-            launch.rank,
+            launch.site,
             f"MASTER_ADDR {launch.address} is not an address of --interface {interface}, so the "
             f"sites' store listens on all addresses of this machine",
         )
@@ -145,7 +203,7 @@ def reach_store(
         if waited > waiting.PATIENCE_S and not said:
             said = True
             text = f"waiting for site 0 at {launch.where} ({reason}), up to {timeout_s:g} s"
-            say(launch.rank, text)
+            say(launch.site, text)
         time.sleep(_RETRY_S)
 
 

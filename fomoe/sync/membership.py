@@ -173,8 +173,8 @@ class Membership:
         return self.names(member for member in self.members if member not in present)
 
     def _record(self, reason: str) -> Failure:
-        own = [self.site, self.names([self.site]), reason[:1000]]
-        return Failure(*json.loads(self._set_once(_FIRST, json.dumps(own), _ANSWER_S)))
+        own = _as_text(self.site, self.names([self.site]), reason)
+        return Failure(*json.loads(self._set_once(_FIRST, own, _ANSWER_S)))
 
     def _read(self) -> Failure | None:
         there = self._store.check([_FIRST])
@@ -190,6 +190,15 @@ class Membership:
         except (RuntimeError, TimeoutError) as error:
             why = waiting.one_line(error)
             raise SyncError(f"the store where the sites meet is gone: {why}") from None
+
+
+def record_before_joining(store: dist.Store, site: int, place: str, reason: str) -> None:
+    """Record why a site will not join, for the members that wait for it."""
+    store.compare_set(_FIRST, "", _as_text(site, _name(site, place), reason))
+
+
+def _as_text(site: int, name: str, reason: str) -> str:
+    return json.dumps([site, name, reason[:1000]])
 
 
 def _key(site: int) -> str:

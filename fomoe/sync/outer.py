@@ -7,7 +7,7 @@ mean and takes the same step, so replicas stay equal without sending parameters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -102,9 +102,13 @@ class Anchors:
                     tensors[entry("outer", key, segment.name)] = torch.as_tensor(value)
         return tensors
 
-    def state_layout(self, site: int) -> Layout:
-        """Shapes and types of what `state_of` returns after the first step."""
-        shapes = {segment.name: segment.shape for segment in self._segments_of(site)}
+    def state_layout(self, segments: Iterable[Segment]) -> Layout:
+        """Shapes and types of what `state_of` returns after the first step.
+
+        Args:
+            segments: that take outer steps; those of all ranks together, in a whole checkpoint.
+        """
+        shapes = {segment.name: segment.shape for segment in segments}
         anchors: Layout = {entry("anchor", n): (s, torch.float32) for n, s in shapes.items()}
         return anchors | optimizer_layout(
             lambda trial: build_outer_optimizer(self.config, [trial]), shapes, "outer"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fomoe.errors import SyncError
+from fomoe.ranks import Ranks
 from fomoe.segments import Bucket, Segment
 from fomoe.sync.exchange import gather
 from fomoe.sync.transport import Transport
@@ -38,14 +40,29 @@ def compare_replicas(
         held = [bucket.index for bucket in buckets if site in bucket.holders]
         for position, index in enumerate(held):
             by_bucket[index].add(message[position * size : (position + 1) * size])
+    problem = ""
     wrong = [bucket for bucket in buckets if len(by_bucket[bucket.index]) > 1]
     if wrong:
-        raise SyncError(
+        problem = (
             f"replicas differ after a sync: bucket {wrong[0].index} "
             f"({wrong[0].segments[0].name}, ...) is not equal at its holders "
             f"{list(wrong[0].holders)}"
         )
-    return {i: digest.hex() for hashes in own.values() for i, digest in hashes.items()}
+    # Equal ranks of all sites have seen the same hashes, so all ranks raise or none does.
+    if found := next(filter(None, transport.inside.gather(problem.encode())), b""):
+        raise SyncError(found.decode())
+    texts = {i: digest.hex() for hashes in own.values() for i, digest in hashes.items()}
+    return _of_all_ranks(transport.inside, texts)
+
+
+def _of_all_ranks(inside: Ranks, own: dict[int, str]) -> dict[int, str]:
+    """Hashes of a site's buckets, from those of every rank's rows of them."""
+    if inside.size == 1:
+        return own
+    parts = [json.loads(message) for message in inside.gather(json.dumps(own).encode())]
+    indices = sorted({int(index) for part in parts for index in part})
+    texts = {i: "".join(part.get(str(i), "") for part in parts) for i in indices}
+    return {i: hashlib.sha256(text.encode()).hexdigest() for i, text in texts.items()}
 
 
 def replica_hashes(

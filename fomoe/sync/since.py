@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fomoe.config import Config
+from fomoe.counting import RoundRouting
 from fomoe.fragments import fragment_of_layer, streams
 from fomoe.segments import RoundCounts
-from fomoe.site import RoundRouting, Site
+from fomoe.site import Site
 from fomoe.state import Layout, entry
 
 

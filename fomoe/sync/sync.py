@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fomoe.codecs import CODECS
 from fomoe.copies import coupling, encoded_buckets, exchanged
+from fomoe.counting import RoundRouting
 from fomoe.errors import SyncError
 from fomoe.fragments import streams, synced_again
 from fomoe.planning import RunPlan
@@ -33,7 +34,7 @@ from fomoe.segments import (
     contribution_weight,
     takes_outer_step,
 )
-from fomoe.site import RoundRouting, Site
+from fomoe.site import Site
 from fomoe.state import Layout, divergence
 from fomoe.sync.buckets import Contribution
 from fomoe.sync.coder import Coder
@@ -338,8 +339,13 @@ class Sync:
         return kept | self.since[site].state()
 
     def state_layout(self, site: int) -> Layout:
-        """Shapes and types of what `state_of` returns after the first sync."""
-        kept = self.anchors.state_layout(site) | self.coder.state_layout(site)
+        """Shapes and types of what `state_of` returns after the first sync, of all ranks of a site
+        together."""
+        config, buckets = self.plan.config, self.plan.site_plan.buckets
+        stepped = [b for b in buckets if site in b.holders and takes_outer_step(config, b)]
+        encoded = encoded_buckets(config, buckets, self.plan.families)
+        kept = self.anchors.state_layout(s for bucket in stepped for s in bucket.segments)
+        kept |= self.coder.state_layout(b for b in encoded if site in b.holders)
         return kept | self.since[site].state_layout()
 
     def load_state_of(self, site: int, tensors: Mapping[str, Tensor]) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fomoe.errors import FomoeError
+from fomoe.ranks import ONE_RANK, Ranks
 
 
 class ByteCounts:
@@ -73,12 +74,15 @@ class Transport(Protocol):
         members: all sites that take part, ascending.
         sites: the members that live in this process.
         counts: bytes per site of this process.
+        inside: the ranks of this process's site. Each has a transport of its own, to the same ranks
+            of the other sites.
         remote: whether other members live in other processes.
     """
 
     members: tuple[int, ...]
     sites: tuple[int, ...]
     counts: dict[int, ByteCounts]
+    inside: Ranks
     remote: bool
 
     def move(self, what: str, messages: Sequence[Message]) -> list[Tensor | None]:
@@ -122,7 +126,8 @@ class InMemoryTransport:
 
     remote = False
 
-    def __init__(self, members: Sequence[int]) -> None:
+    def __init__(self, members: Sequence[int], inside: Ranks = ONE_RANK) -> None:
+        self.inside = inside
         self.members = self.sites = tuple(sorted(members))
         self.counts = {site: ByteCounts() for site in self.sites}
 
