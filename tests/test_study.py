@@ -161,18 +161,25 @@ def test_the_shipped_studies_can_be_run(path: Path) -> None:
     study = load_study(path, ["data.sites=[a.txt,b.txt,c.txt,d.txt]"] * (path.stem == "texts"))
     assert len({run.config.fingerprint() for run in study.runs}) == len(study.runs)
     own = [arm.name for arm in study.arms]
-    assert len(study.runs) == 3 * len(own)
+    seeds = 1 if path.stem == "proxy" else 3
+    assert len(study.runs) == seeds * len(own) * len(study.regimes)
 
 
 def test_the_controls_of_the_capacity_study_are_equal() -> None:
     """In state and payload of a site, to the bytes that routers differ by."""
     runs = load_study(ROOT / "configs" / "study" / "capacity.yaml").runs
-    planned = {run.arm: planned_summary(plan_run(run.config)) for run in runs if run.seed == 0}
-    for names in (("d8", "half", "fomoe", "plain-skip", "resident", "top1"), ("d4", "quarter")):
-        for what in ("memory_bytes_per_site", "payload_bytes_per_site_per_round"):
-            values = [planned[name][what] for name in names]
-            assert max(values) < 1.03 * min(values), (names, what)
-    assert planned["single"]["tokens"] * 4 == planned["d8"]["tokens"]
+    for regime in ("d64", "d32"):
+        planned = {
+            run.arm: planned_summary(plan_run(run.config))
+            for run in runs
+            if (run.regime, run.seed) == (regime, 0)
+        }
+        equal = ("d8", "half", "fomoe", "plain-skip", "resident", "top1", "copies-clusters")
+        for names in (equal, ("d4", "quarter")):
+            for what in ("memory_bytes_per_site", "payload_bytes_per_site_per_round"):
+                values = [planned[name][what] for name in names]
+                assert max(values) < 1.03 * min(values), (names, what)
+        assert planned["single"]["tokens"] * 4 == planned["d8"]["tokens"]
 
 
 # ------------------------------------------------------------------------------------------- runs

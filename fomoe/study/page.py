@@ -22,6 +22,7 @@ _COLUMNS = (
     *("arm", "seeds", "merged loss", "lead over control", "sites' own"),
     *("expert FLOPs per token", "in all", "state per site", "payload per round", "note"),
 )
+_SENT = "sent per token"  # of a study about bytes, instead of the FLOPs in all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class Row:
         local: mean of the sites' own losses, over seeds.
         token_flops, flops: forward FLOPs of routed experts, per token and of the whole run.
         memory, payload: bytes per site; and per round.
+        sent: bytes that all sites have sent over the run, per token trained on.
     """
 
     arm: Arm
@@ -46,6 +48,7 @@ class Row:
     flops: float = 0.0
     memory: float = 0.0
     payload: float = 0.0
+    sent: float = 0.0
 
 
 def write_page(path: Path, studies: Sequence[Study]) -> None:
@@ -100,7 +103,7 @@ def section(study: Study, page: Path) -> str:
         used += own
         tables[regime] = rows
         parts += [f"### {regime}"] * bool(regime)
-        parts.append(_table(rows))
+        parts.append(_table(rows, study.figure))
     parts.append(_legend(study))
     if used:
         figure = page.with_name(f"{page.stem}-{study.name}.svg")
@@ -167,6 +170,7 @@ def _rows(study: Study, regime: str, lines: Sequence[Line]) -> tuple[list[Line],
                 flops=fmean(expert_flops(line) * line["tokens"] for line in found),
                 memory=fmean(line["memory_bytes_per_site"] for line in found),
                 payload=fmean(line["payload_bytes_per_site_per_round"] for line in found),
+                sent=fmean(map(sent_per_token, found)),
             )
         rows.append(row)
     return [line for own in by_arm.values() for line in own.values()], rows
@@ -193,18 +197,32 @@ def expert_flops(line: Line) -> float:
     return full * line["expert_flops_fraction"]
 
 
+def sent_per_token(line: Line) -> float:
+    """Payload bytes of all sites over the run, per token that they trained on."""
+    config = line["config"]
+    sites, rounds = config["num_sites"], config["rounds"]
+    return line["payload_bytes_per_site_per_round"] * sites * rounds / line["tokens"]
+
+
 def _known_model(line: Line) -> dict[str, Any]:
     names = ("num_layers", "num_dense_layers", "d_model", "top_k", "expert_ffn_dim")
     return {"model": {name: line["config"]["model"][name] for name in names}}
 
 
-def _table(rows: list[Row]) -> str:
+def _table(rows: list[Row], about: str) -> str:
+    """The arms with results, and a line that names the others."""
     by_name = {row.arm.name: row for row in rows}
-    head = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
-    return "\n".join([*head, *(_table_row(row, by_name[row.arm.control]) for row in rows)])
+    run = [row for row in rows if row.losses]
+    if not run:
+        return "No arm has been run."
+    names = [_SENT if about == "bytes" and name == "in all" else name for name in _COLUMNS]
+    head = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    table = "\n".join([*head, *(_table_row(row, by_name[row.arm.control], about) for row in run)])
+    others = ", ".join(row.arm.name for row in rows if not row.losses)
+    return table + (f"\n\nNot run: {others}." if others else "")
 
 
-def _table_row(row: Row, control: Row) -> str:
+def _table_row(row: Row, control: Row, about: str) -> str:
     is_control = row is control
     cells = [
         f"**{row.arm.name}**" if is_control else row.arm.name,
@@ -213,13 +231,13 @@ def _table_row(row: Row, control: Row) -> str:
         "control" if is_control else mean_text(row.lead, signed=True),
         "-" if row.local is None else f"{row.local:.4f}",
         _ratio(row.token_flops, control.token_flops),
-        _ratio(row.flops, control.flops),
+        f"{row.sent:.3g} B" + (f", {row.sent / control.sent:.3g}x" if control.sent else "")
+        if about == "bytes"
+        else _ratio(row.flops, control.flops),
         _with_ratio(row.memory, control.memory),
         _with_ratio(row.payload, control.payload),
         row.arm.note.replace("|", "\\|"),
     ]
-    if not row.losses:
-        cells[5:9] = ["-"] * 4
     return "| " + " | ".join(cells) + " |"
 
 
