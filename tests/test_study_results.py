@@ -14,7 +14,7 @@ from helpers_study import called, lines, write_study
 
 from fomoe.errors import ConfigError
 from fomoe.study import figure, results
-from fomoe.study.page import mean_text, put_section
+from fomoe.study.page import mean_text, put_section, sent_per_token
 from fomoe.study.plan import Study, load_study
 
 # ------------------------------------------------------------------------------------------- lines
@@ -122,6 +122,15 @@ def test_the_page_waits_for_nothing(
         file.write(json.dumps(other) + "\n")
     assert fomoe("study", path, "--report", page, "rounds=1").status == 0
     assert "The arms of seed 0 did not all read the same text" in page.read_text()
+
+
+def test_bytes_per_token_are_those_of_all_sites_over_the_run() -> None:
+    line = {
+        "payload_bytes_per_site_per_round": 600,
+        "tokens": 2000,
+        "config": {"num_sites": 4, "rounds": 5},
+    }
+    assert sent_per_token(line) == 600 * 4 * 5 / 2000
 
 
 def test_what_a_person_writes_around_a_section_stays() -> None:
