@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from fomoe.adapters.rules import check_adapters
 from fomoe.config import Config, OuterConfig
 from fomoe.copies import set_size
@@ -173,12 +175,14 @@ def _check_sizes(config: Config) -> None:
 def _check_fragments(config: Config) -> None:
     """Fragments are cut from layers and steps without rounding, and every site syncs the same."""
     sync, number = config.sync, config.sync.fragments
-    for name, count in (
-        ("local_steps", config.local_steps),
-        ("model.num_layers", config.model.num_layers),
-    ):
+    counts = {"local_steps": config.local_steps, "model.num_layers": config.model.num_layers}
+    for name, count in counts.items():
         if count % number:
-            raise ConfigError("sync.fragments", number, f"does not divide {name} {count}")
+            both = math.gcd(*counts.values())
+            fits = ", ".join(str(n) for n in range(1, both + 1) if both % n == 0)
+            words = " and ".join(f"{each} {of}" for each, of in counts.items())
+            rule = f"does not divide {name} {count}; these divide {words}: {fits}"
+            raise ConfigError("sync.fragments", number, rule)
     excluded = {
         "sync.average gradients": config.sync.average == "gradients",
         "placement.kind copies": isinstance(config.placement, CopiesPlacement),

@@ -94,8 +94,9 @@ def run(args: argparse.Namespace) -> int:
     front = pareto(allowed)
     best = min(front, key=lambda c: (c.row["cost_usd"], c.row["days"]))
     reasons = why(best, candidates, one)
+    start = ""
     if args.out:
-        write_config(args.out, planned(best), best.found.question.cluster.sites[0].count)
+        start = write_config(args.out, planned(best), best.found.question.cluster.sites)
     shown = sorted(front, key=lambda c: c.row["cost_usd"])
     if args.json:
         rows = [{**c.row, "command": command(ask, c)} for c in shown]
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         filled = textwrap.wrap(reason, WIDTH - 4, break_on_hyphens=False, break_long_words=False)
         print("\n".join(("  " if index == 0 else "    ") + x for index, x in enumerate(filled)))
     if args.out:
-        print(f"wrote {args.out}")
+        print(f"wrote {args.out}; at every site: {start}")
     return 0
 
 

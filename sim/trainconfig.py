@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,11 @@ from typing import Any
 import numpy as np
 import yaml
 
+from fomoe_sim.cluster import Site
 from fomoe_sim.question import OWN_RECOMPUTE, Question
 from fomoe_sim.sites import Answered
 from fomoe_sim.traffic import cyclic_holdings
-from fomoe_sim.trainer import ConfigError, build_config, codec_of
+from fomoe_sim.trainer import ConfigError, build_config, check_ranks, codec_of
 
 RECOMPUTE = {ours: name for name, ours in OWN_RECOMPUTE.items()}
 
@@ -84,24 +87,43 @@ def cyclic_factor(question: Question) -> int:
     return factor if np.array_equal(even.residents, question.holdings.residents) else 0
 
 
-def write_config(path: str | Path, tree: dict[str, Any], ranks: int = 1) -> None:
-    """Write a plan as a config, checked by the trainer's own loader.
+def start_line(path: str | Path, sites: Sequence[Site]) -> str:
+    """The command that starts a plan, once per site; SITE and SITE0_ADDRESS are left to say.
+
+    A site of several machines has a torchrun on each of them, which join at MACHINE0.
 
     Args:
-        ranks: accelerators of every site.
+        sites: of as many accelerators each.
+    """
+    count, node, file = sites[0].count, sites[0].accelerator.node, shlex.quote(str(path))
+    if count <= node:
+        ranks = f" --ranks {count}" if count > 1 else ""
+        return f"launch/site.sh SITE {len(sites)} SITE0_ADDRESS {file}{ranks}"
+    machines = -(-count // node)
+    each = count // machines
+    if each * machines != count:  # no equal share for every machine
+        machines, each = count, 1
+    words = f"torchrun --nnodes {machines} --nproc-per-node {each}"
+    words += " --rdzv-backend c10d --rdzv-endpoint MACHINE0"
+    return f"{words} -m fomoe train {file} --site SITE --meet SITE0_ADDRESS"
+
+
+def write_config(path: str | Path, tree: dict[str, Any], sites: Sequence[Site]) -> str:
+    """Write a plan as a config, checked by the trainer's own loader; returns what starts it.
 
     Raises:
         ConfigError: naming the rule that the config breaks, or why it cannot be written.
     """
-    build_config(tree)
+    check_ranks(build_config(tree), sites[0].count)
+    line = start_line(path, sites)
     head = (
         "# Written by fomoe plan.\n"
         "# data.source and data.tokenizer are the defaults: name your own text.\n"
+        f"# Start it at every site: {line}\n"
     )
-    if ranks > 1:
-        head += f"# Several accelerators per site: start it with --ranks-per-site {ranks}.\n"
     try:
         text = head + yaml.safe_dump(tree, sort_keys=False)
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError("--out", str(path), f"cannot be written: {error.strerror}") from None
+    return line

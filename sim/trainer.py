@@ -26,6 +26,7 @@ from fomoe.memory import SiteMemory
 from fomoe.options import option_names
 from fomoe.placement import Placement, build_placement
 from fomoe.planning import plan_run
+from fomoe.rules import check_ranks
 from fomoe.segments import holder_bytes
 from fomoe.yamlfile import read_yaml
 
@@ -45,6 +46,7 @@ __all__ = [
     "build_placement",
     "can_train",
     "capacity_slots",
+    "check_ranks",
     "codec_of",
     "fine_tunes",
     "hint",

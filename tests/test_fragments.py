@@ -71,12 +71,20 @@ def test_one_fragment_is_a_sync_at_the_rounds_end_and_nothing_else() -> None:
 
 
 REFUSED = {
-    "steps": ({"local_steps": 6}, "sync.fragments 4 does not divide local_steps 6"),
+    "steps": ({"local_steps": 6}, "sync.fragments 4 does not divide local_steps 6; "),
     "layers": ({"model.num_layers": 6}, "sync.fragments 4 does not divide model.num_layers 6"),
     "ddp": ({"method": "ddp"}, "sync.fragments 4 must be 1 with sync.average gradients"),
     "copies": ({"method": "copies"}, "sync.fragments 4 must be 1 with placement.kind copies"),
     "none": ({"sync.fragments": 0}, "sync.fragments 0"),
 }
+
+
+def test_the_refusal_names_what_divides() -> None:
+    sizes = {"model.num_layers": 12, "local_steps": 32}
+    with pytest.raises(ConfigError, match=r"local_steps 32 and model.num_layers 12: 1, 2, 4$"):
+        tiny_config(sizes, sync__fragments=3)
+    for number in (1, 2, 4):
+        tiny_config(sizes, sync__fragments=number)
 
 
 @pytest.mark.parametrize("case", REFUSED)

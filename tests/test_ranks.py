@@ -342,6 +342,11 @@ def test_two_ranks_train_as_one(runs: dict[str, World], config: Path, name: str)
     assert_close(config, "one", name)
 
 
+@pytest.mark.parametrize("name", ["fsdp", "ddp", "apart", "parts-fsdp"])
+def test_nothing_warns(runs: dict[str, World], name: str) -> None:
+    assert not [line for err in runs[name].err for line in err.splitlines() if "Warning" in line]
+
+
 def test_shards_train_as_copies(runs: dict[str, World], config: Path) -> None:
     assert_close(config, "fsdp", "ddp")
 

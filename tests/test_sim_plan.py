@@ -10,8 +10,10 @@ from fomoe.cli import main
 from fomoe.load import load_config
 from fomoe.placement import build_placement
 from fomoe.rules import check_ranks
+from fomoe_sim.cluster import uniform_cluster
 from fomoe_sim.options import Ask
 from fomoe_sim.plan import Constraints, search
+from fomoe_sim.trainconfig import start_line
 
 THREE = "configs/clusters/three-sites.yaml"
 QUESTION = ["--cluster", THREE, "--model", "100b-moe", "--tokens", "2e12", "--budget", "5e6"]
@@ -101,15 +103,38 @@ def test_sites_of_as_many_accelerators_are_trained(capsys, tmp_path):
     out = tmp_path / "plan.yaml"
     flags = ["--model", "olmoe-1b-7b", "--sites", "4", "--accelerators", "8"]
     assert main(["plan", *flags, "--trainable", "--out", str(out)]) == 0
-    assert "cp=1,ep=1,pp=1,shard=8,tp=1,zero=3" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "cp=1,ep=1,pp=1,shard=8,tp=1,zero=3" in printed
+    assert printed.endswith(f"at every site: launch/site.sh SITE 4 SITE0_ADDRESS {out} --ranks 8\n")
     config = load_config(out)
     assert config.inner.parallel == "fsdp"
     check_ranks(config, 8)
-    assert "--ranks-per-site 8" in out.read_text()
+    line = f"launch/site.sh SITE 4 SITE0_ADDRESS {out} --ranks 8"
+    assert line in out.read_text()
     wide = plan(capsys, *flags, "--parallel", "tp=2")["missing"]
     assert any(gap.startswith("the layout tp2") for gap in wide)
     every = refusal(capsys, *flags, "--method", "ddp", "--max-local-steps", "1", "--trainable")
     assert "gradients averaged between sites of several accelerators" in every
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (1, "launch/site.sh SITE 2 SITE0_ADDRESS p.yaml"),
+        (64, "torchrun --nnodes 8 --nproc-per-node 8 "),
+        (12, "torchrun --nnodes 2 --nproc-per-node 6 "),
+        (13, "torchrun --nnodes 13 --nproc-per-node 1 "),
+    ],
+)
+def test_a_plan_says_how_its_sites_start(count, words):
+    """A site of more accelerators than a machine has starts a torchrun on each machine."""
+    links = {"up_bps": 1e9, "down_bps": 1e9, "price": None}
+    sites = uniform_cluster(2, accelerator="H100", count=count, **links).sites
+    line = start_line("p.yaml", sites)
+    assert line.startswith(words)
+    if count > 8:
+        given = line.split(" train ")[1].split()
+        assert given == ["p.yaml", "--site", "SITE", "--meet", "SITE0_ADDRESS"]
 
 
 def found(trainable=False, method="diloco", **more):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from copy import copy
 from datetime import timedelta
+from inspect import signature
 from typing import Any
 
 import torch
@@ -24,6 +25,13 @@ from torch.nn.parallel import DistributedDataParallel
 from fomoe.errors import SyncError
 from fomoe.ranks import Ranks
 from fomoe.sync.waiting import in_thread, one_line
+
+# The option's name in new releases of torch, which warn of the old one.
+_SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in signature(DistributedDataParallel).parameters
+)
 
 
 class SiteRanks(Ranks):
@@ -120,7 +128,7 @@ class SiteRanks(Ranks):
         """
         if not self.shards:
             model.to(device)
-            return DistributedDataParallel(model, broadcast_buffers=False, init_sync=False)
+            return DistributedDataParallel(model, init_sync=False, **{_SYNC_BUFFERS: False})
         options: dict[str, Any] = {
             "mesh": self._mesh,
             "reshard_after_forward": True,
