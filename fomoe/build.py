@@ -11,7 +11,7 @@ import torch
 from fomoe.config import Config
 from fomoe.data.dataset import Data
 from fomoe.errors import ConfigError, SiteMismatchError, SyncError
-from fomoe.hostmemory import keep_freed_memory
+from fomoe.hostmemory import give_back_freed_memory, keep_freed_memory
 from fomoe.initial import Initial, open_initial
 from fomoe.logs import open_logs
 from fomoe.parking import Parking, parks
@@ -109,7 +109,7 @@ def build_run(
     own_plan = plan.at_rank(inside.rank)
     system = agreed(transport, lambda: system_of(config, device))
     if device.type == "cpu":
-        keep_freed_memory()
+        give_back_freed_memory() if inside.shards else keep_freed_memory()
 
     def read() -> Data:
         kept_in = run_dir if mode == "resume" else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -38,19 +39,24 @@ class World:
 
 @dataclass(frozen=True)
 class Command:
-    """`fomoe WORDS...` as so many ranks of one world, or of a world of `ranks` for each site."""
+    """`fomoe WORDS...` as so many ranks of one world, or of a world of `ranks` for each site.
+
+    Attributes:
+        limit: [bytes] that a rank may use beyond what it has before it starts; 0: no limit.
+    """
 
     folder: Path
     count: int
     words: tuple[object, ...]
     ranks: int = 0
+    limit: int = 0
 
 
 def worlds(*commands: Command, seconds: float = 600.0) -> list[World]:
     """Run commands one after the other; they fail if they hang."""
     file = commands[0].folder.with_suffix(".commands.json")
     file.parent.mkdir(parents=True, exist_ok=True)
-    rows = [[str(c.folder), c.count, [*map(str, c.words)], c.ranks] for c in commands]
+    rows = [[str(c.folder), c.count, [*map(str, c.words)], c.ranks, c.limit] for c in commands]
     file.write_text(json.dumps(rows))
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
@@ -99,8 +105,8 @@ def _run_all(file: Path) -> None:
     # What every rank imports is imported once.
     for room in ("torch._dynamo", "fomoe.training", "torch.distributed.fsdp", "fomoe.report"):
         import_module(room)
-    for folder, count, words, ranks in json.loads(file.read_text()):
-        status = _run(main, Path(folder), count, words, ranks)
+    for folder, count, words, ranks, limit in json.loads(file.read_text()):
+        status = _run(main, Path(folder), count, words, ranks, limit)
         (Path(folder) / "status").write_text(str(status))
 
 
@@ -132,8 +138,20 @@ def _report_held(path: Path) -> None:
     training.run_rounds = run_rounds
 
 
+def _limit_data(room: int) -> None:
+    """Let this process's private memory (heap and anonymous mappings) grow by so many bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (used,) = (int(line.split()[1]) << 10 for line in lines if line.startswith("VmData:"))
+    resource.setrlimit(resource.RLIMIT_DATA, (used + room, used + room))
+
+
 def _run(
-    main: Callable[[list[str]], int], folder: Path, count: int, words: list[str], ranks: int
+    main: Callable[[list[str]], int],
+    folder: Path,
+    count: int,
+    words: list[str],
+    ranks: int,
+    limit: int,
 ) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     port = str(_free_port())
@@ -143,6 +161,8 @@ def _run(
             file = os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(file, number)
         _report_held(folder / f"{rank}.held")
+        if limit:
+            _limit_data(limit)
         if not ranks:
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -18,6 +18,7 @@ from fomoe import checkpoint
 from fomoe.checkpoint import Part, check_part, remove_parts, round_folder, save_part
 from fomoe.errors import CheckpointError, ConfigError
 from fomoe.launch import launch_from_environment, launch_of_site
+from fomoe.load import load_config
 from fomoe.memory import SiteMemory
 from fomoe.planning import plan_run, planned_summary
 from fomoe.rules import check_ranks
@@ -464,3 +465,27 @@ def test_the_whole_model_is_read_from_the_parts_of_ranks(
         runs["fsdp"].summary["val_loss_merged"], abs=1e-5
     )
     assert checkpoint.saved_rounds(config.parent / "fsdp") == [2, 1]
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+def test_a_model_that_does_not_fit_one_rank_trains_on_two(tmp_path: Path) -> None:
+    """A rank may add less memory than the state of the whole model, and twice that of its half."""
+    tree = tiny_tree(tmp_path)
+    tree |= {"num_sites": 1, "rounds": 1, "local_steps": 2, "placement": {"replication_factor": 1}}
+    tree["model"] |= {"num_layers": 8, "d_model": 256, "num_experts": 8, "expert_ffn_dim": 512}
+    path = tmp_path / "large.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    config, limit = load_config(path, (FSDP,)), 640 * 10**6
+    assert plan_run(config).memory[0].total > limit
+    for own in plan_run(config, 2).ranks:
+        assert own.memory[0].total < 0.55 * limit
+    words = ("train", path, "--json", f"run.dir={tmp_path}/run", "--overwrite")
+    one, two = worlds(
+        Command(tmp_path / "one", 1, words, limit=limit),
+        Command(tmp_path / "two", 2, (*words, FSDP, *TWO), limit=limit),
+    )
+    assert one.status == 1
+    assert "out of memory" in one.err[0]
+    assert two.summary["tokens"] == 2 * config.tokens_per_step
