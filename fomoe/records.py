@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,16 @@ class RunRecords:
         return sorted({record["site"] for records in self.rounds for record in records})
 
     def tokens(self) -> list[float]:
-        """Tokens of all sites together, after each round."""
-        return self._sums("tokens", self.config.num_sites)
+        """Tokens of all sites together, after each round; a site without records had its share."""
+        planned, found = self.config.tokens_per_step, []
+        for records in self.rounds:
+            here = sum(planned[record["site"]] for record in records)
+            found.append(sum(record["tokens"] for record in records) * sum(planned) / here)
+        return list(accumulate(found))
 
     def sent(self) -> list[float]:
         """Model bytes that a site has sent after each round, mean over sites."""
-        return self._sums("wire_bytes", 1)
+        return list(accumulate(m or 0.0 for m in self.mean(lambda r: r["wire_bytes"])))
 
     def mean(self, value: Callable[[Record], float | None]) -> list[float | None]:
         """Mean over the sites, per round; None where no site has a value."""
@@ -65,13 +70,6 @@ class RunRecords:
         if self.summary and losses and losses[-1] is None:
             losses[-1] = self.summary["val_loss_merged"]
         return losses
-
-    def _sums(self, name: str, factor: float) -> list[float]:
-        total, found = 0.0, []
-        for mean in self.mean(lambda record: record[name]):
-            total += factor * (mean or 0.0)
-            found.append(total)
-        return found
 
 
 @dataclass(frozen=True)

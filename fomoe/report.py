@@ -335,7 +335,9 @@ def print_comparison(summaries: list[dict[str, Any]]) -> None:
         "vs DiLoCo",
         "memory/site",
     ]
-    table = Table(*columns, title=f"Equal tokens per site, same text{over}")
+    equal = len({tokens for summary in summaries for tokens in summary["tokens_by_site"]}) == 1
+    title = f"Equal tokens per site, same text{over}" if equal else f"Same text{over}"
+    table = Table(*columns, title=title)
     for method, runs in by_method.items():
         first = runs[0]
         local = [[loss for loss in run["val_loss_local"] if loss is not None] for run in runs]

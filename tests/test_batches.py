@@ -16,6 +16,7 @@ from helpers_ranks import Command, worlds
 from fomoe.checkpoint import Part
 from fomoe.errors import ConfigError
 from fomoe.load import load_config
+from fomoe.records import read_run
 from fomoe.rules import check_ranks
 from fomoe.sync.ddp import GradientSync
 from fomoe.training import run_local_steps, synchronize
@@ -179,12 +180,26 @@ def test_one_process_and_many_train_the_same(tmp_path: Path) -> None:
             for folder in (tmp_path / name, tmp_path / f"{name}-apart")
         )
         assert many.items() <= one.items()  # the file of the first site
+    for name in ("metrics.site1.jsonl", "metrics.site2.jsonl"):
+        (tmp_path / "fomoe-apart" / name).unlink()
+    for name in ("fomoe", "fomoe-apart"):  # of the first site alone, too
+        assert read_run(tmp_path / name).tokens() == pytest.approx([2 * 16 * 12, 2 * 2 * 16 * 12])
     for site in range(3):
         one, two = Part(tmp_path / "fomoe", 2, site), Part(tmp_path / "ranks", 2, site)
         for name in one.kept:
             left, right = one.read(name), two.read(name)
             if name != "rng":
                 torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_comparison_says_whether_tokens_are_equal(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    words = ("--methods", "fomoe,single", "rounds=1")
+    outcome = fomoe("compare", config, *words, f"run.dir={tmp_path}/equal")
+    assert "Equal tokens per site" in outcome.out, outcome.err
+    outcome = fomoe("compare", config, *words, f"run.dir={tmp_path}/unequal", *UNEQUAL)
+    assert "Same text" in outcome.out, outcome.err
+    assert "Equal tokens" not in outcome.out
 
 
 def test_one_site_alone_needs_no_table(tmp_path: Path) -> None:
