@@ -16,7 +16,7 @@ def model_card(whole: WholeModel, format_name: str, dtype: str, *, has_tokenizer
     """README.md of an exported folder."""
     config, model = whole.config, whole.config.model
     planned = planned_summary(whole.plan)
-    tokens = whole.round_idx * config.local_steps * config.tokens_per_step * config.num_sites
+    tokens = whole.round_idx * config.local_steps * sum(config.tokens_per_step)
     experts = f"{model.num_experts}, top-{model.top_k}" if model.moe_layers else "none"
     facts = {
         "parameters": f"{planned['params_total']:,}, {active_parameters(whole):,} per token",

@@ -22,6 +22,7 @@ from fomoe.options import (
     MOST,
     Decay,
     Fraction,
+    IntTuple,
     NonNegative,
     NonNegativeFloat,
     Options,
@@ -178,6 +179,9 @@ class InnerConfig(Options):
     """Largest norm of a site's gradients; 0: they are not clipped."""
     batch_size: Positive = 8
     """[sequences] Micro-batch of one site."""
+    batch_size_by_site: IntTuple | None = None
+    """[sequences] One micro-batch per site instead of batch_size, for sites of different speed, so
+    that they end a round together. Where they differ, sync.weight must be tokens or uniform."""
     accumulation_steps: Positive = 1
     """[micro-batches] Gradients that are summed for one inner step."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -391,9 +395,20 @@ class Config(Options):
         return self.inner.schedule_steps or self.rounds * self.local_steps
 
     @property
-    def tokens_per_step(self) -> int:
-        """Tokens that one site trains on in one inner step."""
-        return self.inner.batch_size * self.inner.accumulation_steps * self.data.seq_len
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Sequences of a micro-batch of every site."""
+        return self.inner.batch_size_by_site or (self.inner.batch_size,) * self.num_sites
+
+    @property
+    def evaluation_batch_size(self) -> int:
+        """Sequences that an evaluation reads at once, equal at all sites."""
+        return min(self.batch_sizes)
+
+    @property
+    def tokens_per_step(self) -> tuple[int, ...]:
+        """Tokens that every site trains on in one inner step."""
+        sequences = self.inner.accumulation_steps * self.data.seq_len
+        return tuple(size * sequences for size in self.batch_sizes)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

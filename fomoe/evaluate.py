@@ -328,7 +328,7 @@ def _by_expert(
 
 
 def _batches(config: Config, held_out: np.ndarray) -> list[np.ndarray]:
-    size = config.inner.batch_size
+    size = config.evaluation_batch_size
     return [held_out[i : i + size] for i in range(0, len(held_out), size)]
 
 

@@ -91,7 +91,7 @@ def scalars_of(record: Record, config: Config) -> Scalars:
         for name, value in record.items()
         if isinstance(value, int | float) and name not in ("site", "round", "step")
     }
-    tokens = done * config.tokens_per_step * config.num_sites
+    tokens = done * sum(config.tokens_per_step)
     return numbers | {"steps": done, "tokens": tokens, "round": record["round"]}
 
 

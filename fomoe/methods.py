@@ -25,6 +25,7 @@ def method_settings(config: Config) -> dict[str, Any]:
         "num_sites": 1,
         "placement": {"kind": "cyclic", "replication_factor": 1},
         "sync.single_holder": "local",
+        "inner.batch_size_by_site": None,
         # One site alone keeps the text that it would have had among the others, and is evaluated
         # on the held-out part of all of it.
         "data.num_shards": config.data.num_shards or config.num_sites,

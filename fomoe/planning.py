@@ -245,7 +245,7 @@ def planned_summary(run: RunPlan) -> dict[str, Any]:
     payload = [run.payload_per_round(site) for site in sites]
     diloco = full_payload(plan.numel, config.num_sites)
     replication = run.placement.replication_factor
-    tokens_by_site = config.rounds * config.local_steps * config.tokens_per_step
+    steps = config.rounds * config.local_steps
     return {
         "method": config.method,
         "seed": config.seed,
@@ -253,7 +253,8 @@ def planned_summary(run: RunPlan) -> dict[str, Any]:
         "replication_factor": int(replication) if replication.is_integer() else replication,
         "local_steps": config.local_steps,
         "rounds": config.rounds,
-        "tokens": tokens_by_site * config.num_sites,
+        "tokens": steps * sum(config.tokens_per_step),
+        "tokens_by_site": [steps * tokens for tokens in config.tokens_per_step],
         "params_total": plan.numel,
         **spread("params_per_site", [plan.numel_at(site) for site in sites]),
         **spread("params_shared_per_site", [plan.numel_at(s, is_expert=False) for s in sites]),

@@ -240,6 +240,8 @@ def _sites_table(run: RunPlan) -> Table:
     kinds = memory_by_kind(run)
     summary = planned_summary(run)
     rows: dict[str, list[str]] = {}
+    if run.config.inner.batch_size_by_site:
+        rows["tokens per step"] = [f"{count:,}" for count in run.config.tokens_per_step]
     for name in ("shared", "expert"):
         counts = summary[f"params_{name}_per_site_by_site"]
         rows[f"{name} parameters"] = [f"{count:,}" for count in counts]

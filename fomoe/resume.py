@@ -363,7 +363,7 @@ def expected_state(run: Run, site: int) -> Expected:
     """What a part of this site must hold; `probe` is present once its model was evaluated."""
     rng = torch.get_rng_state()
     config, moe_layers = run.config, len(run.config.model.moe_layers)
-    first_batch = min(config.inner.batch_size, len(run.data.held_out)) * config.data.seq_len
+    first_batch = min(config.evaluation_batch_size, len(run.data.held_out)) * config.data.seq_len
     probe = (moe_layers, first_batch if moe_layers else 0, config.model.top_k)
     return Expected(
         tensors={

@@ -32,6 +32,7 @@ def check_config(config: Config) -> None:
     """
     check_adapters(config)
     _check_model(config)
+    _check_batches(config)
     _check_sizes(config)
     _check_outer(config.outer)
     _check_data(config)
@@ -77,9 +78,11 @@ def check_ranks(config: Config, num_ranks: int) -> None:
     if parallel == "ddp" and config.sync.fragments > 1:
         rule = f"must be 1 for {ranks} with inner.parallel ddp"
         raise ConfigError("sync.fragments", config.sync.fragments, rule)
-    if config.inner.batch_size % num_ranks:
+    if any(size % num_ranks for size in config.batch_sizes):
         rule = f"must be a multiple of {num_ranks}: {ranks} share it equally"
-        raise ConfigError("inner.batch_size", config.inner.batch_size, rule)
+        if config.inner.batch_size_by_site:
+            rule = rule.replace("must be a multiple", "must have multiples")
+        raise ConfigError(*_batch_option(config), rule)
     if parallel == "fsdp" and model.moe_layers:
         widths = {
             "model.d_model": (model.d_model, model.d_model),
@@ -167,9 +170,36 @@ def _check_sizes(config: Config) -> None:
         if count * d_model > _MOST_PARAMETERS:
             rule = f"with model.d_model {d_model} makes more than 10^15 parameters"
             raise ConfigError(field, value, rule)
-    if config.inner.batch_size * config.data.seq_len > _MOST_TOKENS:
+    if max(config.batch_sizes) * config.data.seq_len > _MOST_TOKENS:
         rule = f"x data.seq_len {config.data.seq_len} is more than {_MOST_TOKENS} tokens at once"
-        raise ConfigError("inner.batch_size", config.inner.batch_size, rule)
+        raise ConfigError(*_batch_option(config), rule)
+
+
+def _batch_option(config: Config) -> tuple[str, int | list[int]]:
+    """The option that says how many sequences a micro-batch has, and its value."""
+    sizes = config.inner.batch_size_by_site
+    if sizes is None:
+        return "inner.batch_size", config.inner.batch_size
+    return "inner.batch_size_by_site", list(sizes)
+
+
+def _check_batches(config: Config) -> None:
+    """Sites of unequal batches weigh by them; a mean of equal parts would favour the small ones."""
+    sizes, sync = config.inner.batch_size_by_site, config.sync
+    if sizes is None:
+        return
+    name, value = _batch_option(config)
+    if len(sizes) != config.num_sites:
+        raise ConfigError(name, value, f"must have a number for each of {config.num_sites} sites")
+    if min(sizes) < 1:
+        raise ConfigError(name, value, "must be at least 1 at every site")
+    if config.adapters.base is not None:
+        raise ConfigError(
+            name, value, "must be null with adapters.base: clients' batches are equal"
+        )
+    if len(set(sizes)) > 1 and sync.weight == "presence" and sync.average == "parameters":
+        rule = "must be tokens or uniform where inner.batch_size_by_site has different numbers"
+        raise ConfigError("sync.weight", sync.weight, rule)
 
 
 def _check_fragments(config: Config) -> None:

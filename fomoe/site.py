@@ -152,7 +152,7 @@ class Site:
 
     def _next_batch(self) -> tuple[Tensor, int]:
         """This rank's part of the site's next micro-batch, and the tokens of all of it."""
-        whole = torch.from_numpy(self.stream.next_batch(self.config.inner.batch_size))
+        whole = torch.from_numpy(self.stream.next_batch(self.config.batch_sizes[self.site]))
         self._check_tokens(whole)
         if self.text_counts_N is not None:
             self.text_counts_N += count_ngrams(whole[:, :-1], ngram_length(self.config))

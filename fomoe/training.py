@@ -184,7 +184,7 @@ def run_local_steps(
             "step": first_step + step,
             "site": site,
             "lr": learning_rate(config.inner, first_step + step, config.schedule_horizon),
-            "tokens": config.tokens_per_step,
+            "tokens": config.tokens_per_step[site],
             **dict(zip(STEP_FIELDS, values, strict=True)),
         }
         for site, steps in vectors.items()

@@ -184,7 +184,7 @@ def search(ask: Ask, limits: Constraints, *, trainable: bool) -> tuple[list[Cand
 
 
 def _as_trained(ask: Ask, question: Question, experts: bool) -> Question:
-    """Equal batches, and the layout and the recomputation that the trainer has."""
+    """The layout and the recomputation that the trainer has."""
     chosen: tuple[str, ...] = ("none", "experts", "full") if experts else ("none", "full")
     if ask.recompute or ask.step_time:
         chosen = (ask.recompute or "none",)
@@ -193,7 +193,7 @@ def _as_trained(ask: Ask, question: Question, experts: bool) -> Question:
     if not layout and counts != {1} and len(counts) == 1:
         layout = read_parallel(_SHARDED.format(max(counts)))
     inside = replace(question.inside, recompute=chosen, parallel=layout)
-    return replace(question, split=ask.split or "equal", inside=inside)
+    return replace(question, inside=inside)
 
 
 def _placements(ask: Ask, base: Question) -> list[Question]:

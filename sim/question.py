@@ -49,6 +49,7 @@ class Question:
         method, label: whose row of `METHODS`, and how the user named it.
         holdings, replication: who holds which experts, and the mean number of holders.
         batch_tokens: of one step over all sites; split: by the sites' speed, or equal.
+        shares: of the step, per site, where a config says them; None: as `split` says.
         codec: the config's own, whose bytes are counted exactly; fp32 where bits are said.
         inside: how a site computes.
         counted: per site, what the trainer counts for a config; None for presets.
@@ -70,6 +71,7 @@ class Question:
     tokens: float
     batch_tokens: float
     split: str = "speed"
+    shares: tuple[float, ...] | None = None
     codec: Codec = FP32
     inside: Inside
     counted: tuple[SiteMemory, ...] | None = None
@@ -107,7 +109,7 @@ def build(ask: Ask, method: str, *, other_link: bool = False) -> Question:
     else:
         steps = ask.local_steps or config.local_steps
         check_number("local_steps", steps, 1, MOST_LOCAL_STEPS)
-        batch = float(config.num_sites * config.tokens_per_step)
+        batch = float(sum(config.tokens_per_step))
         tokens = batch * config.rounds * config.local_steps
     # The trainer's own count for a method that it runs; the others are estimated.
     own = config is not None and (ask.states, ask.adam) == ("fp32", "fp32")
@@ -125,6 +127,7 @@ def build(ask: Ask, method: str, *, other_link: bool = False) -> Question:
         batch_tokens=ask.batch_tokens or batch,
         tokens=ask.tokens or tokens,
         split=ask.split or ("equal" if config else "speed"),
+        shares=_shares(ask, config),
         inside=inside,
         counted=plan_run(config).memory
         if config and own and not METHODS[method].config_as
@@ -166,6 +169,7 @@ def baseline(question: Question) -> Question:
         label=BASELINE,
         holdings=cyclic_holdings(question.shape, count, count),
         replication=float(count),
+        shares=None,
         bits=32.0,
         codec=FP32,
         fragments=1,
@@ -206,6 +210,13 @@ def _config(ask: Ask, method: str) -> Config:
     if ask.replication and row.placed:
         overrides.append(f"placement.replication_factor={ask.replication}")
     return load(str(ask.config), tuple(overrides))
+
+
+def _shares(ask: Ask, config: Config | None) -> tuple[float, ...] | None:
+    """Shares of a config whose sites have batches of different size, unless --split is given."""
+    if config is None or ask.split or len(set(config.batch_sizes)) == 1:
+        return None
+    return tuple(size / sum(config.batch_sizes) for size in config.batch_sizes)
 
 
 def _cluster(ask: Ask, shape: ModelShape, config: Config | None) -> Cluster:
@@ -320,7 +331,7 @@ def _inside(ask: Ask, config: Config | None, shape: ModelShape, most: int) -> In
     }
     if config is not None:
         given |= {
-            "micro_batch": ask.micro_batch or max(1, config.inner.batch_size // most),
+            "micro_batch": ask.micro_batch or max(1, max(config.batch_sizes) // most),
             "precision": "fp32" if config.inner.precision == "fp32" else "bf16",
             "kernels": ask.kernels or "eager",
             "recompute": (OWN_RECOMPUTE[config.model.recompute],),

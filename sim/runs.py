@@ -154,8 +154,8 @@ def most_step_flops(config: Config) -> float:
         residents = table_holdings(shape, build_placement(config)).residents
         executed = executed_share(shape, residents, config.router.at_least_one)
     work = token_work(shape, config.data.seq_len)
-    per_token = work.products + work.scores + work.experts * executed.max()
-    return float(config.tokens_per_step * per_token)
+    per_token = work.products + work.scores + work.experts * executed
+    return float((np.array(config.tokens_per_step) * per_token).max())
 
 
 def _read(path: Path) -> tuple[list[Record], bool]:

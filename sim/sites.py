@@ -89,6 +89,8 @@ def answer(question: Question) -> Answered:
     )
     cluster, mfu = question.cluster, question.ask.mfu
     tokens = np.full(cluster.num_sites, question.batch_tokens / cluster.num_sites)
+    if question.shares is not None:
+        tokens = question.batch_tokens * np.array(question.shares)
     token = token_work(question.shape, question.inside.seq_len)
     # FLOPs of a token at each site, without recomputation.
     work = token.products + token.scores + token.experts * traffic.executed

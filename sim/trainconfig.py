@@ -24,12 +24,8 @@ def config_tree(question: Question, known: Answered) -> dict[str, Any]:
     """Nested options of a plan that `fomoe train` runs, as a YAML experiment has them."""
     shape, attention = question.shape, question.shape.attention
     num_sites, seq_len = question.cluster.num_sites, question.inside.seq_len
-    sequences = max(1, round(question.batch_tokens / num_sites / seq_len))
-    ranks = question.cluster.sites[0].count
-    # A site's micro-batch, which its accelerators share equally.
-    micro = ranks * max(1, min(sequences // ranks, int(known.layouts[0].degrees["micro"])))
-    accumulate = max(1, round(sequences / micro))
-    per_round = num_sites * question.local_steps * micro * accumulate * seq_len
+    micro, accumulate = _batches(question, known)
+    per_round = question.local_steps * sum(micro) * accumulate * seq_len
     tree: dict[str, Any] = {
         "method": question.method.name,
         "num_sites": num_sites,
@@ -51,10 +47,14 @@ def config_tree(question: Question, known: Answered) -> dict[str, Any]:
             "num_dense_layers": shape.num_dense_layers,
             "recompute": RECOMPUTE[str(known.layouts[0].degrees["recompute"])],
         },
-        "inner": {"batch_size": micro, "accumulation_steps": accumulate},
+        "inner": {"accumulation_steps": accumulate},
         "data": {"seq_len": seq_len},
     }
-    if ranks > 1:
+    if len(set(micro)) == 1:
+        tree["inner"]["batch_size"] = micro[0]
+    else:
+        tree["inner"]["batch_size_by_site"] = micro
+    if question.cluster.sites[0].count > 1:
         tree["inner"]["parallel"] = "fsdp"
     if shape.num_dense_layers:
         tree["model"]["dense_ffn_dim"] = shape.dense_ffn
@@ -66,11 +66,37 @@ def config_tree(question: Question, known: Answered) -> dict[str, Any]:
         "fragments": question.fragments,
         "overlap_steps": question.overlap_steps,
     }
+    if len(set(micro)) > 1:
+        tree["sync"]["weight"] = "tokens"
     if codec := codec_of(question.bits):
         tree["sync"]["codec"] = codec
     if question.method.placed:
         tree["placement"] = _placement(question)
     return tree
+
+
+def _batches(question: Question, known: Answered) -> tuple[list[int], int]:
+    """Sequences of every site's micro-batch, and how many of them make a step.
+
+    A micro-batch is what a site's accelerators share equally, and none is larger than planned. Of
+    up to twice as many as are needed, the number that comes nearest to the planned shares is taken.
+    """
+    ranks, seq_len = question.cluster.sites[0].count, question.inside.seq_len
+    wanted = [max(1, round(tokens / seq_len / ranks)) for tokens in known.tokens.tolist()]
+    most = [int(one.degrees["micro"]) for one in known.layouts]
+    fewest = max(-(-each // limit) for each, limit in zip(wanted, most, strict=True))
+
+    def micro(number: int) -> list[int]:
+        return [max(1, round(each / number)) for each in wanted]
+
+    def deviation(number: int) -> float:
+        return max(
+            abs(size * number - each) / each
+            for size, each in zip(micro(number), wanted, strict=True)
+        )
+
+    accumulate = min(range(fewest, 2 * fewest + 1), key=deviation)
+    return [ranks * size for size in micro(accumulate)], accumulate
 
 
 def _placement(question: Question) -> dict[str, Any]:

@@ -130,7 +130,7 @@ _ABILITIES = {
     "bits": ("sync at these bits", ""),
     "fragments": ("fragments", "sync.fragments"),
     "overlap": ("overlap", "sync.overlap_steps"),
-    "unequal_batches": ("a batch by each site's speed", ""),
+    "unequal_batches": ("a batch by each site's speed", "inner.batch_size_by_site"),
     "accelerators": ("several accelerators per site", "inner.parallel"),
     "unequal_accelerators": ("different numbers of accelerators per site", ""),
     "averaged_gradients": ("gradients averaged between sites of several accelerators", ""),

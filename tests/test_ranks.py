@@ -488,4 +488,4 @@ def test_a_model_that_does_not_fit_one_rank_trains_on_two(tmp_path: Path) -> Non
     )
     assert one.status == 1
     assert "out of memory" in one.err[0]
-    assert two.summary["tokens"] == 2 * config.tokens_per_step
+    assert two.summary["tokens"] == 2 * sum(config.tokens_per_step)

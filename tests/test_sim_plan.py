@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import yaml
 
 from fomoe.cli import main
 from fomoe.load import load_config
@@ -94,7 +95,6 @@ def test_sites_of_several_accelerators_are_named(capsys):
     flags = ["--cluster", THREE, "--model", "olmoe-1b-7b"]
     missing = " ".join(plan(capsys, *flags)["missing"])
     assert "different numbers of accelerators per site" in missing
-    assert "a batch by each site's speed" in missing
     assert "different numbers of accelerators" in refusal(capsys, *flags, "--trainable")
 
 
@@ -115,6 +115,27 @@ def test_sites_of_as_many_accelerators_are_trained(capsys, tmp_path):
     assert any(gap.startswith("the layout tp2") for gap in wide)
     every = refusal(capsys, *flags, "--method", "ddp", "--max-local-steps", "1", "--trainable")
     assert "gradients averaged between sites of several accelerators" in every
+
+
+def test_sites_of_unequal_speed_get_unequal_batches(capsys, tmp_path):
+    """A trainable plan divides the step by speed, and its config says so to both programs."""
+    cluster, out = tmp_path / "mixed.yaml", tmp_path / "plan.yaml"
+    sites = [{"name": n, "accelerator": n, "count": 2, "link": "1Gbit"} for n in ("H100", "A100")]
+    cluster.write_text(yaml.safe_dump({"name": "mixed", "sites": sites}))
+    flags = ["--model", "proxy-54m", "--cluster", str(cluster), "--batch-tokens", "65536"]
+    assert main(["plan", *flags, "--trainable", "--out", str(out)]) == 0
+    config = load_config(out)
+    check_ranks(config, 2)
+    fast, slow = config.tokens_per_step
+    assert 1.7 < fast / slow < 2.7
+    assert config.sync.weight == "tokens"
+    assert sum(config.tokens_per_step) == pytest.approx(65536, rel=0.2)
+    capsys.readouterr()
+    assert main(["project", "--config", str(out), "--cluster", str(cluster), "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["tokens_per_step_by_site"] == [fast, slow]
+    assert row["needs"] == "runs today"
+    assert plan(capsys, *flags, "--split", "equal", "--trainable")["best"]["days"] > 0
 
 
 @pytest.mark.parametrize(

@@ -259,15 +259,15 @@ def _with_ratio(count: float, control: float) -> str:
 
 def _legend(study: Study) -> str:
     configs = [run.config for run in study.runs]
-    tokens = {c.rounds * c.local_steps * c.tokens_per_step for c in configs}
-    each = " or ".join(f"{count:,}" for count in sorted(tokens))
+    tokens = {c.rounds * c.local_steps * each for c in configs for each in c.tokens_per_step}
+    numbers = " or ".join(f"{count:,}" for count in sorted(tokens))
     return (
         "Losses are nats per token of held-out text: the mean over seeds ± the standard "
         "deviation. The lead is the control's loss minus the arm's on the same seed (positive: "
         "the arm is better), and its spread is over these differences. FLOPs are those of routed "
         "experts that ran, per token and in all (x tokens of all sites), against the control "
         "(bold), as are the state and the payload of a site. Every site trains on "
-        f"{each} tokens."
+        f"{numbers} tokens."
     )
 
 

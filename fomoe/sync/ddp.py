@@ -5,6 +5,8 @@ The parameters of all sites are always equal, so there are no anchors and no out
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from fomoe.segments import Bucket, Segment
@@ -16,7 +18,8 @@ class GradientSync(Sync):
     """A sync without anchors: at the end of a round the sites only check their states."""
 
     def average_gradients(self) -> None:
-        """Replace every gradient by its mean over all sites, through the same reduction.
+        """Replace every gradient by its mean over the tokens of all sites, through the same
+        reduction.
 
         Raises:
             SyncError: if the exchange failed.
@@ -37,4 +40,7 @@ class GradientSync(Sync):
         def gradient(segment: Segment, start: int, stop: int) -> Tensor:
             return self.sites[site].grad_view(segment).reshape(-1)[start:stop]
 
-        return Contribution(bucket, [1.0] * len(bucket.segments), gradient)
+        # A site's gradient is a mean over its own tokens. In lowest terms, equal batches weigh 1.
+        sizes = self.plan.config.batch_sizes
+        weight = sizes[site] // math.gcd(*sizes)
+        return Contribution(bucket, [float(weight)] * len(bucket.segments), gradient)
