@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +21,8 @@ from fomoe.errors import ServiceError
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
 DASHES = ("-", "--", ":", "-.")
 SUFFIXES = (".svg", ".png", ".pdf")
+_ROW_NAME = 24  # characters of a line; longer names would leave no room for the axes
+_GAP = 4.0  # points between the labels of two ticks
 # In a page these two follow the reader's light or dark scheme.
 _TEXT, _GRID = "#222223", "#d8d8d9"
 _STYLE = {
@@ -153,6 +157,17 @@ class Drawing:
         side.set_major_formatter(ticker.FuncFormatter(lambda value, _: text(value)))
         side.set_minor_formatter(ticker.NullFormatter())
 
+    def name_rows(self, names: Sequence[str]) -> None:
+        """Name the rows 0, 1, ... from the top down; a long name takes several lines, for which
+        the figure grows."""
+        axes = self.axes[0]
+        texts = ["\n".join(textwrap.wrap(name, _ROW_NAME)) for name in names]
+        with self.style_context():
+            axes.set_yticks(range(len(texts)), texts)
+        axes.set_ylim(len(texts) - 0.5, -0.5)
+        most = max((text.count("\n") for text in texts), default=0)
+        self.figure.set_figheight(self.figure.get_figheight() + 0.12 * most * len(texts))
+
     def share_axis(self, which: str, *, axis: int = 0) -> None:
         """An axis from 0 to 1 in percent."""
         axes = self.axes[axis]
@@ -183,7 +198,24 @@ class Drawing:
                     loc="outside lower left",
                     ncols=self._legend_columns,
                 )
+        for axes in self.axes:
+            self._thin_ticks(axes)
         return self
+
+    def _thin_ticks(self, axes: Any) -> None:
+        """Leave out every second tick of the x axis until no label touches the next."""
+        side = axes.xaxis
+        while True:
+            with self.style_context():
+                self.figure.draw_without_rendering()
+            low, high = sorted(axes.get_xlim())
+            ticks = [at for at in side.get_majorticklocs() if low <= at <= high]
+            boxes = [tick.label1.get_window_extent() for tick in side.get_major_ticks(len(ticks))]
+            ends = sorted((box.x0, box.x1) for box in boxes if box.width)
+            gap = _GAP * self.figure.dpi / 72
+            if len(ticks) <= 2 or all(left[1] + gap <= right[0] for left, right in pairwise(ends)):
+                return
+            side.set_major_locator(self._library.ticker.FixedLocator(ticks[::2]))
 
     def svg(self) -> str:
         """For a page: transparent, with the page's own colours of text and grid."""

@@ -37,7 +37,8 @@ figure svg { display: block; width: 100%; height: auto; margin-bottom: .5rem; }
 table { border-collapse: collapse; font-size: .88rem; overflow-wrap: normal; }
 th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; white-space: nowrap; }
-th { color: var(--soft); font-weight: 600; }
+th { color: var(--soft); font-weight: 600; white-space: normal; vertical-align: bottom; }
+.wide { overflow-x: auto; }
 @media (max-width: 900px) {
   tr.head { display: none; } table, tbody { display: block; }
   tr { display: block; padding: .4rem 0; border-bottom: 1px solid var(--line); }
@@ -207,7 +208,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
         # A narrow screen shows a row as a list, each cell with its column's name.
         texts = (f'<td data-name="{escape(n)}">{escape(cell)}</td>' for n, cell in named)
         body += f"<tr>{''.join(texts)}</tr>"
-    return f'<table><tr class="head">{cells}</tr>{body}</table>'
+    return f'<div class="wide"><table><tr class="head">{cells}</tr>{body}</table></div>'
 
 
 def _word(value: Any) -> str:

@@ -139,7 +139,11 @@ def _local_losses(run: RunRecords) -> list[float | None]:
 
 
 def over_tokens(
-    groups: list[Group], title: str, unit: str, value: Callable[[Record], float | None]
+    groups: list[Group],
+    title: str,
+    unit: str,
+    value: Callable[[Record], float | None],
+    member: str = "site",
 ) -> Drawing | None:
     """A value of the sites' records over tokens; None where no run has any."""
 
@@ -150,14 +154,18 @@ def over_tokens(
         return None
     drawing = Drawing(title, what=_WHAT, names=[group.name for group in groups])
     for index, group in enumerate(groups):
-        # A line below others that are equal to it is wider than they are, and so is seen.
-        width = 1.6 + 1.3 * min(len(groups) - 1 - index, 4)
-        curve(drawing, group, RunRecords.tokens, values, {"marker": ".", "linewidth": width})
+        style = {"marker": ".", "linewidth": width_below(len(groups) - 1 - index)}
+        curve(drawing, group, RunRecords.tokens, values, style)
     drawing.axes[0].set_xlim(left=0)
     drawing.axes[0].set_ylim(0, 1.08 * drawing.axes[0].get_ylim()[1])
     drawing.quantity_axis("x")
-    drawing.label("tokens, all sites", unit)
+    drawing.label(f"tokens, all {member}s", unit)
     return drawing.finish()
+
+
+def width_below(lines: int) -> float:
+    """Points. A line below others that are equal to it is wider than they are, and so is seen."""
+    return 1.6 + 1.3 * min(lines, 4)
 
 
 def curve(
@@ -175,6 +183,8 @@ def curve(
     xs, ys = xs[there], ys[:, there]
     if not len(xs):
         return
+    if len(xs) == 1:  # no line leads to it
+        style = {**style, "marker": "o", "markersize": 6.0}
     drawing.line(group.name, xs, ys.mean(axis=0), **style)
     if len(ys) > 1:
         drawing.band(group.name, xs, ys.min(axis=0), ys.max(axis=0))
@@ -247,9 +257,9 @@ def traffic(groups: list[Group]) -> Drawing:
                 drawing.line(name, [row[name]], [index], linestyle="none", **style)
     with drawing.style_context():
         axes.margins(x=0.08)
-        axes.set_yticks(range(len(rows)), list(rows))
-        axes.set_ylim(len(rows) - 0.5, -0.5)
+    drawing.name_rows(list(rows))
     drawing.log_axis("x", bytes_text)
+    drawing.quantity_axis("x", "B")  # 10 MB where bytes_text has 10.0 MB
     drawing.label("payload per site and round", "")
     return drawing.finish(linestyle="none", marker="s")
 
@@ -275,7 +285,7 @@ def _planned(group: Group) -> Record:
     return planned_summary(plan_run(group.first.config))
 
 
-def memory(groups: list[Group]) -> Drawing:
+def memory(groups: list[Group], member: str = "site") -> Drawing:
     """Bars of the kinds of state, one above another."""
     by_group = {}
     for group in groups:
@@ -294,9 +304,8 @@ def memory(groups: list[Group]) -> Drawing:
             colour = drawing.style(name)["color"]
             axes.barh(range(len(by_group)), widths, left=left, color=colour, height=0.6)
             left += widths
-        axes.set_yticks(range(len(by_group)), list(by_group))
-        axes.set_ylim(len(by_group) - 0.5, -0.5)
         axes.grid(False, axis="y")
+    drawing.name_rows(list(by_group))
     drawing.quantity_axis("x", "B")
-    drawing.label("bytes per site", "")
+    drawing.label(f"bytes per {member}", "")
     return drawing.finish(linestyle="none", marker="s")

@@ -9,7 +9,8 @@ import re
 import shutil
 import sys
 import xml.etree.ElementTree as ElementTree
-from itertools import islice
+from dataclasses import replace
+from itertools import islice, pairwise
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -100,6 +101,27 @@ def test_equal_figures_are_equal_files(compared: Path) -> None:
 
     groups = read_groups(folders(compared))
     assert traffic(groups).svg() == traffic(groups).svg()
+
+
+@pytest.mark.parametrize("length", [5, 34, 60])
+def test_labels_of_ticks_do_not_touch_whatever_the_names(compared: Path, length: int) -> None:
+    from fomoe.runfigures import figures
+
+    groups = read_groups(folders(compared))
+    named = [replace(g, name=f"run-{i}-".ljust(length, "x")) for i, g in enumerate(groups)]
+    for name, _, drawing in figures(named):
+        figure, axes = drawing.figure, drawing.axes[0]
+        figure.draw_without_rendering()
+        for axis, first, last in ((axes.xaxis, "x0", "x1"), (axes.yaxis, "y0", "y1")):
+            low, high = sorted(axis.get_view_interval())
+            ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+            boxes = [tick.label1.get_window_extent() for tick in ticks if tick.label1.get_text()]
+            boxes.sort(key=lambda box: getattr(box, first))
+            for one, other in pairwise(boxes):
+                assert getattr(one, last) < getattr(other, first), (name, axis.axis_name)
+            assert all(box.x0 >= 0 for box in boxes), name
+            assert len(boxes) >= 2 or axis is axes.yaxis, name
+        assert axes.get_window_extent().width > figure.bbox.width / 3, name
 
 
 def test_figures_are_written_for_papers(

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from fomoe.amounts import bytes_text
 from fomoe.figures import Drawing
 from fomoe.planning import plan_run
 from fomoe.records import Group, RunRecords, site_speed
-from fomoe.runfigures import Values, curve, memory, over_tokens
+from fomoe.runfigures import Values, curve, memory, over_tokens, width_below
 
 _WHAT = "fomoe report"
 _LOSS = "Validation loss of the server's adapters, cut to a rank, on all clients' held-out part."
@@ -31,6 +30,7 @@ def rank_figures(groups: list[Group]) -> Iterator[tuple[str, str, Drawing]]:
         "Speed",
         "tokens/s of one client",
         lambda record: site_speed(record["tokens"], record["train_s"], record["sync_s"]),
+        "client",
     )
     if speed is not None:
         yield "speed", "Tokens of a client over the time of its local steps and its sync.", speed
@@ -38,7 +38,7 @@ def rank_figures(groups: list[Group]) -> Iterator[tuple[str, str, Drawing]]:
     yield (
         "memory",
         "Bytes of state that a client holds, mean over clients; without the base.",
-        (memory(groups)),
+        memory(groups, "client"),
     )
 
 
@@ -111,13 +111,14 @@ def energy(groups: list[Group]) -> Drawing:
 def traffic(groups: list[Group]) -> Drawing:
     """Points over the clients; planned, which a run's counters are checked against."""
     drawing = Drawing("Traffic", what=_WHAT, names=[group.name for group in groups])
-    for group in groups:
+    for index, group in enumerate(groups):
         plan = plan_run(group.first.config)
         clients = range(group.first.config.num_sites)
         payload = [plan.payload_per_round(client) for client in clients]
-        drawing.line(group.name, list(clients), payload, marker="o", markersize=4)
+        width = width_below(len(groups) - 1 - index)
+        drawing.line(group.name, list(clients), payload, marker="o", markersize=4, linewidth=width)
     drawing.axes[0].locator_params(axis="x", integer=True)
     drawing.axes[0].set_ylim(bottom=0)
-    drawing.axes[0].yaxis.set_major_formatter(lambda value, _: bytes_text(value))
+    drawing.quantity_axis("y", "B")
     drawing.label("client", "payload per round")
     return drawing.finish()
