@@ -21,7 +21,6 @@ from fomoe.adapters.server import (
     product_error,
     product_norm,
     segment_means,
-    segments_products,
     segments_svd,
     stack,
     truncated,
@@ -125,32 +124,6 @@ def test_rotated_segments_have_the_product_of_the_segments() -> None:
         product(turned[0]["x"], turned[1]["x"]), product(a["x"], b["x"]), atol=1e-5, rtol=1e-4
     )
     assert energy(*turned) == sorted(energy(*turned), reverse=True)
-
-
-def test_products_of_segments_are_means_of_rows_over_those_that_have_them() -> None:
-    uploads, server = world([1, 2, 3])  # nobody has the last of four rows
-    expected = product(server.a["x"][3:], server.b["x"][3:])
-    for row in range(3):
-        having = [u for u in uploads if len(u.a["x"]) > row]
-        total = sum(u.weight for u in having)
-        for u in having:
-            one = product(u.a["x"][row : row + 1], u.b["x"][row : row + 1])
-            expected += u.weight / total * one
-    u, values, v = torch.linalg.svd(expected)
-    a, b = segments_products(uploads, server)
-    for rank in range(1, R + 1):
-        best = (u[:, :rank] * values[:rank]) @ v[:rank]
-        torch.testing.assert_close(
-            product(a["x"][:rank], b["x"][:rank]), best, atol=1e-5, rtol=1e-4
-        )
-
-
-def test_products_of_segments_are_flexlora_where_all_have_all_rows() -> None:
-    uploads, server = world([4, 4, 4])
-    (a, b), (other_a, other_b) = segments_products(uploads, server), flexlora(uploads, server)
-    torch.testing.assert_close(
-        product(a["x"], b["x"]), product(other_a["x"], other_b["x"]), atol=1e-5, rtol=1e-4
-    )
 
 
 def test_the_mean_of_products_is_not_the_product_of_means() -> None:

@@ -13,7 +13,6 @@ from fomoe.options import IntTuple, NonNegativeFloat, Options, PositiveFloat, Te
 Aggregate = Literal[
     "segments",
     "segments-svd",
-    "segments-products",
     "zero-pad-values",
     "zero-pad-deltas",
     "hetlora",

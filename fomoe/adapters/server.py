@@ -92,32 +92,12 @@ def segments_svd(uploads: Sequence[Upload], server: Server) -> tuple[Matrices, M
     return a, b
 
 
-def segments_products(uploads: Sequence[Upload], server: Server) -> tuple[Matrices, Matrices]:
-    """The best rank-R product for the sum, over rows, of the mean of the products of that row.
-
-    A row's mean is over the clients that have it, so that nothing is diluted, and it is a mean of
-    products, so that nothing is mixed. With equal ranks it is FlexLoRA.
-    """
-    a, b = {}, {}
-    for name, own_a in server.a.items():
-        weights = torch.zeros(len(own_a), 1)
-        for u in uploads:
-            weights[: len(u.a[name])] += u.weight
-        lacking = weights.squeeze(1) == 0
-        stack_a = torch.cat([own_a[lacking], *(u.a[name] for u in uploads)])
-        parts = [u.b[name] * (u.scale * u.weight / weights[: len(u.b[name])]) for u in uploads]
-        stack_b = torch.cat([server.scale * server.b[name][lacking], *parts])
-        a[name], b[name] = truncated(stack_a, stack_b, len(own_a), server.scale)
-    return a, b
-
-
 RULES: dict[str, Rule] = {
     "zero-pad-values": zero_pad_values,
     "zero-pad-deltas": zero_pad_deltas,
     "hetlora": hetlora,
     "flexlora": flexlora,
     "segments-svd": segments_svd,
-    "segments-products": segments_products,
 }
 
 
