@@ -31,7 +31,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/fomoe train configs/quickstart.yaml --next-free
 
 test: $(TOOLS)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 compat: $(TOOLS) build/transformers-4/.installed
 	PYTHONPATH=build/transformers-4 $(BIN)/python -m pytest $(COMPAT)

@@ -80,6 +80,7 @@ setup(
             *PLOT,
             *TENSORBOARD,
             "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
             "ruff>=0.8,<1",
             "mypy>=1.13,<3",
             "types-PyYAML",
