@@ -319,10 +319,10 @@ def _check_report(out: str) -> None:
 
     need_matplotlib("a report")
     if Path(out).is_dir():
-        raise ConfigError("report", out, "is a folder; name a file")
+        raise ConfigError("report", Path(out), "is a folder; name a file")
     if not Path(out).parent.is_dir():
         raise ConfigError(
-            "report", out, f"cannot be written: there is no folder {Path(out).parent}"
+            "report", Path(out), f"cannot be written: there is no folder {Path(out).parent}"
         )
 
 

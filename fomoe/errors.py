@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import PurePath
 
 
 class FomoeError(Exception):
@@ -49,5 +50,7 @@ def say_line(text: str) -> None:
 
 
 def _short(value: object) -> str:
+    if isinstance(value, PurePath):  # whole: what a cut path names cannot be found
+        return str(value)
     text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

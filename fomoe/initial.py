@@ -65,13 +65,13 @@ def open_initial(config: Config, tokenizer: str | None) -> Initial | None:
     folder = Path(os.path.expanduser(config.init_from))
     if not folder.is_dir():
         what = "is not a folder" if os.path.lexists(folder) else "does not exist"
-        raise ConfigError("init_from", config.init_from, what)
+        raise ConfigError("init_from", Path(config.init_from), what)
     if (folder / "checkpoints").is_dir():
         return _from_run(config, folder, tokenizer)
     if (folder / "config.json").is_file():
         return _from_transformers(config, folder, tokenizer)
     rule = "holds neither a run (checkpoints/) nor an exported model (config.json)"
-    raise ConfigError("init_from", config.init_from, rule)
+    raise ConfigError("init_from", Path(config.init_from), rule)
 
 
 def _refused(config: Config, reason: str) -> ConfigError:

@@ -37,7 +37,7 @@ def find_config(path: str | Path) -> Path:
     if path.name in packaged:
         return packaged[path.name]
     if not path.is_dir() and (name := near(path.name, packaged)):
-        raise ConfigError("config", str(path), f"does not exist; did you mean {name}?")
+        raise ConfigError("config", path, f"does not exist; did you mean {name}?")
     return path
 
 

@@ -70,7 +70,7 @@ def write_report(folders: Sequence[Path], out: Path, *, images: Path | None = No
     """
     need_matplotlib("fomoe report")
     if out.is_dir():
-        raise ConfigError("--out", str(out), "is a folder; name a file")
+        raise ConfigError("--out", out, "is a folder; name a file")
     groups = read_groups(folders)
     drawn = list((rank_figures if _fine_tunes(groups) else figures)(groups))
     out.write_text(page(groups, drawn), encoding="utf-8")

@@ -80,7 +80,7 @@ class WholeModel:
         """Raises ConfigError if the run has trained adapters on a base, which `what` cannot do."""
         if self.config.adapters.base is not None:
             rule = f"{what}; fomoe export --adapter writes them, --merge the model with them"
-            raise ConfigError("run", str(self.run_dir), rule)
+            raise ConfigError("run", self.run_dir, rule)
 
 
 def open_whole(

@@ -22,17 +22,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         found = near(path.name, files)
         problem += f"; did you mean {path.parent / found}?" if found else ""
     if problem:
-        raise ConfigError("config", str(path), problem)
+        raise ConfigError("config", path, problem)
     try:
         tree = parse_yaml(read_text(path, pipes=True))
     except TextError as error:
-        raise ConfigError("config", str(path), str(error)) from None
+        raise ConfigError("config", path, str(error)) from None
     except ValueError as error:
-        raise ConfigError("config", str(path), f"is not valid YAML: {error}") from None
+        raise ConfigError("config", path, f"is not valid YAML: {error}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError("config", str(path), "must hold a mapping of options")
+        raise ConfigError("config", path, "must hold a mapping of options")
     return tree
 
 

@@ -227,7 +227,7 @@ def save_calibration(calibration: Calibration, path: str | Path) -> None:
     try:
         Path(path).write_text(json.dumps(asdict(calibration), indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise ConfigError("--out", str(path), f"cannot be written: {error.strerror}") from None
+        raise ConfigError("--out", path, f"cannot be written: {error.strerror}") from None
 
 
 def load_calibration(path: str | Path) -> Calibration:
@@ -239,15 +239,15 @@ def load_calibration(path: str | Path) -> Calibration:
     try:
         tree = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError("--calibration", str(path), "does not exist") from None
+        raise ConfigError("--calibration", path, "does not exist") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError):
-        raise ConfigError("--calibration", str(path), "is not a readable JSON file") from None
+        raise ConfigError("--calibration", path, "is not a readable JSON file") from None
     found: Calibration = read_record(Calibration, tree, "--calibration")
     if not found.step_time_s or found.effective_bps == 0:
-        raise ConfigError("--calibration", str(path), "has a step time or bandwidth of 0")
+        raise ConfigError("--calibration", path, "has a step time or bandwidth of 0")
     if not found.step_flops or found.step_fixed_s > found.step_time_s:
         rule = "has a step of 0 FLOPs, or one that is shorter than its fixed part"
-        raise ConfigError("--calibration", str(path), rule)
+        raise ConfigError("--calibration", path, rule)
     return found
 
 
@@ -277,7 +277,7 @@ def run(args: argparse.Namespace) -> int:
         Path(path).resolve() for path in args.hold_out
     }
     if both:
-        raise ConfigError("--hold-out", str(both.pop()), "is also a run to fit")
+        raise ConfigError("--hold-out", both.pop(), "is also a run to fit")
     held_out = read_runs(args.hold_out)
     if not held_out:
         rounds, held_out = split_rounds(rounds)

@@ -76,7 +76,7 @@ def _write(path: str | Path, drawing: Drawing) -> None:
     try:
         drawing.save(Path(path))
     except OSError as error:
-        raise ConfigError("--plot", str(path), f"cannot be written: {error.strerror}") from None
+        raise ConfigError("--plot", path, f"cannot be written: {error.strerror}") from None
 
 
 def labels(rows: list[Row], x_name: str) -> list[str]:

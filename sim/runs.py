@@ -89,7 +89,7 @@ def read_run(folder: str | Path) -> list[Round]:
         raise ConfigError(str(path), "", "has no round records")
     if len({site for sites in table.values() for site in sites}) > 1:
         rule = "is a proxy run, whose sites exchange in memory: it shows no link to calibrate"
-        raise ConfigError("run", str(folder), rule)
+        raise ConfigError("run", folder, rule)
     config = load(str(folder / "config.yaml"))
     if config.sync.overlap_steps:
         rule = "hides the syncs of this run behind local steps: it shows no link to calibrate"
@@ -163,7 +163,7 @@ def _read(path: Path) -> tuple[list[Record], bool]:
     try:
         lines = read_lines(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError("run", str(path.parent), "has no metrics.jsonl") from None
+        raise ConfigError("run", path.parent, "has no metrics.jsonl") from None
     except OSError as error:
         raise ConfigError(str(path), "", f"cannot be read: {error.strerror}") from None
     if lines.damaged:

@@ -151,5 +151,5 @@ def write_config(path: str | Path, tree: dict[str, Any], sites: Sequence[Site]) 
         text = head + yaml.safe_dump(tree, sort_keys=False)
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ConfigError("--out", str(path), f"cannot be written: {error.strerror}") from None
+        raise ConfigError("--out", path, f"cannot be written: {error.strerror}") from None
     return line

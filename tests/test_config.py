@@ -555,3 +555,11 @@ def test_no_torch_before_it_is_needed(tiny: Path, code: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.endswith("heavy=[]")
+
+
+def test_a_path_is_named_whole_and_another_long_value_is_cut(tmp_path: Path) -> None:
+    missing = tmp_path / ("deep" * 30) / "no.yaml"
+    outcome = fomoe("train", missing)
+    assert (outcome.status, outcome.out) == (2, "")
+    assert f"config {missing} does not exist" in outcome.err
+    assert str(ConfigError("method", "x" * 90, "is none")) == f"method {'x' * 77}... is none"

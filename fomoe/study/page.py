@@ -61,13 +61,13 @@ def write_page(path: Path, studies: Sequence[Study]) -> None:
     try:
         page = path.read_text(encoding="utf-8") if path.exists() else "# Results\n"
     except (OSError, ValueError) as error:
-        raise ConfigError("--report", str(path), f"cannot be read: {error}") from None
+        raise ConfigError("--report", path, f"cannot be read: {error}") from None
     for study in studies:
-        page = put_section(page, study.name, section(study, path), str(path))
+        page = put_section(page, study.name, section(study, path), path)
     write_text_atomically(path, page)
 
 
-def put_section(page: str, name: str, text: str, path: str) -> str:
+def put_section(page: str, name: str, text: str, path: Path | str) -> str:
     """The page with this study's section replaced, or added at its end.
 
     Raises:

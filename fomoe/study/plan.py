@@ -130,7 +130,7 @@ def load_study(path: str | Path, more: Sequence[str] = ()) -> Study:
     path = Path(path)
     name = path.name.removesuffix(path.suffix)
     if not _IS_NAME(name):
-        raise ConfigError("study", str(path), _NAME_RULE)
+        raise ConfigError("study", path, _NAME_RULE)
     tree = read_yaml(path)
     try:
         file = parse_options(tree, StudyFile)
