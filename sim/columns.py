@@ -253,10 +253,15 @@ def token_overhead(question: Question) -> float:
     if question.method.every_step or question.cluster.num_sites < 2:
         return 1.0
     law = read_data("published")["diloco_law"]
-    size, replicas = max(law["smallest"], question.shape.active), question.cluster.num_sites
-    loss = law["a"] * size ** law["alpha"] * replicas ** law["beta"]
-    ratio = loss / (law["dp_a"] * size ** law["dp_alpha"])
+    ratio = loss_ratio(law, question.shape.active, question.cluster.num_sites)
     return float(max(1.0, ratio ** (1 / law["tokens_exponent"])))
+
+
+def loss_ratio(law: dict[str, Any], params: float, replicas: int) -> float:
+    """Loss of DiLoCo over that of data-parallel at equal tokens, by its published scaling law."""
+    size = max(law["smallest"], params)
+    loss = law["a"] * size ** law["alpha"] * replicas ** law["beta"]
+    return float(loss / (law["dp_a"] * size ** law["dp_alpha"]))
 
 
 def _binds(found: Answered, waiting: Floats, utilisation: Floats, goodput: Floats) -> Any:

@@ -153,8 +153,9 @@ def test_published_runs_are_answered_by_evaluate(report, monkeypatch):
 def test_identities_are_gone_and_the_score_is_printed(report):
     names = {table["name"] for table in report["tables"]}
     assert not names & {"intellect-1", "activations", "deepseek-v3-money", "deepseek-v3-days"}
-    assert report["predicted_score"] == {"100B": [24, 25], "deepseek-v3": [17, 25]}
-    assert "24 of 25 exact" in fomoe("validate").out
+    summaries = {table["name"]: table["summary"] for table in report["tables"]}
+    assert summaries["streaming-diloco-4-held-out"].startswith("24 of 25 exact")
+    assert summaries["scaling-laws-6-held-out"].startswith("17 of 25 exact")
 
 
 # --------------------------------------------------------------------------- 8: memory
