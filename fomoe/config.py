@@ -249,6 +249,9 @@ class SyncConfig(Options):
     null: timeout_s."""
     verify_replicas: bool = True
     """Whether the holders compare hashes of their replicas at every round's end."""
+    probe: bool | None = None
+    """Whether the sites measure their links at the start, a second per pair, and site 0 prints them
+    beside the time of a sync; null: up to 8 sites."""
 
     @property
     def own_share(self) -> float:

@@ -18,6 +18,7 @@ from fomoe.planning import RunPlan
 from fomoe.report import Progress
 from fomoe.site import Site
 from fomoe.summary import Counts, Totals
+from fomoe.sync.links import Links
 from fomoe.sync.sync import Sync
 from fomoe.sync.transport import Transport
 from fomoe.systems import System
@@ -44,6 +45,7 @@ class Run:
     parkings: dict[int, Parking] = field(default_factory=dict)  # of sites that park while waiting
     counts_before: dict[int, Counts] = field(default_factory=dict)  # at the round's start
     log: Logs | None = None
+    links: Links | None = None  # where they were measured
 
     def site_counts(self) -> dict[int, Counts]:
         """Bytes counted so far, of the sites of this process: those of all their ranks together."""

@@ -23,6 +23,7 @@ from fomoe.hostmemory import resident_peak_bytes
 from fomoe.planning import RunPlan, planned_summary, spread
 from fomoe.records import site_speed
 from fomoe.sync.exchange import gather
+from fomoe.sync.links import Links, links_record
 from fomoe.sync.sync import Timed
 from fomoe.sync.transport import Transport
 
@@ -132,11 +133,13 @@ def summarize(
     local_losses: dict[int, float],
     merged: MergedEvaluation,
     run_dir: Path,
+    links: Links | None = None,
 ) -> dict[str, Any]:
     """The summary over all sites; the first site writes `summary.json`.
 
     Args:
         counts: bytes of each site of this process, of all its ranks together.
+        links: what was measured of them at the start, if anything was.
     """
     inside = transport.inside
     of_ranks = [json.loads(own) for own in inside.gather(json.dumps(process_peaks()).encode())]
@@ -168,6 +171,7 @@ def summarize(
         "val_loss_local": [row["val_loss_local"] for row in rows],
         "unigram_entropy": data.unigram_entropy,
         "text_sha256": _text_hash(data),
+        **({} if links is None else {"links": links_record(plan, links)}),
         "run_dir": str(run_dir),
         "environment": environment(),
     }

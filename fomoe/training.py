@@ -29,6 +29,7 @@ from fomoe.summary import merged_record, round_record, summarize
 from fomoe.sync.ddp import GradientSync
 from fomoe.sync.exchange import agreed
 from fomoe.sync.joining import open_transport
+from fomoe.sync.links import links_line, measure_links, probes
 from fomoe.sync.sync import Sync
 from fomoe.sync.transport import failure_text
 
@@ -96,6 +97,9 @@ def run_rounds(run: Run) -> dict[str, Any]:
     if metrics.num_damaged:
         run.progress.warn(f"{metrics.path}: damaged lines dropped: {metrics.num_damaged}")
     try:
+        if probes(config.sync.probe, transport):
+            run.links = measure_links(transport)
+            run.progress.say(links_line(run.plan, run.links))
         for round_idx in range(run.first_round, config.rounds):
             records, train_s, gradient_s = run_local_steps(run, round_idx)
             started = time.perf_counter()
@@ -145,6 +149,7 @@ def run_rounds(run: Run) -> dict[str, Any]:
         run.local_losses,
         run.merged,
         run.run_dir,
+        run.links,
     )
 
 

@@ -269,9 +269,10 @@ def report(names: Sequence[str], summary: dict[str, Any]) -> None:
     """
     kinds = ("wire_bytes_per_site_per_round", "control_wire_bytes_per_site")
     kinds += ("evaluation_wire_bytes_per_site",)
+    probe = summary.get("links", {}).get("probe_bytes_by_site", [0] * len(names))
     for site, name in enumerate(names):
         per_round, control, evaluation = (summary[f"{kind}_by_site"][site] for kind in kinds)
-        counted = round(per_round * summary["rounds"] + control + evaluation)
+        counted = round(per_round * summary["rounds"] + control + evaluation) + probe[site]
         sent, received = interface_bytes(name)
         more = f", {sent / counted - 1:+.2%}" if counted else ""
         print(

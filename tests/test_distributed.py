@@ -122,6 +122,7 @@ def test_proxy_and_torchrun_have_the_same_summary(runs):
     proxy, distributed = (json.loads((runs[n] / "summary.json").read_text()) for n in runs)
     machine = {"peak_memory_bytes", "peak_accelerator_memory_bytes"}
     machine |= {"run_dir", "tokens_per_s", *MEASURED}
+    assert len(distributed.pop("links")["pairs"]) == 6, "a proxy run has none to measure"
     for name in proxy.keys() | distributed.keys():
         if name.removesuffix("_by_site") in machine:
             continue
