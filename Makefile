@@ -2,6 +2,7 @@
 # make test         the tests           make check   format, lint, types
 # make docs         docs/options.md and its schema      make package   a wheel, tried out
 # make CPU=1 ...    torch's small build, as on any machine without an accelerator; CPU=0: never
+# make docs-check   the README's first commands, in a fresh clone
 # make compat       exported models on both majors of transformers
 # make bench        speed of experts and steps, beside transformers (docs/performance.md)
 PYTHON ?= python3
@@ -12,7 +13,7 @@ CPU ?= auto
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 COMPAT := tests/test_export.py tests/test_transformers.py
 
-.PHONY: install quickstart test compat check format docs package bench clean
+.PHONY: install quickstart test compat check format docs docs-check package bench clean
 
 install: $(INSTALLED)
 
@@ -55,6 +56,9 @@ format: $(TOOLS)
 
 docs: $(INSTALLED)
 	$(BIN)/fomoe options --write docs
+
+docs-check: # takes the time of `make quickstart` and of two installations
+	$(PYTHON) -m tests.try_readme
 
 package: $(TOOLS)
 	$(BIN)/python -m tests.try_package # --from-index: with what pip fetches

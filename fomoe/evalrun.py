@@ -79,7 +79,7 @@ def evaluate_run(
         raise ConfigError("--metrics", ",".join(metrics), rule)
     whole.refuse_copies("is evaluated by the run itself (val_loss_merged)")
     tokenizer = run_tokenizer(whole.config, run_dir, whole.fingerprints.get("tokenizer"))
-    windows = _held_out(whole) if text is None else _windows(whole.config, text, tokenizer)
+    windows = held_out_part(whole) if text is None else _windows(whole.config, text, tokenizer)
     targets = windows[:, 1:]
     num_bytes = None if tokenizer is None else sum(map(tokenizer.num_bytes, targets))
     figures = partial(_figures, tokens=targets.size, num_bytes=num_bytes)
@@ -126,8 +126,12 @@ def _figures(loss: float, *, tokens: int, num_bytes: int | None) -> dict[str, fl
     }
 
 
-def _held_out(whole: WholeModel) -> np.ndarray:
-    """The run's held-out part, made again from its sources."""
+def held_out_part(whole: WholeModel) -> np.ndarray:
+    """The run's held-out part, made again from its sources: int64 [sequences, seq_len + 1].
+
+    Raises:
+        DataError: if it is no longer that of the run.
+    """
     data = build_data(whole.config, (), tokenizer_dir=whole.run_dir)
     for name, own in data.fingerprints.items():
         if name != "data split" and whole.fingerprints.get(name, own) != own:

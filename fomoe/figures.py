@@ -150,9 +150,9 @@ class Drawing:
         getattr(axes, f"set_{which}scale")("log")
         side = getattr(axes, f"{which}axis")
         low, high = getattr(axes, f"get_{which}lim")()
-        if high > 30 * low:
+        if high > 100 * low:
             side.set_major_locator(ticker.LogLocator(numticks=8))
-        else:  # powers of ten alone would be one tick or none
+        else:  # powers of ten alone could be one tick or none
             side.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=12))
         side.set_major_formatter(ticker.FuncFormatter(lambda value, _: text(value)))
         side.set_minor_formatter(ticker.NullFormatter())

@@ -145,7 +145,7 @@ def short_names(folders: list[Path], *, several: list[bool]) -> list[str]:
     for count in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-count:]) for path in paths]
         names = [
-            re.sub(r"-seed-\d+$", "", name) if group else name
+            re.sub(r"-seed-?\d+$", "", name) if group else name
             for name, group in zip(names, several, strict=True)
         ]
         if len(set(names)) == len(names):

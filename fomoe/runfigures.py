@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 
 from fomoe.amounts import bytes_text
+from fomoe.copies import num_sets
 from fomoe.figures import Drawing
 from fomoe.planning import memory_by_kind, plan_run, planned_summary
 from fomoe.records import Group, Record, RunRecords, site_speed
 
 Values = Callable[[RunRecords], list[float | None]]
 _WHAT = "fomoe report"
-_SOLID, _DASHED = {"linestyle": "-", "marker": "o"}, {"linestyle": "--"}
+# A run that was evaluated once is a point of each: full for merged, hollow for local.
+_SOLID = {"linestyle": "-", "marker": "o"}
+_DASHED = {"linestyle": "--", "marker": "o", "markerfacecolor": "none"}
 
 
 def figures(groups: list[Group]) -> Iterator[tuple[str, str, Drawing]]:
@@ -30,7 +33,8 @@ def figures(groups: list[Group]) -> Iterator[tuple[str, str, Drawing]]:
             yield name, text, drawn
     for index, group in enumerate(groups):
         if group.first.config.model.moe_layers:
-            yield f"load-{index}", _LOAD, load(group)
+            text = _LOAD + (_OWN_SET if num_sets(group.first.config) > 1 else "")
+            yield f"load-{index}", text, load(group)
     yield "traffic", _TRAFFIC, traffic(groups)
     yield "memory", _MEMORY, memory(groups)
 
@@ -40,6 +44,7 @@ _LOSS = (
     "model, mean over sites."
 )
 _LOAD = "Share of the router's choices that an expert gets, times the number of experts: 1 is even."
+_OWN_SET = " Of every site's own set of copies, mean over sites."
 _TRAFFIC = "Payload per site and round, by class, beside DiLoCo and DDP for the same model."
 _MEMORY = "Bytes of state that a site holds, mean over sites; activations are not in it."
 
@@ -126,7 +131,7 @@ def losses(
     ends = [x_of(group.first)[-1] for group in groups]
     smallest = min((end for end in ends if end), default=0)
     if smallest and max(ends) > 5 * smallest:
-        drawing.axes[0].set_xscale("log")
+        drawing.log_axis("x", bytes_text)
     else:
         drawing.axes[0].set_xlim(left=0)
     drawing.quantity_axis("x")
@@ -198,7 +203,8 @@ def load(group: Group) -> Drawing:
     run = group.first
     name = group.name + (f", seed {run.config.seed}" if len(group.runs) > 1 else "")
     layers = run.config.model.moe_layers
-    experts = run.config.model.num_experts
+    # A site's own set of copies has only some of the experts.
+    experts = len(run.rounds[0][0]["layers"][0]["load"])
     columns = []
     for records in run.rounds:
         by_site = [[layer["load"] for layer in record["layers"]] for record in records]

@@ -110,6 +110,7 @@ def run_rounds(run: Run) -> dict[str, Any]:
             for site in run.sites:
                 run.totals[site].add(routing[site], train_s[site], sync_s)
             agreement = evaluate_sites(run, round_idx)
+            evaluated = run.local_losses if evaluation_is_due(config, round_idx) else {}
             counts_after = run.site_counts()
             for site in run.sites:
                 records.append(
@@ -124,7 +125,7 @@ def run_rounds(run: Run) -> dict[str, Any]:
                         sync_s=sync_s,
                         timed=timed,
                         remote=transport.remote,
-                        val_loss_local=run.local_losses.get(site),
+                        val_loss_local=evaluated.get(site),
                         probe_agreement=agreement.get(site),
                         replica_hashes=hashes,
                     )
@@ -264,7 +265,7 @@ def synchronize(run: Run) -> dict[int, RoundRouting]:
 def evaluate_sites(run: Run, round_idx: int) -> dict[int, float]:
     """Evaluate each site's own model if it is due; returns the agreement of the probe's top-k."""
     agreement = {}
-    if is_due(run.config.run.eval_every, round_idx, run.config.rounds):
+    if evaluation_is_due(run.config, round_idx):
         for site_idx, site in run.sites.items():
             with unparked(run.parkings_of(site_idx), optimizer=False):
                 result = run.system.evaluate_site(site, run.data.held_out)
@@ -273,6 +274,11 @@ def evaluate_sites(run: Run, round_idx: int) -> dict[int, float]:
                 agreement[site_idx] = topk_agreement(run.probes[site_idx], result.probe_LTK)
             run.probes[site_idx] = result.probe_LTK
     return agreement
+
+
+def evaluation_is_due(config: Config, round_idx: int) -> bool:
+    """Whether each site evaluates its own model after this round."""
+    return is_due(config.run.eval_every, round_idx, config.rounds)
 
 
 def merged_loss(run: Run) -> MergedEvaluation:

@@ -276,11 +276,6 @@ class TokenWork:
     def full(self) -> float:
         return self.products + self.experts + self.scores
 
-    @property
-    def expert_fraction(self) -> float:
-        """Routed experts' share of the FLOPs."""
-        return self.experts / self.full
-
 
 @lru_cache(maxsize=256)
 def token_work(shape: ModelShape, seq_len: int) -> TokenWork:

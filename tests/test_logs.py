@@ -272,3 +272,11 @@ def test_a_start_that_is_refused_leaves_no_tensorboard_files(
     outcome = fomoe("train", tiny, "run.wandb=offline", "run.tensorboard=true")
     assert outcome.status == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_round_without_an_evaluation_has_no_local_loss(tmp_path: Path) -> None:
+    trained(write_config(tmp_path), "rounds=5", "run.eval_every=2")
+    rounds = records(tmp_path / "run", "round")
+    due = {record["round"] for record in rounds if record["val_loss_local"] is not None}
+    assert due == {1, 3, 4}  # every second one, and the last
+    assert len([r for r in rounds if r["val_loss_local"] is not None]) == 3 * len(due)

@@ -15,10 +15,10 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
-from helpers_cli import fomoe, records, snapshot, write_config
+from helpers_cli import fomoe, records, snapshot, trained, write_config
 
 from fomoe import reportpage
-from fomoe.records import RunRecords, read_groups, read_run
+from fomoe.records import RunRecords, read_groups, read_run, short_names
 from fomoe.reportpage import page
 
 pytest.importorskip("matplotlib")
@@ -124,6 +124,27 @@ def test_labels_of_ticks_do_not_touch_whatever_the_names(compared: Path, length:
         assert axes.get_window_extent().width > figure.bbox.width / 3, name
 
 
+@pytest.mark.parametrize("times", [6, 20, 40, 90, 200])
+def test_bytes_of_runs_far_apart_have_labels_that_can_be_read(compared: Path, times: int) -> None:
+    from fomoe.runfigures import losses
+
+    groups = read_groups(folders(compared))
+
+    def sent(run: RunRecords) -> list[float]:
+        return [1e6 * (times if run.config.method == "ddp" else 1) for _ in run.rounds]
+
+    drawing = losses(groups, "bytes sent", sent, "model bytes that a site has sent")
+    drawing.figure.draw_without_rendering()
+    axis = drawing.axes[0].xaxis
+    low, high = axis.get_view_interval()
+    ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+    labels = [t.label1 for t in ticks if low <= t.get_loc() <= high and t.label1.get_text()]
+    boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: box.x0)
+    assert len(boxes) >= 2
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+    assert all(label.get_text()[-1] in "kMG" for label in labels)
+
+
 def test_figures_are_written_for_papers(
     compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +163,12 @@ def test_runs_that_differ_in_the_seed_are_one_group(compared: Path) -> None:
     assert [(group.name, len(group.runs)) for group in groups] == [("ddp", 2), ("fomoe", 2)]
     alone = read_groups(folders(compared)[1:3])
     assert [group.name for group in alone] == ["ddp-seed-1", "fomoe-seed-0"]
+
+
+def test_a_group_is_named_without_its_seed() -> None:
+    folders = [Path("a/d32-seed1"), Path("a/d16-seed-2"), Path("a/d8-seed3")]
+    names = short_names(folders, several=[True, True, False])
+    assert names == ["d32", "d16", "d8-seed3"]
 
 
 def test_equal_names_are_told_apart(compared: Path, tmp_path: Path) -> None:
@@ -171,6 +198,35 @@ def test_curves_are_those_of_the_records(compared: Path) -> None:
     agreement = over_tokens([group], "Top-k agreement", "share", lambda r: r["probe_agreement"])
     assert agreement is not None
     assert agreement.axes[0].lines[0].get_xydata()[:, 0].tolist() == tokens[1:]
+
+
+def test_a_run_that_was_evaluated_once_has_points_that_differ(compared: Path) -> None:
+    from fomoe.runfigures import losses
+
+    (group,) = read_groups(folders(compared)[2:3])
+    for record in group.first.rounds[0]:
+        record["val_loss_local"] = None
+    group.first.merged.clear()  # the last one is the summary's
+    lines = losses([group], "tokens", RunRecords.tokens, "tokens, all sites").axes[0].lines
+    assert [len(line.get_xdata()) for line in lines] == [1, 1]
+    assert lines[0].get_markerfacecolor() == "none"
+    assert lines[1].get_markerfacecolor() == lines[0].get_color()
+
+
+def test_the_load_of_copies_is_that_of_a_site_s_own_set(tmp_path: Path) -> None:
+    from fomoe.runfigures import figures
+
+    words = ["method=copies", "num_sites=2", "placement.replication_factor=1", "rounds=1"]
+    trained(write_config(tmp_path), *words, "model.top_k=1")
+    groups = read_groups([tmp_path / "run"])
+    loads = [layer["load"] for layer in groups[0].first.rounds[0][0]["layers"]]
+    ((text, drawing),) = [(t, d) for name, t, d in figures(groups) if name == "load-0"]
+    axes = drawing.axes[0]
+    assert "own set of copies" in text
+    assert axes.get_ylabel() == "MoE layer, 2 experts each"
+    shown = axes.images[0].get_array()
+    assert shown.shape == (sum(map(len, loads)), 1)
+    assert shown.mean() == pytest.approx(1)
 
 
 def test_speed_is_that_of_the_summary(compared: Path) -> None:

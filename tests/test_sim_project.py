@@ -484,8 +484,8 @@ def test_a_given_step_time_scales_with_the_executed_flops(capsys):
     shared = ["--model", "mixtral-8x7b", "--sites", "4", "--step-time", "8"]
     full = project(capsys, *shared, "--method", "diloco")
     half = project(capsys, *shared, "--replication", "2")
-    fraction = token_work(model_preset("mixtral-8x7b"), 4096).expert_fraction
-    share = 1 - fraction * (1 - half["executed_fraction"])
+    token = token_work(model_preset("mixtral-8x7b"), 4096)
+    share = 1 - token.experts / token.full * (1 - half["executed_fraction"])
     assert half["step_time_s"] / full["step_time_s"] == pytest.approx(share)
 
 

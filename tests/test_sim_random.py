@@ -1,4 +1,4 @@
-"""300 drawn questions: monotone, ordered, summed, in range, and the same alone as in a grid."""
+"""350 drawn questions: monotone, ordered, summed, in range, and the same alone as in a grid."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from helpers_cli import fomoe
 
+from fomoe_sim.cluster import accelerator_preset
 from fomoe_sim.evaluate import answer_one, evaluate
 from fomoe_sim.methods import METHODS, PUBLIC
 from fomoe_sim.options import Ask
 from fomoe_sim.plan import Constraints, command, pareto, search
-from fomoe_sim.question import build
+from fomoe_sim.question import Question, baseline, build
 from fomoe_sim.sites import grid
-from fomoe_sim.solve import least, utilisation_of
+from fomoe_sim.solve import days_within, least, utilisation_of
 from fomoe_sim.trainer import ConfigError
 
 GROUPS, EACH = 12, 25
@@ -98,6 +99,17 @@ def test_drawn_questions(group):
         for name, sign in (("utilisation", 1), ("days_without_failures", -1)):
             steps = sign * np.diff(np.array(swept.values[name]))
             assert (steps >= -1e-9 * np.abs(swept.values[name][1:])).all(), name
+        # Fewer bits never take longer, and sites that fail more often neither.
+        bits = np.array([0.11, 4.0, 16.0, 32.0])
+        costs = np.array(evaluate([grid(question, bits=bits)]).values["round_time_s"])
+        assert (np.diff(costs) >= -1e-9 * costs[1:]).all()
+        frail, firm = (
+            answer_one(replace(question, ask=replace(question.ask, mtbf_hours=hours)))
+            for hours in (20.0, 2000.0)
+        )
+        for name in ("days", "cost_usd", "failures_per_run", "coverage_loss_probability"):
+            assert frail[name] >= firm[name] * (1 - 1e-9), name
+        assert frail["goodput"] <= firm["goodput"]
         # A point of a grid is the single question of that point.
         rate = float(RATES[3])
         alone = replace(question, cluster=question.cluster.with_bandwidth(rate, rate))
@@ -111,19 +123,65 @@ def test_drawn_questions(group):
             same(evaluate([grid(one)]).rows()[0], pair[index])
 
 
+def unequal(chance: random.Random, question: Question) -> Question:
+    """The same question where accelerators, counts, links, prices and uplinks differ by site."""
+    names = ("H100", "H200", "B200")
+    sites = tuple(
+        replace(
+            site,
+            accelerator=accelerator_preset(chance.choice(names)),
+            count=chance.choice((8, 16, 32)),
+            up_bps=10.0 ** chance.uniform(8, 11),
+            down_bps=10.0 ** chance.uniform(8, 11),
+            price_per_hour=(1.0, chance.choice((1.0, 4.0))),
+            egress_per_gb=(0.0, chance.choice((0.0, 0.1))),
+            uplink=chance.choice((None, "shared")),
+        )
+        for site in question.cluster.sites
+    )
+    cluster = replace(question.cluster, sites=sites, uplinks=(("shared", 1e9),))
+    return replace(question, cluster=cluster)
+
+
+@pytest.mark.parametrize("group", range(4))
+def test_drawn_questions_of_unequal_sites(group):
+    """Sums, ranges and order hold too; speed shares end together and never take longer."""
+    chance = random.Random(500 + group)
+    done = 0
+    while done < EACH // 2:
+        ask, method = draw(chance)
+        try:
+            question = unequal(chance, build(replace(ask, mfu=None, precision=None), method))
+            row = answer_one(question)
+            equal = answer_one(replace(question, split="equal"))
+            alone = answer_one(baseline(question))
+        except ConfigError:
+            continue
+        done += 1
+        for one in (row, equal, alone):
+            check(one)
+        assert row["step_time_s"] <= equal["step_time_s"] * (1 + 1e-9)
+        assert alone["accelerators"] == row["accelerators"] == sum(question.cluster.counts)
+        assert alone["executed_fraction"] == 1
+        assert sum(row["tokens_per_step_by_site"]) == pytest.approx(question.batch_tokens)
+        same(row, evaluate([grid(question), grid(replace(question, split="equal"))]).rows()[0])
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_what_is_solved_holds_and_less_does_not(seed):
     chance = random.Random(1000 + seed)
-    what = chance.choice(("bandwidth", "local_steps"))
-    target = chance.choice((0.5, 0.9, 0.99))
-    holds = utilisation_of(target)
+    what = chance.choice(("bandwidth", "local_steps", "break_even"))
+    target = utilisation_of(chance.choice((0.5, 0.9, 0.99)))
     while True:
         ask, method = draw(chance)
         if ask.sites == 1 or (what == "local_steps" and METHODS[method].every_step):
             continue
         try:
             question = build(ask, method)
-            solved = least(question, what, holds, "--utilisation")
+            holds, name = target, what
+            if what == "break_even":
+                holds, name = days_within(answer_one(baseline(question))["days"]), "bandwidth"
+            solved = least(question, name, holds, "--utilisation")
         except ConfigError:
             continue
         break
