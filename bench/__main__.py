@@ -21,6 +21,7 @@ from bench.peaks import peak_rows
 from bench.plot import growth
 from bench.proxy import proxy_rows
 from bench.steps import memory_rows, step_rows
+from bench.transports import transport_rows
 from fomoe.figures import SUFFIXES
 from fomoe.hostmemory import keep_freed_memory
 
@@ -35,6 +36,7 @@ TABLES = {
     "proxy": "proxy",
     "answers": "answers",
     "sync": "sync",
+    "transports": "sync",
 }
 PARTS = tuple(dict.fromkeys(TABLES.values()))
 
@@ -99,6 +101,7 @@ def measure(machine: Machine, parts: tuple[str, ...] | list[str]) -> dict[str, A
         "proxy": lambda: proxy_rows(machine),
         "answers": lambda: answer_rows(machine),
         "sync": lambda: sync_rows(machine),
+        "transports": lambda: transport_rows(machine),
     }
     for name, work in rest.items():
         if TABLES[name] in parts:

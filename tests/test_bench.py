@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from bench.plot import growth
 from bench.proxy import proxy_row, proxy_rows
 from bench.steps import memory_rows, step_flops, step_rows
 from bench.timing import Timing
+from bench.transports import transport_rows
 from fomoe.figures import COLOURS
 from fomoe.load import build_config
 from fomoe.shapes import parameter_specs
@@ -60,6 +62,14 @@ def test_every_codec_stands_beside_a_copy() -> None:
     for name in ("fp32", "bf16", "int8", "int4"):
         assert rows[f"mean {name}"]["gb_per_s"] > 0
         assert (f"encode {name}" in rows) == (f"decode {name}" in rows) == (name != "fp32")
+
+
+def test_a_sync_over_gloo_stands_beside_the_link() -> None:
+    """And beside torchft's, where that is installed."""
+    rows = {row["what"]: row for row in transport_rows(MACHINE, numel=1000)}
+    assert rows["link"]["over_link"] == 1.0
+    assert {"sync fp32", "sync bf16", "sync int8", "sync int4"} <= rows.keys()
+    assert ("torchft DiLoCo" in rows) == (find_spec("torchft") is not None)
 
 
 def test_the_router_is_timed_beside_its_layer() -> None:

@@ -27,7 +27,9 @@ _WHAT = "measuring the links"
 _PINGS = 4
 _FIRST, _GROWTH, _MOST = 2**14, 4, 2**24  # bytes of a message
 _ENOUGH_S = 0.08  # beyond the round trip: a message that took so long may be the last
-_ENOUGH_RTTS = 4  # and so many more round trips: TCP needs the first ones to find the rate
+_ENOUGH_RTTS = 4  # and so many more round trips
+_STEADY = 1.25  # and its rate is no more than so much above the one before: TCP has found it
+_BUDGET_S = 0.5  # of all messages of a pair; a larger one follows only before
 _MOST_SITES = 8  # every pair takes about a second
 _MOVES = 5  # a sync's exchanges: weights, parts, means, and the length and text of its checks
 
@@ -125,18 +127,20 @@ def _measure(transport: Transport, pair: tuple[int, int]) -> tuple[float, float]
     """Round trip in seconds, and bytes/s of what this site receives."""
     random = torch.Generator().manual_seed(0)  # of its own: the run's numbers stay the same
     rtt_s = min(_exchange(transport, pair, torch.zeros(1))[0] for _ in range(_PINGS))
-    size = _FIRST
+    size, spent, before = _FIRST, 0.0, 0.0
     while True:
         # Random bytes, which a tunnel that compresses cannot make fewer.
         data = torch.randint(256, (size,), dtype=torch.uint8, generator=random)
         _exchange(transport, pair, torch.zeros(1))  # both are ready
         seconds, _ = _exchange(transport, pair, data)
         took = max(seconds - rtt_s, 0.1 * seconds)
-        enough = took >= max(_ENOUGH_S, _ENOUGH_RTTS * rtt_s)
+        spent, rate = spent + took, size / took
+        long_enough = took >= max(_ENOUGH_S, _ENOUGH_RTTS * rtt_s)
+        enough = spent >= _BUDGET_S or (long_enough and rate <= _STEADY * before)
         _, theirs = _exchange(transport, pair, torch.tensor([enough]))
         if size == _MOST or enough or theirs:
-            return rtt_s, size / took
-        size *= _GROWTH
+            return rtt_s, max(rate, before)
+        size, before = size * _GROWTH, rate
 
 
 def _exchange(transport: Transport, pair: tuple[int, int], own: Tensor) -> tuple[float, Tensor]:
