@@ -35,10 +35,10 @@ figure { margin: 0; padding: .8rem; background: var(--card); border: 1px solid v
   border-radius: 8px; }
 figure svg { display: block; width: 100%; height: auto; margin-bottom: .5rem; }
 table { border-collapse: collapse; font-size: .88rem; overflow-wrap: normal; }
-th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line);
+th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; white-space: nowrap; }
 td:first-child, td[data-name="folder"] { white-space: normal; overflow-wrap: anywhere;
-  min-width: 9rem; }
+  min-width: 8rem; }
 th { color: var(--soft); font-weight: 600; white-space: normal; vertical-align: bottom; }
 .wide { overflow-x: auto; }
 @media (max-width: 900px) {
