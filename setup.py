@@ -46,7 +46,7 @@ setup(
         "fomoe_sim": ["py.typed", "data/*.yaml"],
     },
     install_requires=[
-        "torch>=2.11,<2.14",
+        "torch>=2.11,<2.15",
         "numpy>=1.26,<3",
         "pyyaml>=6,<7",
         "pydantic>=2.7,<3",
