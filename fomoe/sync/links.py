@@ -29,7 +29,7 @@ _FIRST, _GROWTH, _MOST = 2**14, 4, 2**24  # bytes of a message
 _ENOUGH_S = 0.08  # beyond the round trip: a message that took so long may be the last
 _ENOUGH_RTTS = 4  # and so many more round trips
 _STEADY = 1.25  # and its rate is no more than so much above the one before: TCP has found it
-_BUDGET_S = 1.0  # of all messages of a pair; a larger one follows only before
+_BUDGET_S = 0.5  # of all messages of a pair; a larger one follows only before
 _MOST_SITES = 8  # every pair takes about a second
 _MOVES = 5  # a sync's exchanges: weights, parts, means, and the length and text of its checks
 
