@@ -63,8 +63,8 @@ def zero_pad_deltas(uploads: Sequence[Upload], server: Server) -> tuple[Matrices
 def hetlora(uploads: Sequence[Upload], server: Server) -> tuple[Matrices, Matrices]:
     """Zero-padded values, each client weighted by the Frobenius norm of its product (2401.06432).
 
-    The norm is over all adapted layers. Self-pruning of ranks, which that paper adds, is left out:
-    the plan of a run fixes the ranks.
+    The norm is over all adapted layers. Self-pruning of ranks, which that paper adds, is in
+    `fomoe.adapters.pruning`.
     """
     weighted = [
         Upload(weight=u.scale * product_norm(u.a, u.b), scale=u.scale, a=u.a, b=u.b)
