@@ -31,7 +31,7 @@ from fomoe.runlock import RunLock
 from fomoe.services import check_services
 from fomoe.site import Site
 from fomoe.summary import Totals
-from fomoe.sync.exchange import agreed, share
+from fomoe.sync.exchange import agreed, gather, share
 from fomoe.sync.sync import Sync
 from fomoe.sync.transport import Transport
 from fomoe.systems import System, system_of
@@ -105,8 +105,9 @@ def build_run(
     """Build data and sites, and resume if asked; only then write to the folder."""
     run_dir = lock.run_dir
     inside = transport.inside
-    plan = plan_run(config, inside.size)
-    own_plan = plan.at_rank(inside.rank)
+    sizes = gather(transport, lambda _: str(inside.size).encode())
+    plan = plan_run(config, [int(size) for size in sizes])
+    own_plan = plan.at_rank(transport.sites[0], inside.rank)
     system = agreed(transport, lambda: system_of(config, device))
     if device.type == "cpu":
         give_back_freed_memory() if inside.shards else keep_freed_memory()

@@ -21,7 +21,14 @@ from typing import Any, NoReturn
 from fomoe import __version__, finished
 from fomoe.errors import ConfigError, FomoeError, say_line
 from fomoe.hints import hint
-from fomoe.launch import Launch, launch_from_environment, launch_of_site, site_label
+from fomoe.launch import (
+    Launch,
+    check_ranks_per_site,
+    divide_rank,
+    launch_from_environment,
+    launch_of_site,
+    site_label,
+)
 from fomoe.study.command import add_study
 from fomoe.sync.waiting import is_blocked
 
@@ -59,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = build_parser(next((word for word in words if not word.startswith("-")), None))
         args, rest = parser.parse_known_args(words)
         label = partial(
-            site_label, max(1, getattr(args, "ranks_per_site", 1)), getattr(args, "site", None)
+            site_label, getattr(args, "ranks_per_site", (1,)), getattr(args, "site", None)
         )
         _take_overrides(args, rest)
         return args.run(args)
@@ -150,11 +157,11 @@ def _add_train(commands: Any) -> None:
     _add_config(parser)
     parser.add_argument(
         "--ranks-per-site",
-        type=int,
-        default=1,
-        metavar="N",
-        help="processes of every site, under one torchrun over all of them (default 1); "
-        "inner.parallel says how they share the work",
+        type=_ranks,
+        default=(1,),
+        metavar="N[,N...]",
+        help="processes of every site, or of each, under one torchrun over all of them (default "
+        "1); inner.parallel says how they share the work",
     )
     parser.add_argument(
         "--site",
@@ -235,15 +242,16 @@ def _train(args: argparse.Namespace) -> int:
         args.mode = "resume"
     config = load(args.config, args.overrides)
     if args.dry_run:
-        from fomoe.planning import plan_run, planned_summary
+        from fomoe.planning import plan_run, planned_summary, ranks_by_site
         from fomoe.ready import check_ready
         from fomoe.rules import check_ranks
 
-        if args.ranks_per_site < 1:
-            raise ConfigError("--ranks-per-site", args.ranks_per_site, "must be at least 1")
-        check_ranks(config, args.ranks_per_site)
-        check_ready(config, site=_launched_site(config, args.ranks_per_site))
-        run = plan_run(config, args.ranks_per_site)
+        check_ranks_per_site(args.ranks_per_site, config.num_sites)
+        ranks = ranks_by_site(config, args.ranks_per_site)
+        for site, number in enumerate(ranks):
+            check_ranks(config, number, site)
+        check_ready(config, site=_launched_site(ranks))
+        run = plan_run(config, ranks)
         if args.json:
             print(json.dumps(planned_summary(run)))
         else:
@@ -377,14 +385,25 @@ def load(
     return config.model_copy(update={"run": config.run.model_copy(update={"dir": at_home})})
 
 
-def _launched_site(config: Any, ranks: int) -> int | None:
-    """The site that this process would run; None in a proxy run."""
+def _ranks(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[0-9]{1,6}(,[0-9]{1,6})*", text):
+        rule = "must be a number of processes, or one for each site with commas between"
+        raise argparse.ArgumentTypeError(f"{text!r} {rule}")
+    return tuple(map(int, text.split(",")))
+
+
+def _launched_site(ranks: Sequence[int]) -> int | None:
+    """The site that this process would run; None in a proxy run.
+
+    Args:
+        ranks: of every site, how many it has.
+    """
     rank = os.environ.get("RANK", "")
-    site = int(rank) // ranks if rank.isdecimal() else config.num_sites
-    return site if site < config.num_sites else None
+    site = divide_rank(int(rank), ranks)[0] if rank.isdecimal() else len(ranks)
+    return site if site < len(ranks) else None
 
 
-def _launch(num_sites: int | None = None, ranks: int = 1) -> Launch:
+def _launch(num_sites: int | None = None, ranks: Sequence[int] = (1,)) -> Launch:
     """Read and check the launch environment; a warning is printed."""
     launch = launch_from_environment(num_sites=num_sites, ranks=ranks)
     if launch.warning:
@@ -399,9 +418,9 @@ def _launch_of(args: argparse.Namespace, num_sites: int) -> Launch:
         raise ConfigError(name, getattr(args, name[2:]), f"needs {other}")
     if args.site is None:
         return _launch(num_sites, args.ranks_per_site)
-    if args.ranks_per_site != 1:
+    if args.ranks_per_site != (1,):
         rule = "is for one torchrun over all sites; with --site, torchrun's own number counts"
-        raise ConfigError("--ranks-per-site", args.ranks_per_site, rule)
+        raise ConfigError("--ranks-per-site", ",".join(map(str, args.ranks_per_site)), rule)
     return launch_of_site(args.site, args.meet, num_sites=num_sites)
 
 

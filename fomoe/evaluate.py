@@ -110,18 +110,25 @@ def evaluate_merged(
     config, inside = plan.config, transport.inside
     batches = _batches(config, held_out)
     share, padding = _share(len(batches), transport)
-    # By rank: the rows that it has of every expert.
-    segments = [_expert_segments(own.segment_plan) for own in plan.ranks or (plan,)]
-    whole, rows = _expert_segments(plan.segment_plan), _router_segments(plan.segment_plan)
+    of_site = plan.of_site(transport.sites[0])
+    # By rank of this site, and by lane of this rank: the rows that it has of every expert.
+    segments = [_expert_segments(own.segment_plan) for own in of_site]
+    lanes = [_expert_segments(lane) for lane in of_site[inside.rank].lanes.values()]
+    whole, router_rows = _expert_segments(plan.segment_plan), _router_segments(plan.segment_plan)
 
     def experts_of(layer: int) -> tuple[dict[int, Expert], Tensor | None]:
         of_layer = [own.get(layer, []) for own in segments]
-        tensors = _fetch_segments(sites, transport, of_layer[inside.rank])
+        parts: dict[str, list[Tensor]] = {}
+        for lane, own in zip(transport.lanes, lanes, strict=True):
+            for name, rows in _fetch_segments(sites, lane, own.get(layer, [])).items():
+                parts.setdefault(name, []).append(rows)
+        tensors = {n: p[0] if len(p) == 1 else torch.cat(p) for n, p in parts.items()}
         if inside.size > 1:
             tensors = gather_whole(inside, of_layer, lambda segment: tensors[segment.name])
         device = next(iter(sites.values())).device
         experts = _by_expert(config, tensors, whole[layer], device)
-        return experts, _fetch_rows(sites, transport, rows[layer]) if layer in rows else None
+        scattered = router_rows.get(layer)  # with copies, which one rank of a site trains
+        return experts, _fetch_rows(sites, transport, scattered) if scattered else None
 
     def run() -> tuple[dict[int, float], dict[int, list[list[int]]]]:
         return _run_layers(

@@ -1,6 +1,6 @@
 """Rows that the ranks of a site have, put together again.
 
-Shards of other sites never come here: a rank exchanges with the same rank of the other sites only.
+Shards of other sites never come here: a rank exchanges its own rows with the ranks that have them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def gather_rows(site: Site, plan: RunPlan) -> None:
     ranks = site.ranks
     if ranks.shards or ranks.size == 1:
         return
-    for index in {bucket.index for rank in plan.ranks for bucket in rank.segment_plan.buckets}:
+    of_site = plan.of_site(site.site)
+    for index in {bucket.index for rank in of_site for bucket in rank.segment_plan.buckets}:
         segments = [
             [
                 segment
@@ -51,7 +52,7 @@ def gather_rows(site: Site, plan: RunPlan) -> None:
                 if bucket.index == index and site.site in bucket.holders and bucket.trainers
                 for segment in bucket.segments
             ]
-            for rank in plan.ranks
+            for rank in of_site
         ]
         for other, flat in enumerate(_spread(ranks, segments, site.view)):
             if other != ranks.rank:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fomoe.errors import ConfigError
@@ -66,24 +66,25 @@ def launch_from_environment(
     environment: Mapping[str, str] | None = None,
     *,
     num_sites: int | None = None,
-    ranks: int = 1,
+    ranks: Sequence[int] = (1,),
 ) -> Launch:
     """Read and check the variables that a launcher sets; without them the run is a proxy run.
 
     Args:
         environment: the process's own by default.
         num_sites: number of sites of the experiment; as many must have been started.
-        ranks: processes of every site; the ranks of a site follow one another.
+        ranks: processes of every site, or of each; the ranks of a site follow one another.
 
     Raises:
         ConfigError: naming the variable, its value and the rule.
     """
     given = os.environ if environment is None else environment
-    if ranks < 1:
-        raise ConfigError("--ranks-per-site", ranks, "must be at least 1")
-    if ranks > 1 and not {"RANK", "WORLD_SIZE"} <= given.keys():
+    shown = ",".join(map(str, ranks))
+    if num_sites is not None:
+        check_ranks_per_site(ranks, num_sites)
+    if max(ranks) > 1 and not {"RANK", "WORLD_SIZE"} <= given.keys():
         rule = "needs a process per rank: start it with torchrun (see README)"
-        raise ConfigError("--ranks-per-site", ranks, rule)
+        raise ConfigError("--ranks-per-site", shown, rule)
     if "RANK" not in given or "WORLD_SIZE" not in given:
         return Launch(warning=_looks_distributed(given))
     rank, world_size = _integer(given, "RANK"), _integer(given, "WORLD_SIZE")
@@ -94,13 +95,16 @@ def launch_from_environment(
         if not 0 <= value < world_size:
             rule = f"must be from 0 to {world_size - 1}: WORLD_SIZE is {world_size}"
             raise ConfigError(name, value, rule)
-    if world_size == 1 and ranks == 1:
+    if world_size == 1 and max(ranks) == 1:
         alone = f"WORLD_SIZE is 1 but num_sites is {num_sites}: {_PROXY}; {_USE}"
         return Launch(warning=alone if num_sites not in (None, 1) else "")
-    if num_sites is not None and world_size != num_sites * ranks:
+    of_sites = list(ranks) if len(ranks) > 1 else [*ranks] * (num_sites or world_size // ranks[0])
+    if num_sites is not None and world_size != sum(of_sites):
         rule = f"must equal num_sites, which is {num_sites}: start one process per site"
-        if ranks > 1:
-            rule = f"must be num_sites x --ranks-per-site = {num_sites} x {ranks}"
+        if len(ranks) > 1:
+            rule = f"must be the sum of --ranks-per-site {shown}, which is {sum(of_sites)}"
+        elif max(ranks) > 1:
+            rule = f"must be num_sites x --ranks-per-site = {num_sites} x {shown}"
         raise ConfigError("WORLD_SIZE", world_size, rule)
     address = given.get("MASTER_ADDR", "").strip()
     if not address:
@@ -110,17 +114,46 @@ def launch_from_environment(
     port = _integer(given, "MASTER_PORT")
     if not 1 <= port <= 65535:
         raise ConfigError("MASTER_PORT", port, "must be from 1 to 65535")
+    site, own_rank = divide_rank(rank, of_sites)
     return Launch(
-        site=rank // ranks,
-        num_sites=world_size // ranks,
-        rank=rank % ranks,
-        ranks=ranks,
+        site=site,
+        num_sites=len(of_sites),
+        rank=own_rank,
+        ranks=of_sites[site],
         local_rank=local_rank,
         address=address,
         port=port,
         agent_store=given.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         attempt=given.get("TORCHELASTIC_RESTART_COUNT", "0"),
     )
+
+
+def divide_rank(rank: int, of_sites: Sequence[int]) -> tuple[int, int]:
+    """The site of a process of one torchrun over all sites, and its rank there.
+
+    Args:
+        rank: of the process; one beyond the last site's is of a site that does not exist.
+        of_sites: how many ranks each site has.
+    """
+    for site, number in enumerate(of_sites):
+        if rank < number:
+            return site, rank
+        rank -= number
+    return len(of_sites), rank
+
+
+def check_ranks_per_site(ranks: Sequence[int], num_sites: int) -> None:
+    """Check `--ranks-per-site` itself.
+
+    Raises:
+        ConfigError: if it has no number for every site.
+    """
+    shown = ",".join(map(str, ranks))
+    if min(ranks) < 1:
+        raise ConfigError("--ranks-per-site", shown, "must be at least 1")
+    if len(ranks) not in (1, num_sites):
+        rule = f"must be one number, or one for each site: num_sites is {num_sites}"
+        raise ConfigError("--ranks-per-site", shown, rule)
 
 
 def launch_of_site(
@@ -172,7 +205,7 @@ def launch_of_site(
     )
 
 
-def site_label(ranks: int = 1, site: int | None = None) -> str:
+def site_label(ranks: Sequence[int] = (1,), site: int | None = None) -> str:
     """Names this site of a distributed run in a line on stderr; empty in a proxy run."""
     try:
         if site is None:

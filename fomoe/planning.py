@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -25,8 +26,8 @@ from fomoe.segments import (
     sum_traffic,
     takes_outer_step,
 )
-from fomoe.shapes import parameter_specs
-from fomoe.shards import cut_plan
+from fomoe.shapes import ParameterSpec, parameter_specs
+from fomoe.shards import cut_plan, lanes_between
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,10 @@ class RunPlan:
         fragments: bytes of one sync per fragment and site; one fragment is a whole sync.
         memory: state per site; of a rank's plan, per rank.
         syncs_per_round: 1, or local_steps where gradients are averaged every step.
-        ranks: the plan of every rank of a site, in order; none if a site is one process.
+        lanes: by number, what is averaged between the same ranks of the sites (`fomoe.shards`); of
+            a rank's plan, its own lanes.
+        num_ranks: of every site.
+        ranks: by site, the plan of every rank of it, in order; none if every site is one process.
         whole: of a rank's plan, that of the site: the segments that its checkpoints name.
     """
 
@@ -68,12 +72,18 @@ class RunPlan:
     fragments: tuple[tuple[Traffic, ...], ...]
     memory: tuple[SiteMemory, ...]
     syncs_per_round: int
-    ranks: tuple[RunPlan, ...] = ()
+    lanes: Mapping[int, Plan]
+    num_ranks: tuple[int, ...]
+    ranks: tuple[tuple[RunPlan, ...], ...] = ()
     whole: Plan | None = None
 
-    def at_rank(self, rank: int) -> RunPlan:
-        """The plan of one rank: what it averages with the same rank of the other sites."""
-        return self.ranks[rank] if self.ranks else self
+    def of_site(self, site: int) -> tuple[RunPlan, ...]:
+        """The plans of all ranks of a site."""
+        return self.ranks[site] if self.ranks else (self,)
+
+    def at_rank(self, site: int, rank: int) -> RunPlan:
+        """The plan of one rank: what it averages with ranks of the other sites."""
+        return self.of_site(site)[rank]
 
     @property
     def site_plan(self) -> Plan:
@@ -138,12 +148,13 @@ class RunPlan:
         return "anchor" if stepped else "param"
 
 
-def plan_run(config: Config, num_ranks: int = 1) -> RunPlan:
+def plan_run(config: Config, num_ranks: int | Sequence[int] = 1) -> RunPlan:
     """Work out who holds what and what it costs.
 
     Args:
-        num_ranks: processes of every site.
+        num_ranks: processes of every site, or of each.
     """
+    counts = ranks_by_site(config, num_ranks)
     placement = build_placement(config)
     specs = parameter_specs(config)
     plan = build_plan(
@@ -163,53 +174,87 @@ def plan_run(config: Config, num_ranks: int = 1) -> RunPlan:
         fragments=_fragments(config, plan),
         memory=tuple(site_memory(config, plan, site, families) for site in sites),
         syncs_per_round=config.local_steps if config.sync.average == "gradients" else 1,
+        lanes={0: plan},
+        num_ranks=counts,
     )
-    if num_ranks == 1:
-        return run
-    rows = {spec.name: spec.shape[spec.kind == "expert"] for spec in specs}
-    ranks = tuple(_rank_plan(run, rows, rank, num_ranks) for rank in range(num_ranks))
-    memory = tuple(sum_memory([own.memory[site] for own in ranks]) for site in sites)
-    return replace(
-        run,
-        ranks=ranks,
-        phases=_summed_phases(ranks),
-        fragments=tuple(
-            _summed(fragment) for fragment in zip(*(own.fragments for own in ranks), strict=True)
-        ),
-        memory=memory,
-    )
+    return run if set(counts) == {1} else _of_ranks(run, _rows(specs))
 
 
-def _rank_plan(run: RunPlan, rows: dict[str, int], rank: int, num_ranks: int) -> RunPlan:
-    config, whole = run.config, run.segment_plan
-    plan = cut_plan(whole, rows, rank, num_ranks)
-    in_memory = plan if config.inner.parallel == "fsdp" else whole
-    return replace(
-        run,
-        segment_plan=plan,
-        phases=_phases(config, plan, ()),
-        fragments=_fragments(config, plan),
-        memory=tuple(
-            site_memory(config, plan, site, in_memory=in_memory) for site in range(config.num_sites)
-        ),
-        whole=whole,
-    )
+def ranks_by_site(config: Config, num_ranks: int | Sequence[int]) -> tuple[int, ...]:
+    """How many ranks each site has."""
+    counts = (num_ranks,) if isinstance(num_ranks, int) else tuple(num_ranks)
+    assert len(counts) in (1, config.num_sites)
+    return counts * config.num_sites if len(counts) == 1 else counts
 
 
-def _summed_phases(ranks: tuple[RunPlan, ...]) -> tuple[Phase, ...]:
-    """Phases of whole sites, whose bytes are those of their ranks together."""
-    return tuple(
+def lanes_of(config: Config, num_ranks: Sequence[int]) -> list[tuple[int, ...]]:
+    """Of each lane between sites of so many ranks, in order, the rank at every site."""
+    return lanes_between(_rows(parameter_specs(config)).values(), num_ranks)
+
+
+def _rows(specs: Iterable[ParameterSpec]) -> dict[str, int]:
+    """Rows of each parameter, or of an expert's matrix, by the parameter's name."""
+    return {spec.name: spec.shape[spec.kind == "expert"] for spec in specs}
+
+
+def _of_ranks(run: RunPlan, rows: dict[str, int]) -> RunPlan:
+    """The same experiment, trained by the ranks of the sites."""
+    config, whole, counts = run.config, run.segment_plan, run.num_ranks
+    alike = len(set(counts)) == 1
+    lane_ranks = lanes_between(rows.values(), counts)
+    lanes = [cut_plan(whole, rows, lane, counts, i) for i, lane in enumerate(lane_ranks)]
+    parts = [
         replace(
-            phases[0],
-            traffic=_summed(tuple(phase.traffic for phase in phases)),
+            run,
+            phases=_phases(config, lane, ()),
+            fragments=_fragments(config, lane),
+            lanes={number: lane},
         )
-        for phases in zip(*(rank.phases for rank in ranks), strict=True)
+        for number, lane in enumerate(lanes)
+    ]
+
+    def of_rank(site: int, rank: int) -> RunPlan:
+        own = [part for part, ranks in zip(parts, lane_ranks, strict=True) if ranks[site] == rank]
+        (plan, *others) = (lane for part in own for lane in part.lanes.values())
+        if others:  # all rows of the rank, whichever lane they belong to
+            number = counts[site]
+            plan = whole if number == 1 else cut_plan(whole, rows, (rank,), (number,))
+        in_memory = plan if config.inner.parallel == "fsdp" else whole
+        memory = tuple(
+            site_memory(config, plan, index, in_memory=in_memory)
+            for index in range(config.num_sites)
+        )
+        return replace(_together(own), segment_plan=plan, memory=memory, whole=whole)
+
+    of_first = tuple(of_rank(0, rank) for rank in range(counts[0]))
+    ranks = tuple(
+        of_first if alike else tuple(of_rank(site, rank) for rank in range(number))
+        for site, number in enumerate(counts)
+    )
+    memory = tuple(
+        sum_memory([own.memory[site] for own in of_site]) for site, of_site in enumerate(ranks)
+    )
+    return replace(_together(parts), ranks=ranks, memory=memory)
+
+
+def _together(parts: Sequence[RunPlan]) -> RunPlan:
+    """Several lanes, whose bytes are added up."""
+    return replace(
+        parts[0],
+        phases=tuple(
+            replace(phases[0], traffic=_summed([phase.traffic for phase in phases]))
+            for phases in zip(*(part.phases for part in parts), strict=True)
+        ),
+        fragments=tuple(
+            _summed(fragment) for fragment in zip(*(part.fragments for part in parts), strict=True)
+        ),
+        lanes={number: lane for part in parts for number, lane in part.lanes.items()},
     )
 
 
-def _summed(of_ranks: tuple[tuple[Traffic, ...], ...]) -> tuple[Traffic, ...]:
-    """Bytes per site, from those of every rank per site."""
-    return tuple(sum_traffic(own) for own in zip(*of_ranks, strict=True))
+def _summed(parts: Sequence[Sequence[Traffic]]) -> tuple[Traffic, ...]:
+    """Bytes per site, from those of every lane per site."""
+    return tuple(sum_traffic(own) for own in zip(*parts, strict=True))
 
 
 def _phases(config: Config, plan: Plan, families: tuple[Bucket, ...]) -> tuple[Phase, ...]:
@@ -264,17 +309,19 @@ def planned_summary(run: RunPlan) -> dict[str, Any]:
         **spread("wire_bytes_per_site_per_round", [run.wire_per_round(site) for site in sites]),
         "ratio_vs_ddp": _ratio(diloco * config.local_steps, payload),
         "ratio_vs_diloco": _ratio(diloco, payload),
-        **(_of_ranks(run) if run.ranks else {}),
+        **(_ranks_summary(run) if run.ranks else {}),
         **({"phases": [_phase_row(run, phase) for phase in run.phases]} if run.families else {}),
         **({"fragments": fragment_rows(run)} if streams(config) else {}),
     }
 
 
-def _of_ranks(run: RunPlan) -> dict[str, Any]:
+def _ranks_summary(run: RunPlan) -> dict[str, Any]:
     """What is known of sites of several ranks; the memory is that of a site's largest rank."""
-    sites = range(run.config.num_sites)
-    most = [max(own.memory[site].total for own in run.ranks) for site in sites]
-    return {"ranks_per_site": len(run.ranks), **spread("memory_bytes_per_rank", most)}
+    most = [max(r.memory[site].total for r in own) for site, own in enumerate(run.ranks)]
+    return {
+        **spread("ranks_per_site", list(run.num_ranks)),
+        **spread("memory_bytes_per_rank", most),
+    }
 
 
 def _phase_row(run: RunPlan, phase: Phase) -> dict[str, Any]:

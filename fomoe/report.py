@@ -162,7 +162,9 @@ def print_dry_run(run: RunPlan) -> None:
         )
     if run.ranks:
         kept = bytes_text(summary["memory_bytes_per_rank"])
-        how = f"{len(run.ranks)} ranks per site ({run.config.inner.parallel})"
+        alike = len(set(run.num_ranks)) == 1
+        counts = run.num_ranks[0] if alike else ", ".join(map(str, run.num_ranks))
+        how = f"{counts} ranks per site ({run.config.inner.parallel})"
         out.print(f"{how}; a rank keeps {kept} of state")
     out.print(_traffic_table(run))
     if streams(run.config):

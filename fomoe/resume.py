@@ -114,12 +114,14 @@ class Expected:
     Attributes:
         tensors, optional: tensors that must, and may, be there.
         steps_per_round: inner steps of a round.
+        num_ranks: of every site.
         stream: the keys of the data stream's position.
     """
 
     tensors: Layout
     optional: Layout
     steps_per_round: int
+    num_ranks: tuple[int, ...]
     stream: Sequence[str]
 
 
@@ -159,9 +161,7 @@ def find_round(
     refused: dict[int, dict[int, str]] = {}
     for round_idx in rounds:
         equal = replicas(round_idx)
-        inspect = partial(
-            _inspect, run_dir, round_idx, config, fingerprints, expected, equal, transport.inside
-        )
+        inspect = partial(_inspect, run_dir, round_idx, config, fingerprints, expected, equal)
         messages = gather(transport, partial(_of_first_rank, transport.inside, inspect))
         answers = dict(zip(transport.members, map(json.loads, messages), strict=True))
         problems = {site: a["problem"] for site, a in answers.items() if a["problem"]}
@@ -191,7 +191,6 @@ def _inspect(
     fingerprints: dict[str, str],
     expected: Mapping[int, Expected],
     replicas: Sequence[Bucket],
-    inside: Ranks,
     site: int,
 ) -> dict[str, Any]:
     """What is wrong with one site's part, or nothing, and the hashes of its replicas."""
@@ -204,7 +203,7 @@ def _inspect(
         if problem := wrong_value(values, round_idx, site, expected[site]):
             raise CheckpointError(f"site-{site}.json: {problem}")
         part = checkpoint.Part(run_dir, round_idx, site, checked=True)
-        if problem := _wrong_tensors(part, expected[site], inside):
+        if problem := _wrong_tensors(part, expected[site]):
             raise CheckpointError(f"site-{site}.safetensors: {problem}")
         # What a sync gave every holder: the parameters of fragments move on between two of theirs.
         kind = "anchor" if streams(config) else "param"
@@ -216,19 +215,25 @@ def _inspect(
     return {"problem": "", "replicas": {str(i): digest.hex() for i, digest in hashes.items()}}
 
 
-def _wrong_tensors(part: checkpoint.Part, expected: Expected, inside: Ranks) -> str:
+def _wrong_tensors(part: checkpoint.Part, expected: Expected) -> str:
     """The first tensor that a run cannot continue with; empty if all are right."""
     if problem := misfit(part.kept, expected.tensors, optional=expected.optional):
         return problem
-    if part.num_ranks != inside.size and of_kind(part.kept, "residual"):
+    saved = part.values.get("ranks_by_site") or [part.num_ranks] * len(expected.num_ranks)
+    if tuple(saved) != expected.num_ranks and of_kind(part.kept, "residual"):
         return (
-            f"its residuals of sync.codec are those of {part.num_ranks} ranks per site, and go on "
-            f"with as many only, not with {inside.size}"
+            f"its residuals of sync.codec are those of {_of_sites(saved)} ranks per site, and go "
+            f"on with as many only, not with {_of_sites(expected.num_ranks)}"
         )
     for name in part.kept:
         if not_finite({name: part.read(name)}):
             return f"{name} is not finite"
     return _wrong_random_state(part.read("rng"))
+
+
+def _of_sites(counts: Sequence[int]) -> str:
+    """Numbers of ranks by site, or the number that all have."""
+    return ", ".join(map(str, counts if len(set(counts)) > 1 else counts[:1]))
 
 
 def wrong_value(values: dict[str, Any], round_idx: int, site: int, expected: Expected) -> str:
@@ -249,10 +254,19 @@ def wrong_value(values: dict[str, Any], round_idx: int, site: int, expected: Exp
         return "counts are not bytes by class"
     if not all(isinstance(c, dict) and _are_counts(c, c) for c in counts.values()):
         return "counts are not bytes by class"
+    ranks = values.get("ranks_by_site", list(expected.num_ranks))  # older parts do not name them
+    if not _are_ranks(ranks, len(expected.num_ranks)):
+        return f"ranks_by_site is {ranks!r:.40}"
     loss = values.get("val_loss_local", "missing")
     if loss is not None and type(loss) is not float:
         return f"val_loss_local is {loss!r:.40}"
     return ""
+
+
+def _are_ranks(ranks: Any, sites: int) -> bool:
+    """Whether they are numbers of ranks of so many sites."""
+    known = isinstance(ranks, list) and len(ranks) == sites
+    return known and all(type(number) is int and number > 0 for number in ranks)
 
 
 def _are_counts(tree: Any, names: Iterable[str], *, whole: bool = True) -> bool:
@@ -373,6 +387,7 @@ def expected_state(run: Run, site: int) -> Expected:
         },
         optional={"probe": (probe, torch.int16)},
         steps_per_round=config.local_steps,
+        num_ranks=run.plan.num_ranks,
         stream=tuple(run.sites[site].stream.state()),
     )
 
@@ -406,6 +421,7 @@ def save_round(run: Run, rounds_done: int) -> None:
                 "totals": run.totals[site_idx].state(),
                 "counts": counts[site_idx],
                 "val_loss_local": run.local_losses.get(site_idx),
+                "ranks_by_site": list(run.plan.num_ranks),
             }
             checkpoint.save_part(
                 run.run_dir,
@@ -418,7 +434,7 @@ def save_round(run: Run, rounds_done: int) -> None:
             )
 
     counts = run.site_counts()
-    if inside.size > 1:  # the first rank's manifest says that all have saved theirs
+    if max(run.plan.num_ranks) > 1:  # the first rank's manifest says that all have saved theirs
         for site_idx in _own_parts(run):
             checkpoint.remove_manifest(run.run_dir, rounds_done, site_idx)
         agreed(run.transport, lambda: None)

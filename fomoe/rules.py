@@ -54,8 +54,11 @@ def check_config(config: Config) -> None:
         raise ConfigError("run.park", "always", "has no waiting sites where gradients are averaged")
 
 
-def check_ranks(config: Config, num_ranks: int) -> None:
+def check_ranks(config: Config, num_ranks: int, site: int | None = None) -> None:
     """Check what a site of several ranks can train.
+
+    Args:
+        site: that has them; None: all sites have as many.
 
     Raises:
         ConfigError: naming the field, its value and the rule.
@@ -78,7 +81,8 @@ def check_ranks(config: Config, num_ranks: int) -> None:
     if parallel == "ddp" and config.sync.fragments > 1:
         rule = f"must be 1 for {ranks} with inner.parallel ddp"
         raise ConfigError("sync.fragments", config.sync.fragments, rule)
-    if any(size % num_ranks for size in config.batch_sizes):
+    sizes = config.batch_sizes if site is None else config.batch_sizes[site : site + 1]
+    if any(size % num_ranks for size in sizes):
         rule = f"must be a multiple of {num_ranks}: {ranks} share it equally"
         if config.inner.batch_size_by_site:
             rule = rule.replace("must be a multiple", "must have multiples")

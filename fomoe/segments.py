@@ -93,6 +93,7 @@ class Bucket:
         segments: in the model's order.
         fragment: the part of the model that they are synced with (`fomoe.fragments`).
         copies: of a family of experts' copies (`fomoe.copies`), the bucket of each set.
+        lane: the ranks of the sites that average it (`fomoe.shards`).
     """
 
     index: int
@@ -102,6 +103,7 @@ class Bucket:
     segments: tuple[Segment, ...]
     fragment: int = 0
     copies: tuple[Bucket, ...] = ()
+    lane: int = 0
 
     @cached_property
     def numel(self) -> int:

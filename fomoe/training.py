@@ -7,6 +7,7 @@ one site): only the transport differs.
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from fomoe.gathering import gather_rows
 from fomoe.launch import Launch, launch_from_environment
 from fomoe.metrics import Metrics, Unwritten
 from fomoe.parking import unparked
+from fomoe.planning import lanes_of
 from fomoe.resume import save_round
 from fomoe.rules import check_ranks
 from fomoe.run import Run
@@ -62,11 +64,12 @@ def train(
         raise ConfigError("run.dir", "null", "must be set to the folder that the run will write")
     launch = launch or launch_from_environment(num_sites=config.num_sites)
     # A problem of this site alone is reported before the site waits for the others.
-    check_ranks(config, launch.ranks)
+    check_ranks(config, launch.ranks, launch.site)
     where = choose_device(device, launch.local_rank)
     transport = open_transport(
         launch,
         config.num_sites,
+        lanes=partial(lanes_of, config),
         timeout_s=config.sync.timeout_s,
         join_s=config.sync.join_timeout_s,
         interface=interface,
@@ -98,7 +101,7 @@ def run_rounds(run: Run) -> dict[str, Any]:
         run.progress.warn(f"{metrics.path}: damaged lines dropped: {metrics.num_damaged}")
     try:
         if probes(config.sync.probe, transport):
-            run.links = measure_links(transport)
+            run.links = measure_links(transport.lanes[0])  # that of all first ranks
             run.progress.say(links_line(run.plan, run.links))
         for round_idx in range(run.first_round, config.rounds):
             records, train_s, gradient_s = run_local_steps(run, round_idx)

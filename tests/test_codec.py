@@ -288,7 +288,7 @@ def test_a_value_too_large_for_the_codec_is_found_before_it_is_a_parameter():
     with pytest.raises(SyncError, match="anchors are not finite"):
         synchronize(run)
     assert_same_bits(parameters_of(run), before)
-    assert all((t == 0).all() for s in run.sites for t in run.sync.coder.state_of(s).values())
+    assert all((t == 0).all() for s in run.sites for t in run.sync.lanes.state_of(s).values())
 
 
 @pytest.mark.parametrize("codec", ["bf16", "int4"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from fomoe.load import load_config
 from fomoe.memory import SiteMemory
 from fomoe.planning import plan_run, planned_summary
 from fomoe.rules import check_ranks
-from fomoe.shards import rank_rows
+from fomoe.shards import common_rows, lanes_between, rank_rows
 
 # ------------------------------------------------------------------------------------- the plan
 
@@ -33,6 +34,30 @@ def test_rows_are_those_of_torchs_chunks(rows: int, ranks: int) -> None:
     chunks = [chunk.tolist() for chunk in torch.arange(rows).chunk(ranks)]
     found = [list(range(*rank_rows(rows, rank, ranks))) for rank in range(ranks)]
     assert [own for own in found if own] == chunks
+
+
+@pytest.mark.parametrize("ranks", [(2, 1), (3, 2), (2, 2), (1, 4, 3), (1, 1)])
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 24])
+def test_lanes_are_the_ranks_that_have_a_row(rows: int, ranks: tuple[int, ...]) -> None:
+    """Every row is in one lane; a rank that has none is in one nevertheless."""
+
+    def rank_of(row: int, number: int) -> int:
+        spans = [rank_rows(rows, rank, number) for rank in range(number)]
+        return next(rank for rank, (first, stop) in enumerate(spans) if first <= row < stop)
+
+    lanes = lanes_between([rows], ranks)
+    assert lanes[0] == (0,) * len(ranks)
+    assert lanes == sorted(set(lanes))
+    found: list[int] = []
+    for lane in lanes:
+        own = range(*common_rows(rows, lane, ranks))
+        assert all(tuple(rank_of(row, n) for n in ranks) == lane for row in own)
+        found += own
+    assert found == list(range(rows))
+    for site, number in enumerate(ranks):
+        assert {lane[site] for lane in lanes} == set(range(number))
+    if len(set(ranks)) == 1:
+        assert lanes == [(rank,) * len(ranks) for rank in range(ranks[0])]
 
 
 # Copies of experts, and gradients averaged at every step, are trained with one rank per site.
@@ -46,7 +71,7 @@ def test_every_element_is_exchanged_by_one_rank(name: str, parallel: str) -> Non
     whole, run = plan_run(config), plan_run(config, 3)
     for bucket in whole.segment_plan.buckets:
         parts: dict[str, list[tuple[int, int]]] = {s.name: [] for s in bucket.segments}
-        for rank in run.ranks:
+        for rank in run.of_site(0):
             for own in rank.segment_plan.buckets:
                 if own.index == bucket.index:
                     assert (own.holders, own.trainers) == (bucket.holders, bucket.trainers)
@@ -62,7 +87,42 @@ def test_every_element_is_exchanged_by_one_rank(name: str, parallel: str) -> Non
     # In fp32 the payload does not depend on the number of ranks.
     for site in range(config.num_sites):
         assert run.payload_per_round(site) == whole.payload_per_round(site)
-        assert run.wire_per_round(site) == sum(own.wire_per_round(site) for own in run.ranks)
+        assert run.wire_per_round(site) == sum(
+            own.wire_per_round(site) for own in run.of_site(site)
+        )
+
+
+@pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
+@pytest.mark.parametrize("name", [name for name in CUT if name != "single"])
+def test_lanes_have_every_row_of_their_ranks_once(name: str, parallel: str) -> None:
+    """Also where a rank has several: the bytes are those of one rank per site."""
+    config = tiny_config(LAYOUTS[name], inner__parallel=parallel)
+    counts = tuple(1 + site % 3 for site in range(config.num_sites))
+    whole, run = plan_run(config), plan_run(config, counts)
+    for site, number in enumerate(counts):
+        assert len(run.of_site(site)) == number
+        for rank, own in enumerate(run.of_site(site)):
+            assert own.num_ranks == counts
+            rows: dict[tuple[int, str], list[tuple[int, int]]] = {}
+            for lane_number, lane in own.lanes.items():
+                for bucket in lane.buckets:
+                    assert bucket.lane == lane_number
+                    for segment in bucket.segments:
+                        assert segment.cut is not None
+                        rows.setdefault((bucket.index, segment.name), []).append(segment.cut)
+            held = {(b.index, s.name): s for b in own.segment_plan.buckets for s in b.segments}
+            assert rows.keys() == held.keys()
+            for key, parts in rows.items():
+                segment = held[key]
+                first, stop = segment.cut or (0, segment.shape[0])
+                assert [start for start, _ in parts] == [first, *(end for _, end in parts[:-1])]
+                assert parts[-1][1] == stop
+            assert run.at_rank(site, rank) is own
+        assert run.payload_per_round(site) == whole.payload_per_round(site)
+        of_ranks = [own.wire_per_round(site) for own in run.of_site(site)]
+        assert run.wire_per_round(site) == sum(of_ranks)
+    assert run.num_ranks == counts
+    assert planned_summary(run)["ranks_per_site_by_site"] == list(counts)
 
 
 def test_state_falls_as_one_over_the_ranks() -> None:
@@ -72,15 +132,15 @@ def test_state_falls_as_one_over_the_ranks() -> None:
     copied = plan_run(tiny_config(inner__parallel="ddp"), 2)
     steps = 4 * len({s.parameter for s in sharded.site_plan.segments_at(0)})
     assert sharded.memory[0].total == whole.total + steps  # every rank counts its steps
-    for own in sharded.ranks:
+    for own in sharded.of_site(0):
         assert own.memory[0].total == pytest.approx(whole.total / 2, rel=0.02)
-    for own in copied.ranks:
+    for own in copied.of_site(0):
         for kind in ("parameters", "gradients", "inner_optimizer"):
             assert getattr(own.memory[0], kind) == getattr(whole, kind)
         assert own.memory[0].anchor == pytest.approx(whole.anchor / 2, rel=0.02)
     summary = planned_summary(sharded)
     assert summary["ranks_per_site"] == 2
-    assert summary["memory_bytes_per_rank_by_site"][0] == sharded.ranks[0].memory[0].total
+    assert summary["memory_bytes_per_rank_by_site"][0] == sharded.at_rank(0, 0).memory[0].total
 
 
 REFUSED: list[tuple[dict[str, Any], int, str]] = [
@@ -128,7 +188,7 @@ STORE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29731"}
 def test_ranks_of_a_site_follow_one_another() -> None:
     found = [
         launch_from_environment(
-            {"RANK": str(rank), "WORLD_SIZE": "6", **STORE}, num_sites=2, ranks=3
+            {"RANK": str(rank), "WORLD_SIZE": "6", **STORE}, num_sites=2, ranks=(3,)
         )
         for rank in range(6)
     ]
@@ -140,20 +200,39 @@ def test_ranks_of_a_site_follow_one_another() -> None:
 @pytest.mark.parametrize(
     ("given", "ranks", "message"),
     [
-        ({}, 0, "--ranks-per-site 0 must be at least 1"),
-        ({}, 2, "--ranks-per-site 2 needs a process per rank: start it with torchrun"),
+        ({}, (0,), "--ranks-per-site 0 must be at least 1"),
+        ({}, (2, 0), "--ranks-per-site 2,0 must be at least 1"),
+        ({}, (2,), "--ranks-per-site 2 needs a process per rank: start it with torchrun"),
+        ({}, (2, 1, 1), "--ranks-per-site 2,1,1 must be one number, or one for each site: num_si"),
         (
             {"RANK": "0", "WORLD_SIZE": "2", **STORE},
-            2,
+            (2,),
             r"WORLD_SIZE 2 must be num_sites x --ranks-per-site = 2 x 2",
+        ),
+        (
+            {"RANK": "0", "WORLD_SIZE": "4", **STORE},
+            (2, 1),
+            r"WORLD_SIZE 4 must be the sum of --ranks-per-site 2,1, which is 3",
         ),
     ],
 )
 def test_a_wrong_number_of_processes_is_refused(
-    given: dict[str, str], ranks: int, message: str
+    given: dict[str, str], ranks: tuple[int, ...], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         launch_from_environment(given, num_sites=2, ranks=ranks)
+
+
+def test_every_site_may_have_its_own_number_of_ranks() -> None:
+    found = [
+        launch_from_environment(
+            {"RANK": str(rank), "WORLD_SIZE": "6", **STORE}, num_sites=3, ranks=(2, 1, 3)
+        )
+        for rank in range(6)
+    ]
+    places = [(own.site, own.rank, own.ranks) for own in found]
+    assert places == [(0, 0, 2), (0, 1, 2), (1, 0, 1), (2, 0, 3), (2, 1, 3), (2, 2, 3)]
+    assert {own.num_sites for own in found} == {3}
 
 
 def test_a_site_may_have_a_torchrun_of_its_own() -> None:
@@ -275,6 +354,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 TWO, FOUR = ("--ranks-per-site", 2), ("--ranks-per-site", 4)
 FSDP, DDP = "inner.parallel=fsdp", "inner.parallel=ddp"
 PARTS = ("local_steps=4", "sync.fragments=2", "sync.overlap_steps=1", "sync.mix=0.25")
+UNEQUAL = ("--ranks-per-site", "2,1")
+SIX = ("inner.batch_size=6",)  # which 3 and 2 ranks can share
 INT8 = ("sync.codec=int8", "placement.replication_factor=2")
 
 
@@ -297,7 +378,14 @@ def runs(config: Path) -> dict[str, World]:
         command("parts-fsdp", 4, *PARTS, FSDP, *TWO),
         command("short", 4, "rounds=1", FSDP, *TWO),
         command("apart", 4, FSDP, ranks=2),
-        command("unequal", 3, FSDP, "sync.timeout_s=60", ranks=2),
+        command("unequal", 3, FSDP, ranks=2),
+        command("unequal-joint", 3, FSDP, *UNEQUAL),
+        command("unequal-ddp", 3, DDP, "--ranks-per-site", "1,2"),
+        command("unequal-parts", 3, *PARTS, FSDP, *UNEQUAL),
+        command("unequal-int8", 3, FSDP, *UNEQUAL, *INT8),
+        command("unequal-int8-short", 3, "rounds=1", FSDP, *UNEQUAL, *INT8),
+        command("six", 2, *SIX),
+        command("crossing", 5, *SIX, DDP, "--ranks-per-site", "3,2"),
         command("int8", 4, FSDP, *TWO, *INT8),
         command("int8-short", 4, "rounds=1", FSDP, *TWO, *INT8),
     ]
@@ -308,11 +396,17 @@ def runs(config: Path) -> dict[str, World]:
         ("to-two", 4, (FSDP, *TWO)),
         ("to-four", 8, (FSDP, *FOUR)),
         ("to-ddp", 4, (DDP, *TWO)),
+        ("to-unequal", 3, (FSDP, *UNEQUAL)),
     ):
         shutil.copytree(folder / "short", folder / name)
         resumed.append(command(name, count, *words, "rounds=2", "--resume"))
-    for name, count, words in (("int8-two", 4, (FSDP, *TWO)), ("int8-one", 2, ())):
-        shutil.copytree(folder / "int8-short", folder / name)
+    for name, source, count, words in (
+        ("int8-two", "int8-short", 4, (FSDP, *TWO)),
+        ("int8-one", "int8-short", 2, ()),
+        ("int8-unequal", "int8-short", 3, (FSDP, *UNEQUAL)),
+        ("unequal-int8-on", "unequal-int8-short", 3, (FSDP, *UNEQUAL)),
+    ):
+        shutil.copytree(folder / source, folder / name)
         resumed.append(command(name, count, *words, *INT8, "rounds=2", "--resume"))
     found |= zip([c.folder.stem for c in resumed], worlds(*resumed), strict=True)
     return found
@@ -357,13 +451,59 @@ def test_sites_with_a_torchrun_each_train_the_same(runs: dict[str, World], confi
     assert_close(config, "fsdp", "apart", bits=True)
 
 
-def test_sites_with_other_numbers_of_ranks_are_refused(runs: dict[str, World]) -> None:
-    """At once, by the sites that differ from the first one; the others learn why."""
-    found = runs["unequal"]
-    assert found.status != 0
-    text = "".join(found.err)
-    assert "all sites must have as many" in text
-    assert "Traceback" not in text
+@pytest.mark.parametrize(
+    ("name", "as_one"),
+    [
+        ("unequal", "one"),
+        ("unequal-ddp", "one"),
+        ("unequal-parts", "parts"),
+        ("crossing", "six"),
+    ],
+)
+def test_sites_of_unequal_numbers_of_ranks_train_as_one(
+    runs: dict[str, World], config: Path, name: str, as_one: str
+) -> None:
+    one, other = runs[as_one].summary, runs[name].summary
+    for key in ("val_loss_merged", "val_loss_local", "skipped_fraction", "tokens_by_site"):
+        assert other[key] == pytest.approx(one[key], abs=1e-5), key
+    key = "payload_bytes_per_site_per_round_by_site"
+    assert other[key] == one[key]
+    assert_close(config, as_one, name)
+    assert not [line for err in runs[name].err for line in err.splitlines() if "Warning" in line]
+
+
+def test_unequal_sites_under_one_torchrun_or_their_own_train_the_same(
+    runs: dict[str, World], config: Path
+) -> None:
+    assert runs["unequal-joint"].summary["ranks_per_site_by_site"] == [2, 1]
+    assert_close(config, "unequal", "unequal-joint", bits=True)
+
+
+@pytest.mark.parametrize("name", ["unequal", "unequal-ddp", "unequal-int8", "crossing"])
+def test_replicas_of_unequal_sites_are_identical(
+    runs: dict[str, World], config: Path, name: str
+) -> None:
+    """Their values, and the hashes that the records of both sites have of them."""
+    assert runs[name].status == 0
+    left, right = (tensors_of(config, name, site) for site in range(2))
+    shared = {n for n in left if n.startswith("param/") and ".experts." not in n}
+    assert shared
+    assert all(torch.equal(left[n], right[n]) for n in shared)
+    files = [config.parent / name / file for file in ("metrics.jsonl", "metrics.site1.jsonl")]
+    lines = [line for file in files for line in file.read_text().splitlines()]
+    rows = [row for row in map(json.loads, lines) if row["kind"] == "round"]
+    hashes = {(row["round"], row["site"]): row["replica_hashes"] for row in rows}
+    assert hashes[0, 0]
+    assert hashes[0, 0] == hashes[0, 1] != hashes[1, 0] == hashes[1, 1]
+
+
+def test_residuals_of_unequal_sites_go_on(runs: dict[str, World], config: Path) -> None:
+    assert_close(config, "unequal-int8", "unequal-int8-on", bits=True)
+    refused = runs["int8-unequal"]
+    assert refused.status != 0
+    text = "its residuals of sync.codec are those of 2 ranks per site, and go on with as many only"
+    assert f"{text}, not with 2, 1" in refused.err[0]
+    assert "Traceback" not in "".join(refused.err)
 
 
 def test_frozen_experts_are_sharded_too(runs: dict[str, World], config: Path) -> None:
@@ -411,7 +551,7 @@ def test_a_rank_holds_what_is_planned(runs: dict[str, World], config: Path) -> N
     for name in ("fsdp", "ddp"):
         planned = plan_run(_loaded(tree, name), 2)
         for number, held in enumerate(runs[name].held):
-            memory: SiteMemory = planned.ranks[number % 2].memory[number // 2]
+            memory: SiteMemory = planned.at_rank(number // 2, number % 2).memory[number // 2]
             assert held["parameters"] == memory.parameters
             assert held["gradients"] == memory.gradients
             assert held["inner_optimizer"] == memory.inner_optimizer
@@ -427,7 +567,7 @@ def _loaded(tree: dict[str, Any], parallel: str) -> Any:
     return build_config(tree | {"inner": tree["inner"] | {"parallel": parallel}})
 
 
-@pytest.mark.parametrize("name", ["to-one", "to-two", "to-four", "to-ddp"])
+@pytest.mark.parametrize("name", ["to-one", "to-two", "to-four", "to-ddp", "to-unequal"])
 def test_a_run_goes_on_with_another_number_of_ranks(
     runs: dict[str, World], config: Path, name: str
 ) -> None:
@@ -479,7 +619,7 @@ def test_a_model_that_does_not_fit_one_rank_trains_on_two(tmp_path: Path) -> Non
     path.write_text(yaml.safe_dump(tree))
     config, limit = load_config(path, (FSDP,)), 640 * 10**6
     assert plan_run(config).memory[0].total > limit
-    for own in plan_run(config, 2).ranks:
+    for own in plan_run(config, 2).of_site(0):
         assert own.memory[0].total < 0.55 * limit
     words = ("train", path, "--json", f"run.dir={tmp_path}/run", "--overwrite")
     one, two = worlds(

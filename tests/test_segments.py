@@ -241,7 +241,7 @@ def counted_memory(run, site: int) -> SiteMemory:
         if run.sync.anchors.values
         else 0,
         outer_optimizer=nbytes(v for s in outer.state.values() for v in s.values()),
-        residuals=nbytes(run.sync.coder.state_of(site).values()),
+        residuals=nbytes(run.sync.lanes.state_of(site).values()),
     )
 
 

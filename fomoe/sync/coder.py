@@ -8,7 +8,7 @@ no link and is not encoded.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor
@@ -94,11 +94,6 @@ class Coder:
     def state_layout(buckets: Iterable[Bucket]) -> Layout:
         """Shapes and types of what `state_of` returns for encoded buckets that a site holds."""
         return {entry("residual", b.index): ((b.numel,), torch.float32) for b in buckets}
-
-    def load_state_of(self, site: int, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `state_of` returned."""
-        for name, kept in self.state_of(site).items():
-            kept.copy_(tensors[name])
 
 
 def _of(chunk: Chunk, segments: set[int], flat: Tensor) -> list[Tensor]:

@@ -179,9 +179,17 @@ def _mean_of_chunk(
 
 
 def gather(transport: Transport, message: Callable[[int], bytes]) -> list[bytes]:
-    """One control message per member, in site order, at every member."""
-    members = transport.members
+    """One control message per member, in site order, at every member.
+
+    Ranks of a site that have other lanes pass the same message.
+    """
     own = {site: message(site) for site in transport.sites}
+    found = [_gather(lane, own) for lane in transport.lanes]  # equal, and every lane takes part
+    return found[0]
+
+
+def _gather(transport: Transport, own: dict[int, bytes]) -> list[bytes]:
+    members = transport.members
     tensors = {site: _as_tensor(text) for site, text in own.items()}
     pairs = list(product(members, repeat=2))
     what = "exchanging messages"

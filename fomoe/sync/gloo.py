@@ -33,8 +33,11 @@ class GlooTransport:
         join_s: longest wait for all members to join, `timeout_s` by default.
         interface: network interface to use, such as eth0; by default the host name's address.
         prefix: name of this membership in the store; a name is used once.
-        inside: the ranks of this site; equal ranks of all sites are peers.
+        inside: the ranks of this site; one rank of every site is a member.
         place, hosts_store: see `Membership`.
+
+    Attributes:
+        membership: of this site.
 
     Raises:
         SyncError: if the members do not all join in time, or this site has joined already.
@@ -68,7 +71,7 @@ class GlooTransport:
         options = dist.ProcessGroupGloo._Options()
         options._timeout = timedelta(seconds=timeout_s)
         options._devices = [open_interface(interface)]
-        prefixed = dist.PrefixStore(f"{prefix}/{inside.rank}", store)
+        prefixed = dist.PrefixStore(prefix, store)
         self._twins: list[GlooTransport] = []
         rank, size = self._rank[site], len(self.members)
 
@@ -76,16 +79,21 @@ class GlooTransport:
             return dist.ProcessGroupGloo(dist.PrefixStore(name, prefixed), rank, size, options)
 
         self._connect_as = connect
-        self._membership = Membership(
-            prefixed, self.members, site, place=place, hosts_store=hosts_store
+        self.membership = Membership(
+            prefixed,
+            self.members,
+            site,
+            place=place,
+            hosts_store=hosts_store,
+            num_ranks=inside.size,
         )
         end = time.monotonic() + (timeout_s if join_s is None else join_s)
         try:
-            self._membership.join(end - time.monotonic())
+            self.membership.join(end - time.monotonic())
             self._group = self._connect(lambda: connect("own"), timeout_s=end - time.monotonic())
         except BaseException as error:
-            self._membership.record(failure_text(error))
-            self._membership.leave()
+            self.membership.record(failure_text(error))
+            self.membership.leave()
             if not isinstance(error, Exception):
                 raise
             raise SyncError(f"joining the other sites failed: {one_line(error)}") from error
@@ -96,11 +104,11 @@ class GlooTransport:
     ) -> dist.ProcessGroupGloo:
         """Connect to every member; all have joined."""
         started, said = time.monotonic(), False
-        names = self._membership.names(self._peers)
+        names = self.membership.names(self._peers)
 
         def look() -> None:
             nonlocal said
-            self._membership.raise_if_stopped()
+            self.membership.raise_if_stopped()
             if time.monotonic() - started > waiting.PATIENCE_S and not said:
                 said = True
                 waiting.say(self._site, f"connecting to {names}, up to {timeout_s:.0f} s")
@@ -113,10 +121,26 @@ class GlooTransport:
                 f"the ports that gloo opens at each other?"
             ) from None
 
+    @property
+    def lanes(self) -> Sequence[GlooTransport]:
+        return (self,)
+
     def beside(self) -> GlooTransport:
+        return self.twin(self.inside.beside(), {self._site: ByteCounts()})
+
+    def twin(self, inside: Ranks, counts: dict[int, ByteCounts]) -> GlooTransport:
+        """A transport between the same members with connections of its own; it closes with this
+        one.
+
+        Args:
+            inside: the ranks of this site, for its thread.
+            counts: its bytes.
+
+        Raises:
+            SyncError: if the members cannot be reached.
+        """
         twin = copy(self)
-        twin.counts = {self._site: ByteCounts()}
-        twin.inside = self.inside.beside()
+        twin.counts, twin.inside = counts, inside
         number = len(self._twins)
         twin._group = self._connect(
             lambda: self._connect_as(f"beside-{number}"), timeout_s=self._timeout_s
@@ -177,21 +201,21 @@ class GlooTransport:
         return works
 
     def _say_slow(self, what: str, peers: list[int]) -> None:
-        names = self._membership.names(peers)
+        names = self.membership.names(peers)
         waiting.say(self._site, f"{what}: waiting for {names}, up to {self._timeout_s:g} s")
 
     def _failure(self, what: str, peers: list[int], error: BaseException) -> SyncError:
-        names = self._membership.names(peers)
+        names = self.membership.names(peers)
         if _timed_out(error):
             seen = f"no word from {names} within {self._timeout_s:g} s"
         else:
             seen = f"lost {names}: {one_line(error)}"
-        why = self._membership.explain(seen, lost=peers, patient=not _timed_out(error))
+        why = self.membership.explain(seen, lost=peers, patient=not _timed_out(error))
         return SyncError(f"{what} failed: {why}")
 
     def _stopped(self, what: str) -> SyncError | None:
         """A failure at a site whose messages of this exchange have arrived already."""
-        failure = self._membership.first_failure()
+        failure = self.membership.first_failure()
         return None if failure is None else SyncError(f"{what} failed: {failure}")
 
     def _abort(self) -> None:
@@ -205,13 +229,13 @@ class GlooTransport:
     def close(self, reason: str = "") -> None:
         """Leave the group: peers that still wait for this site fail now, not at their timeout."""
         if reason:
-            self._membership.record(reason)
+            self.membership.record(reason)
         for transport in (*self._twins, self):
             if reason:
                 transport._abort()
             transport._waits.close()
         if reason:
-            self._membership.leave()
+            self.membership.leave()
         for transport in (*self._twins, self):
             # The connections close with the last reference to the group; shutdown leaves them open.
             transport._group.shutdown()

@@ -11,6 +11,7 @@ import fcntl
 import socket
 import struct
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -25,7 +26,8 @@ from fomoe.ranks import ONE_RANK
 from fomoe.sync import waiting
 from fomoe.sync.gloo import GlooTransport, open_interface
 from fomoe.sync.inside import SiteRanks
-from fomoe.sync.membership import record_before_joining
+from fomoe.sync.lanes import Lanes
+from fomoe.sync.membership import Membership
 from fomoe.sync.transport import InMemoryTransport, Transport
 from fomoe.sync.waiting import in_thread, one_line, say
 
@@ -44,6 +46,7 @@ def open_transport(
     launch: Launch,
     num_sites: int,
     *,
+    lanes: Callable[[Sequence[int]], Sequence[tuple[int, ...]]],
     timeout_s: float,
     join_s: float | None = None,
     interface: str | None = None,
@@ -53,6 +56,7 @@ def open_transport(
     """A transport for this process: all sites in memory, or this site over gloo.
 
     Args:
+        lanes: from the number of ranks of every site, the rank that each lane has at every site.
         join_s: longest wait for all sites to join; None: `timeout_s`.
         parallel: `inner.parallel`, for a site of several ranks.
         device: where its model will be; None: the CPU.
@@ -74,7 +78,6 @@ def open_transport(
     else:
         store, own = reach_store(launch, addresses, join_s)
     prefix, inside = f"attempt-{launch.attempt}", ONE_RANK
-    _check_ranks(dist.PrefixStore(prefix, store), launch, f"{socket.gethostname()}, {own}")
     if launch.ranks > 1:
         inside = SiteRanks(
             dist.PrefixStore(f"{prefix}/inside-{launch.site}", store),
@@ -88,45 +91,41 @@ def open_transport(
         )
     if num_sites == 1:
         return InMemoryTransport(range(1), inside)
-    try:
-        return GlooTransport(
+    opened: list[GlooTransport] = []
+
+    def open_lane(number: int) -> None:
+        lane = GlooTransport(
             store,
             range(num_sites),
             launch.site,
             timeout_s=timeout_s,
             join_s=end - time.monotonic(),
             interface=interface,
-            prefix=prefix,
+            prefix=f"{prefix}/{number}",
             inside=inside,
             place=f"{socket.gethostname()}, {own}",
             hosts_store=hosts_store,
         )
+        opened.append(lane)
+
+    try:
+        if launch.rank == 0:  # all first ranks are a lane, the first one
+            open_lane(0)
+            meeting = opened[0].membership
+        else:
+            meeting = Membership(
+                dist.PrefixStore(f"{prefix}/0", store), range(num_sites), launch.site
+            )
+            meeting.wait(end - time.monotonic())
+        counts = [meeting.ranks_of[site] for site in range(num_sites)]
+        for number, ranks in enumerate(lanes(counts)):
+            if ranks[launch.site] == launch.rank and number:
+                open_lane(number)
     except SyncError as error:
+        for lane in opened:
+            lane.close(str(error))
         raise SyncError(f"{error} (the sites meet at {launch.where})") from error
-
-
-def _check_ranks(store: dist.Store, launch: Launch, place: str) -> None:
-    """Refuse sites with different numbers of ranks: one would wait for ranks that never come.
-
-    Raises:
-        SyncError: at the sites that differ from the first to come; the others read why.
-    """
-
-    def check() -> str:
-        first = int(store.compare_set("ranks per site", "", str(launch.ranks)))
-        if first == launch.ranks:
-            return ""
-        reason = f"it has {launch.ranks} ranks, not {first} as the first site to come: all sites "
-        reason += "must have as many"
-        for rank in range(first):
-            members = dist.PrefixStore(str(rank), store)
-            record_before_joining(members, launch.site, place, reason)
-        return f"site {launch.site}: {reason}"
-
-    if problem := in_thread(check, timeout_s=_ANSWER_S):
-        if launch.first and not launch.agent_store:
-            time.sleep(_LINGER_S)  # the store ends with this process
-        raise SyncError(problem)
+    return opened[0] if len(opened) == 1 else Lanes(opened)
 
 
 def resolve(name: str, port: int, timeout_s: float) -> list[Address]:

@@ -47,6 +47,10 @@ class Membership:
         site: this site.
         place: where this site is (host name, address), for messages at other sites.
         hosts_store: whether the store ends with this process.
+        num_ranks: of this site.
+
+    Attributes:
+        ranks_of: number of ranks of every member, once all have joined.
     """
 
     def __init__(
@@ -57,8 +61,10 @@ class Membership:
         *,
         place: str = "",
         hosts_store: bool = False,
+        num_ranks: int = 1,
     ) -> None:
         self.members, self.site = tuple(members), site
+        self.ranks_of = {site: num_ranks}
         self._store, self._hosts_store = store, hosts_store
         self._places = {site: place}
         self._claimed = False
@@ -75,8 +81,17 @@ class Membership:
                 about who takes part, or if one of them fails; else at the timeout, naming the
                 missing sites.
         """
-        started, said, seconds = time.monotonic(), False, f"{timeout_s:.0f} s"
+        started = time.monotonic()
         self._claim(timeout_s)
+        self.wait(timeout_s - (time.monotonic() - started))
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until every member has claimed its place, whether or not this process claims one.
+
+        Raises:
+            SyncError: as `join` does.
+        """
+        started, said, seconds = time.monotonic(), False, f"{timeout_s:.0f} s"
         keys = [_key(member) for member in self.members]
         while not self._ask(lambda: self._store.check(keys), timeout_s):
             self.raise_if_stopped(timeout_s)
@@ -92,7 +107,9 @@ class Membership:
                 waiting.say(self.site, f"waiting for {missing} to join, up to {seconds}")
             time.sleep(_POLL_S)
         claims = self._ask(lambda: [self._store.get(key) for key in keys], timeout_s)
-        self._places = {m: json.loads(c)[0] for m, c in zip(self.members, claims, strict=True)}
+        found = dict(zip(self.members, map(json.loads, claims), strict=True))
+        self._places = {member: claim[0] for member, claim in found.items()}
+        self.ranks_of = {member: claim[2] for member, claim in found.items()}
 
     def raise_if_stopped(self, timeout_s: float = _ANSWER_S) -> None:
         """Raise if a member has failed, or the store is gone before all are connected.
@@ -156,7 +173,7 @@ class Membership:
                 f"site {self.site} was started as one of {len(self.members)} sites, but the first "
                 f"to join as one of {first.count(',') + 1}; is another run there?"
             )
-        own = json.dumps([self._places[self.site], uuid.uuid4().hex])
+        own = json.dumps([self._places[self.site], uuid.uuid4().hex, self.ranks_of[self.site]])
         holder = self._set_once(_key(self.site), own, timeout_s)
         if holder != own:
             raise SyncError(
@@ -190,11 +207,6 @@ class Membership:
         except (RuntimeError, TimeoutError) as error:
             why = waiting.one_line(error)
             raise SyncError(f"the store where the sites meet is gone: {why}") from None
-
-
-def record_before_joining(store: dist.Store, site: int, place: str, reason: str) -> None:
-    """Record why a site will not join, for the members that wait for it."""
-    store.compare_set(_FIRST, "", _as_text(site, _name(site, place), reason))
 
 
 def _as_text(site: int, name: str, reason: str) -> str:

@@ -18,12 +18,13 @@ from fomoe.sync.transport import Transport
 
 def compare_replicas(
     transport: Transport,
-    buckets: Sequence[Bucket],
+    lanes: Mapping[int, Sequence[Bucket]],
     views: Mapping[int, Callable[[Segment], Tensor]],
 ) -> dict[int, str]:
     """Compare hashes of these buckets between their holders.
 
     Args:
+        lanes: the buckets that each lane of this rank has, by the lane's number.
         views: a segment's values, by site of this process.
 
     Returns:
@@ -32,6 +33,22 @@ def compare_replicas(
     Raises:
         SyncError: naming the first bucket whose replicas differ, and its holders.
     """
+    problem, texts = "", {}
+    for lane, (number, buckets) in zip(transport.lanes, lanes.items(), strict=True):
+        found, texts[number] = _compare(lane, buckets, views)
+        problem = problem or found
+    # Each lane has a rank of every site, which tells the others: all ranks raise, or none does.
+    if said := next(filter(None, transport.inside.gather(problem.encode())), b""):
+        raise SyncError(said.decode())
+    return _of_all_lanes(transport.inside, texts)
+
+
+def _compare(
+    transport: Transport,
+    buckets: Sequence[Bucket],
+    views: Mapping[int, Callable[[Segment], Tensor]],
+) -> tuple[str, dict[int, str]]:
+    """What is wrong in a lane, if anything is, and its hashes by bucket."""
     own = {index: replica_hashes(buckets, index, view) for index, view in views.items()}
     messages = gather(transport, lambda site: b"".join(own[site].values()))
     size = hashlib.sha256().digest_size
@@ -48,21 +65,20 @@ def compare_replicas(
             f"({wrong[0].segments[0].name}, ...) is not equal at its holders "
             f"{list(wrong[0].holders)}"
         )
-    # Equal ranks of all sites have seen the same hashes, so all ranks raise or none does.
-    if found := next(filter(None, transport.inside.gather(problem.encode())), b""):
-        raise SyncError(found.decode())
-    texts = {i: digest.hex() for hashes in own.values() for i, digest in hashes.items()}
-    return _of_all_ranks(transport.inside, texts)
+    return problem, {i: digest.hex() for hashes in own.values() for i, digest in hashes.items()}
 
 
-def _of_all_ranks(inside: Ranks, own: dict[int, str]) -> dict[int, str]:
-    """Hashes of a site's buckets, from those of every rank's rows of them."""
-    if inside.size == 1:
-        return own
-    parts = [json.loads(message) for message in inside.gather(json.dumps(own).encode())]
-    indices = sorted({int(index) for part in parts for index in part})
-    texts = {i: "".join(part.get(str(i), "") for part in parts) for i in indices}
-    return {i: hashlib.sha256(text.encode()).hexdigest() for i, text in texts.items()}
+def _of_all_lanes(inside: Ranks, own: Mapping[int, dict[int, str]]) -> dict[int, str]:
+    """Hashes of a site's buckets, from those of every lane's rows of them."""
+    if inside.size == 1 and len(own) == 1:
+        return next(iter(own.values()))
+    found: dict[int, dict[str, str]] = {}
+    for message in inside.gather(json.dumps(own).encode()):
+        found |= {int(number): texts for number, texts in json.loads(message).items()}
+    of_lanes = [found[number] for number in sorted(found)]
+    indices = sorted({int(index) for texts in of_lanes for index in texts})
+    whole = {i: "".join(texts.get(str(i), "") for texts in of_lanes) for i in indices}
+    return {i: hashlib.sha256(text.encode()).hexdigest() for i, text in whole.items()}
 
 
 def replica_hashes(

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fomoe.codecs import CODECS
 from fomoe.copies import coupling, encoded_buckets, exchanged
 from fomoe.counting import RoundRouting
 from fomoe.errors import SyncError
@@ -38,7 +37,8 @@ from fomoe.site import Site
 from fomoe.state import Layout, divergence
 from fomoe.sync.buckets import Contribution
 from fomoe.sync.coder import Coder
-from fomoe.sync.exchange import Contribute, check_sites, gather, mean_over_holders
+from fomoe.sync.exchange import Contribute, check_sites, gather
+from fomoe.sync.lanes import LaneRows
 from fomoe.sync.outer import Anchors
 from fomoe.sync.replicas import compare_replicas
 from fomoe.sync.since import Since
@@ -121,8 +121,7 @@ class Sync:
         self.plan, self.sites, self.transport = plan, sites, transport
         self.buckets = [b for b in plan.segment_plan.buckets if takes_outer_step(plan.config, b)]
         self.anchors = Anchors(plan.config, self.buckets, sites, pin=pin)
-        encoded = encoded_buckets(plan.config, plan.segment_plan.buckets, plan.families)
-        self.coder = Coder(CODECS[plan.config.sync.codec], encoded, sites)
+        self.lanes = LaneRows(plan, sites)
         self._family_of = {copy.index: f.index for f in plan.families for copy in f.copies}
         self._unplanned = dict.fromkeys(sites, "")
         self.since = {index: Since(plan.config, site) for index, site in sites.items()}
@@ -150,16 +149,21 @@ class Sync:
         counts = {site: since.take(fragment) for site, since in self.since.items()}
         due = tuple(b for b in self.buckets if b.fragment == fragment)
         staged = {
-            (bucket.index, site): self._contribute(bucket, site, counts[site]).staged()
-            for bucket in due
+            (bucket.lane, bucket.index, site): self._contribute(bucket, site, counts[site]).staged()
+            for buckets in self.lanes.of(due).values()
+            for bucket in buckets
             for site in set(bucket.holders) & set(self.sites)
         }
+
+        def contribute(bucket: Bucket, site: int) -> Contribution:
+            return staged.pop((bucket.lane, bucket.index, site))
+
         problems = {index: site.divergence() for index, site in self.sites.items()}
 
         def average() -> dict[int, Tensor]:
-            self.coder.discard()
+            self.lanes.discard()
             with self._uncommitted("at any site"):
-                means = self.reduce(due, lambda b, site: staged.pop((b.index, site)), self._beside)
+                means = self.reduce(due, contribute, self._beside)
             with self._uncommitted("at this site"):
                 self._check(problems.__getitem__, self._beside)
             return means
@@ -202,7 +206,7 @@ class Sync:
         """
         if self._flight is not None:
             return self._landed(prepared)
-        self.coder.discard()
+        self.lanes.discard()
         # Before a site has said that it is well, no other commits.
         with self._uncommitted("at any site"):
             means = self._average(prepared)
@@ -241,7 +245,7 @@ class Sync:
         """
         with self._uncommitted("at this site"):
             self.anchors.step(exchanged.means, exchanged.own_share)
-        self.coder.commit()
+        self.lanes.commit()
         if exchanged.selected_LE is not None:
             for site in self.sites.values():
                 site.move_balance_bias(exchanged.selected_LE)
@@ -289,7 +293,7 @@ class Sync:
         transport = transport or self.transport
         counts, started = transport.counts, time.perf_counter()
         before = {site: model_bytes(counts[site]) for site in self.sites}
-        means = mean_over_holders(transport, buckets, contribute, self.coder)
+        means = self.lanes.means(transport, buckets, contribute)
         seconds, wire = time.perf_counter() - started, dict[int, int]()
         fragment = buckets[0].fragment if buckets else 0
         for site, earlier in before.items():
@@ -318,8 +322,8 @@ class Sync:
         return Contribution(own, weights, pseudo_grad)
 
     def anchor(self, segment: Segment) -> Tensor:
-        """The anchor of a segment that is held here."""
-        return self.anchors.values[segment.name].detach()
+        """The anchor of a segment, or of a part of it, that is held here."""
+        return self.lanes.part(segment, self.anchors.values[segment.name].detach())
 
     def _balance_counts(self, prepared: Prepared) -> Tensor | None:
         config = self.plan.config
@@ -335,7 +339,7 @@ class Sync:
     def state_of(self, site: int) -> dict[str, Tensor]:
         """What the sync keeps for one site between rounds, by entry: anchors, outer state,
         residuals and counts."""
-        kept = self.anchors.state_of(site) | self.coder.state_of(site)
+        kept = self.anchors.state_of(site) | self.lanes.state_of(site)
         return kept | self.since[site].state()
 
     def state_layout(self, site: int) -> Layout:
@@ -345,13 +349,13 @@ class Sync:
         stepped = [b for b in buckets if site in b.holders and takes_outer_step(config, b)]
         encoded = encoded_buckets(config, buckets, self.plan.families)
         kept = self.anchors.state_layout(s for bucket in stepped for s in bucket.segments)
-        kept |= self.coder.state_layout(b for b in encoded if site in b.holders)
+        kept |= Coder.state_layout(b for b in encoded if site in b.holders)
         return kept | self.since[site].state_layout()
 
     def load_state_of(self, site: int, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `state_of` returned."""
         self.anchors.load_state_of(site, tensors)
-        self.coder.load_state_of(site, tensors)
+        self.lanes.load_state_of(site, tensors)
         self.since[site].load_state(tensors)
 
     def divergence(self, site: int) -> str:
@@ -396,4 +400,5 @@ class Sync:
         """
         moving = streams(self.plan.config)
         views = {i: self.anchor if moving else site.view for i, site in self.sites.items()}
-        return compare_replicas(self.transport, self.plan.replicas(self._steps), views)
+        lanes = self.lanes.of(self.plan.replicas(self._steps))
+        return compare_replicas(self.transport, lanes, views)

@@ -74,9 +74,12 @@ class Transport(Protocol):
         members: all sites that take part, ascending.
         sites: the members that live in this process.
         counts: bytes per site of this process.
-        inside: the ranks of this process's site. Each has a transport of its own, to the same ranks
-            of the other sites.
+        inside: the ranks of this process's site. Each has a transport of its own, to ranks of the
+            other sites.
         remote: whether other members live in other processes.
+        lanes: this transport alone; or, of a rank whose rows several ranks of another site have,
+            one for each of its lanes (`fomoe.shards`), in their order. What all sites do together
+            is done in every lane.
     """
 
     members: tuple[int, ...]
@@ -84,6 +87,9 @@ class Transport(Protocol):
     counts: dict[int, ByteCounts]
     inside: Ranks
     remote: bool
+
+    @property
+    def lanes(self) -> Sequence[Transport]: ...
 
     def move(self, what: str, messages: Sequence[Message]) -> list[Tensor | None]:
         """Move messages, all at once; every member passes the same list in the same order.
@@ -137,6 +143,10 @@ class InMemoryTransport:
             if message.source != message.target:
                 count_wire(self.counts, message)
         return [message.tensor for message in messages]
+
+    @property
+    def lanes(self) -> Sequence[Transport]:
+        return (self,)
 
     def beside(self) -> Transport:
         return self
