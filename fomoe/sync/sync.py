@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -333,6 +334,10 @@ class Sync:
         messages = gather(self.transport, lambda site: own[site].numpy().tobytes())
         counts = [torch.frombuffer(bytearray(message), dtype=torch.int64) for message in messages]
         return torch.stack(counts).sum(0).view_as(next(iter(own.values())))
+
+    def figures(self) -> dict[str, Any]:
+        """What records of the merged model have of the last sync."""
+        return {}
 
     # ---------------------------------------------------------------------------- checkpoint
 
