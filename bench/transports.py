@@ -25,6 +25,7 @@ from bench.layers import Row
 from bench.machine import Machine
 from bench.timing import side_by_side
 from fomoe.codecs import CODECS
+from fomoe.hostmemory import keep_freed_memory
 from fomoe.load import build_config
 from fomoe.planning import RunPlan, plan_run
 from fomoe.site import Site
@@ -44,6 +45,7 @@ def transport_rows(machine: Machine, numel: int = NUMEL) -> list[Row]:
     connection. A sync is a mean, the checks of both sites and the outer step; torchft's also
     renews its quorum and its backup of the parameters.
     """
+    keep_freed_memory()  # as a run does
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(len(HOLDERS)))
         work = {"link": stack.enter_context(_link(pool, numel * 4))}

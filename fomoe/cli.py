@@ -192,7 +192,11 @@ def _add_compare(commands: Any) -> None:
     parser = commands.add_parser("compare", help="run several methods on the same text")
     _add_config(parser)
     parser.add_argument(
-        "--methods", required=True, metavar="NAME,NAME", help="such as ddp,diloco,fomoe"
+        "--methods",
+        required=True,
+        metavar="NAME,NAME",
+        help="such as ddp,diloco,fomoe; of adapters fedit "
+        "and zero-pad stand for their two variants",
     )
     parser.add_argument(
         "--seeds", metavar="N,N", help="run every method with each seed; the table shows the spread"

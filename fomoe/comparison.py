@@ -12,17 +12,25 @@ from fomoe.hints import hint
 from fomoe.launch import Launch
 from fomoe.ready import check_ready
 
+# A name that stands for several methods.
+FAMILIES = {
+    "fedit": ("fedit-min", "fedit-max"),
+    "zero-pad": ("zero-pad-values", "zero-pad-deltas"),
+}
+
 
 def read_methods(text: str) -> list[str]:
-    """`ddp,fomoe` as names.
+    """`ddp,fomoe` as names; a family (`fedit`, `zero-pad`) is all of its methods.
 
     Raises:
         ConfigError: if one is no method, or stands twice.
     """
-    methods, known = text.split(","), METHODS + ADAPTER_METHODS
+    known = METHODS + ADAPTER_METHODS
+    methods = [name for word in text.split(",") for name in FAMILIES.get(word, (word,))]
     for method in methods:
         if method not in known:
-            raise ConfigError("--methods", method, f"is not a method; {hint(method, known)}")
+            rule = f"is not a method; {hint(method, (*known, *FAMILIES))}"
+            raise ConfigError("--methods", method, rule)
         if methods.count(method) > 1:
             raise ConfigError("--methods", method, "is given twice")
     return methods

@@ -12,7 +12,7 @@ from fomoe.adapters.client import Client, evaluate_client
 from fomoe.adapters.data import build_client_data
 from fomoe.adapters.evaluate import evaluate_server
 from fomoe.adapters.layers import load_adapted
-from fomoe.adapters.sync import ServerSync, StackingSync
+from fomoe.adapters.sync import ClientsSync, ServerSync, StackingSync
 from fomoe.config import Config
 from fomoe.data.dataset import Data, build_data
 from fomoe.data.stream import Stream
@@ -64,7 +64,7 @@ def system_of(config: Config, device: torch.device) -> System:
     adapted = load_adapted(adapters, device)
     # Reading the base draws numbers; the random state is part of a checkpoint, equal everywhere.
     torch.manual_seed(config.seed)
-    syncs = {"segments": Sync, "flora": StackingSync}
+    syncs = {"segments": ClientsSync, "flora": StackingSync}
     return System(
         read=build_client_data,
         make_site=lambda plan, site, stream, _: Client(

@@ -7,6 +7,7 @@ one site): only the transport differs.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -286,7 +287,8 @@ def evaluation_is_due(config: Config, round_idx: int) -> bool:
 
 def merged_loss(run: Run) -> MergedEvaluation:
     with run.sync.whole(), unparked(run.parkings.values(), optimizer=False):
-        return run.system.evaluate_whole(run.plan, run.sites, run.transport, run.data)
+        found = run.system.evaluate_whole(run.plan, run.sites, run.transport, run.data)
+    return replace(found, more=found.more | run.sync.figures())
 
 
 def is_due(every: int, round_idx: int, rounds: int) -> bool:

@@ -132,7 +132,7 @@ def candidates(
     if "zero" not in given:
         keep &= (zero == 3) | ((shard == dp) & (dp > 1))
     if not keep.any():
-        degrees = ", ".join(f"{name} {value}" for name, value in inside.parallel)
+        degrees = ", ".join(f"{name} {value or 'all'}" for name, value in inside.parallel)
         rule = (
             f"leaves accelerators idle: {count} of them take {sequences:g} sequences"
             + (f" with {degrees}, which must divide them" if degrees else "")

@@ -20,6 +20,7 @@ OPTIONS: dict[str, tuple[str, str, str, list[Any]]] = {
 MOST_SITES: int = OPTIONS["sites"][3][1]
 MOST_LOCAL_STEPS: int = OPTIONS["local_steps"][3][1]
 DEGREES = ("tp", "pp", "cp", "ep", "shard", "zero", "overlap")  # that --parallel may name
+ALL = "all"  # --parallel shard=all: the states are sharded over all accelerators of each site
 GRID = ("local_steps", "bits", "fragments", "overlap_steps", "bandwidth")  # arrays of one grid
 AXES = ("replication", "sites", *GRID)
 
@@ -145,7 +146,7 @@ def read_capacity(text: str) -> tuple[int, ...]:
 
 
 def read_parallel(text: str | None) -> tuple[tuple[str, int], ...]:
-    """`tp=8,pp=4` as pairs.
+    """`tp=8,pp=4` as pairs; `shard=all`, over all accelerators of each site, is 0.
 
     Raises:
         ConfigError: for a name that is no degree or a value that is no whole number above 0.
@@ -155,12 +156,20 @@ def read_parallel(text: str | None) -> tuple[tuple[str, int], ...]:
         name, equals, value = (word.strip() for word in part.partition("="))
         if name not in DEGREES or not equals:
             raise ConfigError("--parallel", part, f"must be one of {', '.join(DEGREES)} = a number")
+        if (name, value) == ("shard", ALL) and name not in pairs:
+            pairs[name] = 0
+            continue
         if not value.isdigit() or not 1 <= int(value) <= 10**6 or name in pairs:
             raise ConfigError(f"--parallel {name}", value, "must be one whole number above 0")
         pairs[name] = int(value)
     if pairs.get("zero", 1) not in (1, 3):
         raise ConfigError("--parallel zero", pairs["zero"], "must be 1 or 3")
     return tuple(sorted(pairs.items()))
+
+
+def parallel_text(pairs: Iterable[tuple[str, int]]) -> str:
+    """What `read_parallel` reads."""
+    return ",".join(f"{name}={value if value or name != 'shard' else ALL}" for name, value in pairs)
 
 
 def check_methods(

@@ -24,10 +24,12 @@ import numpy as np
 from fomoe_sim.evaluate import Row, evaluate
 from fomoe_sim.methods import BASELINE, METHODS, SEARCHED, method_of
 from fomoe_sim.options import (
+    ALL,
     Ask,
     add_flags,
     check_ask,
     check_methods,
+    parallel_text,
     read_flags,
     read_parallel,
 )
@@ -87,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
     limits: Constraints = read_flags(args, Constraints)
     check_ask(ask)
     _check(args, ask, limits)
-    candidates, one = search(ask, limits, trainable=args.trainable or bool(args.out))
+    trainable = args.trainable or bool(args.out)
+    ask, (candidates, one) = _with_sequences(ask, limits, trainable=trainable)
     allowed = [candidate for candidate in candidates if not candidate.broken]
     if not allowed:
         raise ConfigError("plan", "", nothing(candidates))
@@ -113,8 +116,33 @@ def run(args: argparse.Namespace) -> int:
         filled = textwrap.wrap(reason, WIDTH - 4, break_on_hyphens=False, break_long_words=False)
         print("\n".join(("  " if index == 0 else "    ") + x for index, x in enumerate(filled)))
     if args.out:
-        print(f"wrote {args.out}; at every site: {start}")
+        print(f"wrote {args.out}; {start}")
     return 0
+
+
+def _with_sequences(
+    ask: Ask, limits: Constraints, *, trainable: bool
+) -> tuple[Ask, tuple[list[Candidate], Row]]:
+    """The question with a step that is large enough, and what `search` finds.
+
+    Where the size of a step is not said, it is the default or 2, 4 or 8 times as much: the first
+    with which every accelerator has a sequence.
+    """
+    try:
+        return ask, search(ask, limits, trainable=trainable)
+    except ConfigError as error:
+        if ask.batch_tokens or ask.config or error.field != "--batch-tokens":
+            raise
+        refused = error
+    default = build(replace(ask, replication=None), limits.method or SEARCHED[0]).batch_tokens
+    for factor in (2, 4, 8):
+        larger = replace(ask, batch_tokens=factor * default)
+        try:
+            return larger, search(larger, limits, trainable=trainable)
+        except ConfigError as error:
+            if error.field != "--batch-tokens":
+                raise
+    raise refused
 
 
 def _check(args: argparse.Namespace, ask: Ask, limits: Constraints) -> None:
@@ -190,8 +218,8 @@ def _as_trained(ask: Ask, question: Question, experts: bool) -> Question:
         chosen = (ask.recompute or "none",)
     counts = {site.count for site in question.cluster.sites}
     layout = question.inside.parallel
-    if not layout and counts != {1} and len(counts) == 1:
-        layout = read_parallel(_SHARDED.format(max(counts)))
+    if not layout and counts != {1}:
+        layout = read_parallel(_SHARDED.format(max(counts) if len(counts) == 1 else ALL))
     inside = replace(question.inside, recompute=chosen, parallel=layout)
     return replace(question, inside=inside)
 
@@ -390,7 +418,7 @@ def command(ask: Ask, candidate: Candidate) -> str:
     if question.split != "speed":
         values["split"] = question.split
     if inside.parallel and not ask.parallel:
-        values["parallel"] = ",".join(f"{name}={degree}" for name, degree in inside.parallel)
+        values["parallel"] = parallel_text(inside.parallel)
     if inside.recompute != Inside(seq_len=1).recompute:
         values["recompute"] = row["recompute"]
     words = [f"{flag_of(name)} {shlex.quote(_plain(value))}" for name, value in values.items()]

@@ -54,7 +54,7 @@ def config_tree(question: Question, known: Answered) -> dict[str, Any]:
         tree["inner"]["batch_size"] = micro[0]
     else:
         tree["inner"]["batch_size_by_site"] = micro
-    if question.cluster.sites[0].count > 1:
+    if max(site.count for site in question.cluster.sites) > 1:
         tree["inner"]["parallel"] = "fsdp"
     if shape.num_dense_layers:
         tree["model"]["dense_ffn_dim"] = shape.dense_ffn
@@ -81,8 +81,11 @@ def _batches(question: Question, known: Answered) -> tuple[list[int], int]:
     A micro-batch is what a site's accelerators share equally, and none is larger than planned. Of
     up to twice as many as are needed, the number that comes nearest to the planned shares is taken.
     """
-    ranks, seq_len = question.cluster.sites[0].count, question.inside.seq_len
-    wanted = [max(1, round(tokens / seq_len / ranks)) for tokens in known.tokens.tolist()]
+    ranks, seq_len = [site.count for site in question.cluster.sites], question.inside.seq_len
+    wanted = [
+        max(1, round(tokens / seq_len / count))
+        for tokens, count in zip(known.tokens.tolist(), ranks, strict=True)
+    ]
     most = [int(one.degrees["micro"]) for one in known.layouts]
     fewest = max(-(-each // limit) for each, limit in zip(wanted, most, strict=True))
 
@@ -96,7 +99,8 @@ def _batches(question: Question, known: Answered) -> tuple[list[int], int]:
         )
 
     accumulate = min(range(fewest, 2 * fewest + 1), key=deviation)
-    return [ranks * size for size in micro(accumulate)], accumulate
+    sizes = zip(ranks, micro(accumulate), strict=True)
+    return [count * size for count, size in sizes], accumulate
 
 
 def _placement(question: Question) -> dict[str, Any]:
@@ -114,38 +118,47 @@ def cyclic_factor(question: Question) -> int:
 
 
 def start_line(path: str | Path, sites: Sequence[Site]) -> str:
-    """The command that starts a plan, once per site; SITE and SITE0_ADDRESS are left to say.
+    """The command that starts a plan, with the place where it is given; SITE0_ADDRESS is left to
+    say, and SITE where all sites are started alike."""
+    lines = [_start(path, site, len(sites), number) for number, site in enumerate(sites)]
+    if len({site.count for site in sites}) == 1:
+        return f"at every site: {_start(path, sites[0], len(sites), 'SITE')}"
+    return "; ".join(f"at site {number}: {line}" for number, line in enumerate(lines))
+
+
+def _start(path: str | Path, site: Site, num_sites: int, number: int | str) -> str:
+    """The command of one site.
 
     A site of several machines has a torchrun on each of them, which join at MACHINE0.
-
-    Args:
-        sites: of as many accelerators each.
     """
-    count, node, file = sites[0].count, sites[0].accelerator.node, shlex.quote(str(path))
+    count, node, file = site.count, site.accelerator.node, shlex.quote(str(path))
     if count <= node:
         ranks = f" --ranks {count}" if count > 1 else ""
-        return f"launch/site.sh SITE {len(sites)} SITE0_ADDRESS {file}{ranks}"
+        return f"launch/site.sh {number} {num_sites} SITE0_ADDRESS {file}{ranks}"
     machines = -(-count // node)
     each = count // machines
     if each * machines != count:  # no equal share for every machine
         machines, each = count, 1
     words = f"torchrun --nnodes {machines} --nproc-per-node {each}"
     words += " --rdzv-backend c10d --rdzv-endpoint MACHINE0"
-    return f"{words} -m fomoe train {file} --site SITE --meet SITE0_ADDRESS"
+    return f"{words} -m fomoe train {file} --site {number} --meet SITE0_ADDRESS"
 
 
 def write_config(path: str | Path, tree: dict[str, Any], sites: Sequence[Site]) -> str:
-    """Write a plan as a config, checked by the trainer's own loader; returns what starts it.
+    """Write a plan as a config, checked by the trainer's own loader; returns what starts it, and
+    where.
 
     Raises:
         ConfigError: naming the rule that the config breaks, or why it cannot be written.
     """
-    check_ranks(build_config(tree), sites[0].count)
+    config = build_config(tree)
+    for number, site in enumerate(sites):
+        check_ranks(config, site.count, number)
     line = start_line(path, sites)
     head = (
         "# Written by fomoe plan.\n"
         "# data.source and data.tokenizer are the defaults: name your own text.\n"
-        f"# Start it at every site: {line}\n"
+        f"# Start it {line}\n"
     )
     try:
         text = head + yaml.safe_dump(tree, sort_keys=False)

@@ -132,7 +132,7 @@ _ABILITIES = {
     "overlap": ("overlap", "sync.overlap_steps"),
     "unequal_batches": ("a batch by each site's speed", "inner.batch_size_by_site"),
     "accelerators": ("several accelerators per site", "inner.parallel"),
-    "unequal_accelerators": ("different numbers of accelerators per site", ""),
+    "unequal_accelerators": ("different numbers of accelerators per site", "inner.parallel"),
     "averaged_gradients": ("gradients averaged between sites of several accelerators", ""),
     "uneven_rows": ("experts whose rows a site's accelerators share unequally", ""),
     "adam": ("Adam states of 16 or 8 bits", ""),

@@ -13,6 +13,7 @@ import resource
 import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -84,6 +85,8 @@ def forked(count: int, work: Callable[[int], int]) -> int:
             status = 1
             try:
                 status = work(rank)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()

@@ -26,6 +26,7 @@ from fomoe.adapters.data import (
     padded,
     read_pairs,
 )
+from fomoe.comparison import read_methods
 from fomoe.data.tokenizer import ByteTokenizer
 from fomoe.errors import ConfigError, DataError
 from fomoe.load import load_config
@@ -102,6 +103,8 @@ def test_records_and_summary(tmp_path: Path) -> None:
         [summary["val_loss_by_rank"][str(rank)] for rank in (1, 2, 2, 4)]
     )
     assert sum(summary["energy"]) == pytest.approx(1)
+    errors = [row["product_error"] for row in records(tmp_path / "run", "merged")]
+    assert 0 < summary["product_error"] == errors[-1]
     assert summary["passes_per_step"] == (1 + 2 + 2 + 3) / 4
     width = 4 * (16 + 16) * 4
     assert summary["payload_bytes_per_site_per_round_by_site"] == [width, *[2 * width] * 3]
@@ -136,6 +139,16 @@ def test_methods_are_compared(tmp_path: Path) -> None:
     assert "rank 1" in told
     assert "passes/step" in told
     assert told.count("±") == 3 + 1  # the one at every rank, the other at the largest
+
+
+def test_a_family_of_methods_is_all_of_them() -> None:
+    assert read_methods("prelort,fedit,zero-pad,hetlora") == [
+        *("prelort", "fedit-min", "fedit-max", "zero-pad-values", "zero-pad-deltas", "hetlora")
+    ]
+    with pytest.raises(ConfigError, match="--methods fedit-min is given twice"):
+        read_methods("fedit,fedit-min")
+    with pytest.raises(ConfigError, match=r"--methods zeropad is not a method; .*zero-pad"):
+        read_methods("zeropad")
 
 
 def test_a_dry_run_says_who_holds_which_dimensions(tmp_path: Path) -> None:

@@ -242,6 +242,54 @@ def test_a_range_is_the_mean_over_its_holders() -> None:
             assert not torch.equal(before[segment.name], mean)
 
 
+def test_a_range_is_weighted_by_the_tokens_of_its_holders() -> None:
+    """Clients that have trained on other numbers of tokens, through the whole sync."""
+    sizes = [1, 4, 2, 3]
+    run, local, _ = trained_run()
+    for site, size in enumerate(sizes):
+        run.sites[site].counter.tokens = 16 * size
+    synchronize(run)
+    for bucket in run.plan.segment_plan.buckets:
+        weights = torch.tensor([sizes[site] for site in bucket.holders], dtype=torch.float64)
+        for segment in bucket.segments:
+            own = torch.stack([local[site, segment.name] for site in bucket.holders]).double()
+            mean = (own * weights[:, None, None]).sum(0) / weights.sum()
+            for site in bucket.holders:
+                torch.testing.assert_close(run.sites[site].view(segment), mean.float())
+            if len(bucket.holders) > 1:
+                assert not torch.allclose(own.mean(0), mean, atol=1e-5)
+
+
+def test_records_say_how_far_the_product_is_from_the_mean_product() -> None:
+    sizes = [1, 4, 2, 3]
+    run, local, _ = trained_run()
+    assert run.sync.figures() == {}
+    for site, size in enumerate(sizes):
+        run.sites[site].counter.tokens = 16 * size
+    synchronize(run)
+    mean: dict[str, Tensor] = {}
+    for site, client in run.sites.items():
+        for name in client_of(run, site).adapted.layers:
+            rows = [
+                torch.cat(
+                    [
+                        local[site, segment.name]
+                        for segment in sorted(client.segments, key=lambda s: s.start)
+                        if segment.parameter == f"{name}.{which}"
+                    ]
+                ).double()
+                for which in ("lora_A", "lora_B")
+            ]
+            mean[name] = mean.get(name, 0) + sizes[site] / 10 * rows[1].T @ rows[0]
+    server = {name: p.detach().double() for name, p in run.sites[3].parameters.items()}
+    got = {name: server[f"{name}.lora_B"].T @ server[f"{name}.lora_A"] for name in mean}
+    wrong = sum(float((got[name] - mean[name]).square().sum()) for name in mean)
+    whole = sum(float(mean[name].square().sum()) for name in mean)
+    error = run.sync.figures()["product_error"]
+    assert error == pytest.approx((wrong / whole) ** 0.5, rel=1e-4)
+    assert error > 0.1
+
+
 def test_a_download_is_the_servers_prefix() -> None:
     run, _, _ = trained_run()
     synchronize(run)

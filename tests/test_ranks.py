@@ -14,6 +14,7 @@ from conftest import LAYOUTS, tiny_config
 from helpers_cli import fomoe, tiny_tree
 from helpers_ranks import Command, World, worlds
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_leaves
 
 from fomoe import checkpoint
 from fomoe.checkpoint import Part, check_part, remove_parts, round_folder, save_part
@@ -21,9 +22,11 @@ from fomoe.errors import CheckpointError, ConfigError
 from fomoe.launch import launch_from_environment, launch_of_site
 from fomoe.load import load_config
 from fomoe.memory import SiteMemory
+from fomoe.model.transformer import Transformer
 from fomoe.planning import plan_run, planned_summary
 from fomoe.rules import check_ranks
 from fomoe.shards import common_rows, lanes_between, rank_rows
+from fomoe.sync.inside import open_outputs
 
 # ------------------------------------------------------------------------------------- the plan
 
@@ -277,6 +280,20 @@ def test_a_dry_run_plans_for_ranks(config: Path) -> None:
     outcome = fomoe(*words)
     assert outcome.status == 2
     assert "inner.parallel none must be fsdp or ddp" in outcome.err
+
+
+def test_fsdp_finds_every_tensor_of_an_output() -> None:
+    """Older releases of torch look for tensors in pytrees only."""
+    open_outputs()
+    config = tiny_config()
+    model = Transformer(config, *(plan_run(config).placement.residents(0),) * 2)
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    output = model(tokens, tokens)
+    found = {id(leaf) for leaf in tree_leaves(output)}
+    assert id(output.loss) in found
+    assert output.stats
+    for stats in output.stats.values():
+        assert {id(stats.lb_loss), id(stats.z_loss), id(stats.mean_E)} <= found
 
 
 # ------------------------------------------------------------------------------------- the parts

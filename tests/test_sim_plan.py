@@ -91,11 +91,38 @@ def test_recomputation_is_the_trainers_own(capsys, tmp_path, ours, option):
     assert "recomputation (selective)" in selective["missing"]
 
 
-def test_sites_of_several_accelerators_are_named(capsys):
+def test_a_layout_that_is_not_trained_is_named(capsys):
     flags = ["--cluster", THREE, "--model", "olmoe-1b-7b"]
     missing = " ".join(plan(capsys, *flags)["missing"])
-    assert "different numbers of accelerators per site" in missing
-    assert "different numbers of accelerators" in refusal(capsys, *flags, "--trainable")
+    assert "the layout" in missing
+    assert "numbers of accelerators" not in missing
+
+
+def test_sites_of_unequal_numbers_of_accelerators_are_trained(capsys, tmp_path):
+    """A shipped cluster: each site's states are sharded over all of its own."""
+    out = tmp_path / "plan.yaml"
+    assert main(["plan", "--cluster", THREE, "--model", "olmoe-1b-7b", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    config, text = load_config(out), out.read_text()
+    assert config.inner.parallel == "fsdp"
+    for site, count in enumerate((128, 64, 128)):
+        check_ranks(config, count, site)
+        line = f"at site {site}: torchrun --nnodes {count // 8} --nproc-per-node 8 "
+        assert line in printed
+        assert line in text
+        assert f" --site {site} --meet SITE0_ADDRESS" in text
+    (again,) = " ".join(printed.split()).split("again: ")[1:]
+    words = again.split(" wrote ")[0].split()
+    assert "cp=1,ep=1,pp=1,shard=all,tp=1,zero=3" in words
+    assert words[words.index("--batch-tokens") + 1] == str(2**23)  # every accelerator has some
+    assert main(["project", *words[2:], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["needs"] == "runs today"
+
+
+def test_a_step_that_is_too_small_is_refused_where_it_is_given(capsys):
+    flags = ["--cluster", THREE, "--model", "olmoe-1b-7b", "--trainable"]
+    text = refusal(capsys, *flags, "--batch-tokens", "4e6")
+    assert "128 of them take 95 sequences with cp 1, ep 1, pp 1, shard all, tp 1, zero 3" in text
 
 
 def test_sites_of_as_many_accelerators_are_trained(capsys, tmp_path):
@@ -152,7 +179,7 @@ def test_a_plan_says_how_its_sites_start(count, words):
     links = {"up_bps": 1e9, "down_bps": 1e9, "price": None}
     sites = uniform_cluster(2, accelerator="H100", count=count, **links).sites
     line = start_line("p.yaml", sites)
-    assert line.startswith(words)
+    assert line.startswith(f"at every site: {words}")
     if count > 8:
         given = line.split(" train ")[1].split()
         assert given == ["p.yaml", "--site", "SITE", "--meet", "SITE0_ADDRESS"]

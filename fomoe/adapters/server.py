@@ -153,8 +153,7 @@ def segment_means(uploads: Sequence[Upload], server: Server) -> tuple[Matrices, 
 
 def product_norm(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     """Frobenius norm of B^T A over all layers, from [r, r] matrices only."""
-    squares = [((a[n] @ a[n].T) * (b[n] @ b[n].T)).sum().double() for n in a]
-    return float(torch.stack(squares).sum().clamp_min(0).sqrt())
+    return sum(_squared_norm(a[name], b[name]) for name in a) ** 0.5
 
 
 def product_error(uploads: Sequence[Upload], server: Server) -> float:
@@ -163,10 +162,17 @@ def product_error(uploads: Sequence[Upload], server: Server) -> float:
     wrong, whole = 0.0, 0.0
     for name in a:
         stack_a, stack_b = stack(uploads, name)
-        mean = stack_b.T @ stack_a
-        wrong += float((server.scale * b[name].T @ a[name] - mean).square().sum())
-        whole += float(mean.square().sum())
+        # The difference of the two is the product of both factors, one below the other.
+        both_b = torch.cat([server.scale * b[name], -stack_b])
+        wrong += _squared_norm(torch.cat([a[name], stack_a]), both_b)
+        whole += _squared_norm(stack_a, stack_b)
     return (wrong / whole) ** 0.5 if whole else 0.0
+
+
+def _squared_norm(a: Tensor, b: Tensor) -> float:
+    """Sum of the squares of B^T A. In fp64: the norm of a small difference of large products."""
+    a, b = a.double(), b.double()
+    return max(0.0, float(((a @ a.T) * (b @ b.T)).sum()))
 
 
 def energy(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[float]:

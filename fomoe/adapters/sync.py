@@ -1,8 +1,9 @@
-"""The sync of a baseline with a server: the clients' adapters in, the server's new ones out."""
+"""The syncs of adapters: the segment mean, and servers of baselines, which compute new adapters."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from fomoe.adapters.client import Client
 from fomoe.adapters.layers import initial_matrix
 from fomoe.adapters.nesting import scale_at
-from fomoe.adapters.server import RULES, Matrices, Server, Upload, stack
+from fomoe.adapters.server import RULES, Matrices, Server, Upload, product_error, stack
 from fomoe.adapters.shapes import A, B
 from fomoe.planning import RunPlan
 from fomoe.segments import Segment, contribution_weight
@@ -20,11 +21,12 @@ from fomoe.sync.sync import Exchanged, Prepared, Sync
 from fomoe.sync.transport import Transport
 
 
-class ServerSync(Sync):
-    """A sync whose new values a rule computes from all clients' matrices; all are in this process.
+class ClientsSync(Sync):
+    """The sync of every method: each range of rows is averaged over its holders.
 
-    The clients' own rows cross as in every sync, and are counted; the server's result then takes
-    the place of their mean.
+    Attributes:
+        product_error: of the last sync, how far the product of these means is from the mean of the
+            clients' products; None where other processes have clients, whose matrices are not here.
     """
 
     def __init__(
@@ -32,25 +34,17 @@ class ServerSync(Sync):
     ) -> None:
         super().__init__(plan, sites, transport, pin=pin)
         adapters = plan.config.adapters
-        self.rule = RULES[adapters.aggregate]
         self.scale = scale_at(adapters, max(adapters.ranks))
+        self.product_error: float | None = None
 
     def _average(self, prepared: Prepared) -> dict[int, Tensor]:
-        means = super()._average(prepared)
-        uploads = self.uploads(prepared)
-        if not uploads:
-            return means
-        new_a, new_b = self.new_values(uploads, self.server())
-        new = {f"{n}.{A}": t for n, t in new_a.items()} | {f"{n}.{B}": t for n, t in new_b.items()}
-        return {
-            bucket.index: torch.cat(
-                [(self.anchor(s) - rows_of(new[s.parameter], s)).flatten() for s in bucket.segments]
-            )
-            for bucket in self.buckets
-        }
+        if not self.transport.remote:
+            uploads = self.uploads(prepared)
+            self.product_error = product_error(uploads, self.server()) if uploads else None
+        return super()._average(prepared)
 
-    def new_values(self, uploads: list[Upload], server: Server) -> tuple[Matrices, Matrices]:
-        return self.rule(uploads, server)
+    def figures(self) -> dict[str, Any]:
+        return {} if self.product_error is None else {"product_error": self.product_error}
 
     def uploads(self, prepared: Prepared) -> list[Upload]:
         """What the clients with a weight above 0 send, in the clients' order."""
@@ -79,6 +73,31 @@ class ServerSync(Sync):
         return Server(scale=self.scale, a=part(whole, A), b=part(whole, B))
 
 
+class ServerSync(ClientsSync):
+    """A sync whose new values a rule computes from all clients' matrices; all are in this process.
+
+    The clients' own rows cross as in every sync, and are counted; the server's result then takes
+    the place of their mean.
+    """
+
+    def _average(self, prepared: Prepared) -> dict[int, Tensor]:
+        means = super()._average(prepared)
+        uploads = self.uploads(prepared)
+        if not uploads:
+            return means
+        new_a, new_b = self.new_values(uploads, self.server())
+        new = {f"{n}.{A}": t for n, t in new_a.items()} | {f"{n}.{B}": t for n, t in new_b.items()}
+        return {
+            bucket.index: torch.cat(
+                [(self.anchor(s) - rows_of(new[s.parameter], s)).flatten() for s in bucket.segments]
+            )
+            for bucket in self.buckets
+        }
+
+    def new_values(self, uploads: list[Upload], server: Server) -> tuple[Matrices, Matrices]:
+        return RULES[self.plan.config.adapters.aggregate](uploads, server)
+
+
 class StackingSync(ServerSync):
     """FLoRA: the mean product is added to the base, and the adapters start anew.
 
@@ -89,9 +108,7 @@ class StackingSync(ServerSync):
     def __init__(
         self, plan: RunPlan, sites: Mapping[int, Site], transport: Transport, *, pin: bool = False
     ) -> None:
-        Sync.__init__(self, plan, sites, transport, pin=pin)
-        adapters = plan.config.adapters
-        self.scale = scale_at(adapters, max(adapters.ranks))
+        super().__init__(plan, sites, transport, pin=pin)
         self.adapted = next(s.adapted for s in sites.values() if isinstance(s, Client))
         self.merged = {
             name: torch.zeros(layer.linear.weight.shape)

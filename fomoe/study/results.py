@@ -28,7 +28,10 @@ _TAKEN = (
     *("memory_bytes_per_site", "payload_bytes_per_site_per_round", "params_total", "tokens"),
 )
 # And of a run with adapters.
-_TAKEN_OF_ADAPTERS = ("val_loss_by_rank", "val_loss_by_client", "passes_per_step", "energy")
+_TAKEN_OF_ADAPTERS = (
+    *("val_loss_by_rank", "val_loss_by_client", "passes_per_step", "energy"),
+    "product_error",
+)
 
 
 def read_results(path: Path) -> list[Line]:
@@ -99,7 +102,7 @@ def result_line(
         "seed": run.seed,
         "overrides": run.overrides,
         **{name: summary[name] for name in _TAKEN},
-        **({name: summary[name] for name in _TAKEN_OF_ADAPTERS} if has_adapters else {}),
+        **({name: summary.get(name) for name in _TAKEN_OF_ADAPTERS} if has_adapters else {}),
         "val_loss_local": sum(local) / len(local) if local else None,
         "curve": [[sent, loss] for sent, loss in curve if loss is not None],
         "wall_s": None if wall_s is None else round(wall_s, 1),

@@ -63,13 +63,16 @@ class Contribution:
         weights: one per segment.
         read: returns a segment's values; it is not called for a segment of weight 0, whose values
             may be anything (0 x NaN is NaN).
+        less: what is taken from them, read in the same way; None: nothing.
 
     Attributes:
         weights: fp64 [len(bucket.segments)].
     """
 
-    def __init__(self, bucket: Bucket, weights: list[float], read: Read) -> None:
-        self._bucket, self._read = bucket, read
+    def __init__(
+        self, bucket: Bucket, weights: list[float], read: Read, less: Read | None = None
+    ) -> None:
+        self._bucket, self._read, self._less = bucket, read, less
         self.weights = torch.tensor(weights, dtype=torch.float64)
 
     def values(self, start: int, stop: int) -> Tensor:
@@ -77,10 +80,13 @@ class Contribution:
         out, weights = torch.empty(stop - start), self.weights.tolist()
         for index, low, high, first in _overlaps(self._bucket, start, stop):
             part = out[low - start : high - start]
+            place = self._bucket.segments[index], low - first, high - first
             if weights[index] == 0:
                 part.zero_()
+            elif self._less is None:
+                part.copy_(self._read(*place))
             else:
-                part.copy_(self._read(self._bucket.segments[index], low - first, high - first))
+                torch.sub(self._read(*place), self._less(*place), out=part)
         return out
 
     def staged(self) -> Contribution:
@@ -106,12 +112,20 @@ def weigh(chunk: Chunk, values: Tensor, weights: Tensor) -> Tensor:
     return values
 
 
-def reduce_chunk(contributions: list[Tensor]) -> Tensor:
-    """Sum in the given order, one addition at a time: every transport gets the same bits."""
-    total = contributions[0].clone()
-    for contribution in contributions[1:]:
-        total += contribution
-    return total
+def reduce_chunk(contributions: list[Tensor], out: Tensor | None = None) -> Tensor:
+    """Sum in the given order, one addition at a time: every transport gets the same bits.
+
+    Args:
+        out: where the sum is written; None: to new memory.
+    """
+    first, *others = contributions
+    out = torch.empty_like(first) if out is None else out
+    if not others:
+        return out.copy_(first)
+    torch.add(first, others[0], out=out)
+    for contribution in others[1:]:
+        out += contribution
+    return out
 
 
 def divide_by_weights(chunk: Chunk, values: Tensor, weights: Tensor) -> Tensor:

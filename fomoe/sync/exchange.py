@@ -167,9 +167,9 @@ def _mean_of_chunk(
         for source, part, weight in zip(holders, received, weights, strict=True)
     ]
     total = reduce_chunk(weights)
-    mean = divide_by_weights(chunk, reduce_chunk(parts), total)
+    mean = divide_by_weights(chunk, reduce_chunk(parts, into), total)
     if len(holders) == 1 or not coder.codec.lossy:
-        return into.copy_(mean)
+        return mean
     sent = coder.encode(chunk, chunk.owner, mean, total)
     into.copy_(coder.decode(chunk, sent))
     return sent

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from copy import copy
 from datetime import timedelta
+from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -23,6 +24,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from fomoe.errors import SyncError
+from fomoe.model.router import RouterStats, Routing
+from fomoe.model.transformer import Output
 from fomoe.ranks import Ranks
 from fomoe.sync.waiting import in_thread, one_line
 
@@ -129,6 +132,7 @@ class SiteRanks(Ranks):
         if not self.shards:
             model.to(device)
             return DistributedDataParallel(model, init_sync=False, **{_SYNC_BUFFERS: False})
+        open_outputs()
         options: dict[str, Any] = {
             "mesh": self._mesh,
             "reshard_after_forward": True,
@@ -168,6 +172,19 @@ class SiteRanks(Ranks):
     def close(self) -> None:
         with suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+@cache
+def open_outputs() -> None:
+    """Let FSDP2 find the tensors in a model's output.
+
+    It gathers parameters for the backward pass when a gradient reaches one of them. Before torch
+    2.13 it looked into no dataclass.
+    """
+    from torch.export import register_dataclass  # it takes a quarter of a second
+
+    for kind in (Output, Routing, RouterStats):
+        register_dataclass(kind)
 
 
 @contextmanager

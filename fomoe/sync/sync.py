@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -314,12 +315,13 @@ class Sync:
         own = bucket.at(site)
         weights = [contribution_weight(s, site, rule=rule, counts=counts) for s in own.segments]
 
-        def pseudo_grad(segment: Segment, start: int, stop: int) -> Tensor:
-            anchor = self.anchor(segment).view(-1)[start:stop]
-            local = self.sites[site].view(segment).reshape(-1)[start:stop]
-            return anchor - local.to("cpu")
+        def anchor(segment: Segment, start: int, stop: int) -> Tensor:
+            return self.anchor(segment).view(-1)[start:stop]
 
-        return Contribution(own, weights, pseudo_grad)
+        def local(segment: Segment, start: int, stop: int) -> Tensor:
+            return self.sites[site].view(segment).reshape(-1)[start:stop].to("cpu")
+
+        return Contribution(own, weights, anchor, less=local)
 
     def anchor(self, segment: Segment) -> Tensor:
         """The anchor of a segment, or of a part of it, that is held here."""
@@ -333,6 +335,10 @@ class Sync:
         messages = gather(self.transport, lambda site: own[site].numpy().tobytes())
         counts = [torch.frombuffer(bytearray(message), dtype=torch.int64) for message in messages]
         return torch.stack(counts).sum(0).view_as(next(iter(own.values())))
+
+    def figures(self) -> dict[str, Any]:
+        """What records of the merged model have of the last sync."""
+        return {}
 
     # ---------------------------------------------------------------------------- checkpoint
 
