@@ -322,7 +322,7 @@ def test_counted_bytes_are_those_planned() -> None:
 
 
 def test_over_a_network_the_bits_are_the_same() -> None:
-    config = adapter_config(adapters__participation=0.5)
+    config = adapter_config(adapters__participation=0.75)  # of three the order of a sum shows
     torch.manual_seed(123)
     proxy = client_run(config)
     drawn = torch.get_rng_state()
