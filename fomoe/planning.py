@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any
 
 from fomoe.codecs import CODECS
@@ -213,12 +214,15 @@ def _of_ranks(run: RunPlan, rows: dict[str, int]) -> RunPlan:
         for number, lane in enumerate(lanes)
     ]
 
+    @cache
+    def all_rows(rank: int, number: int) -> Plan:
+        return whole if number == 1 else cut_plan(whole, rows, (rank,), (number,))
+
     def of_rank(site: int, rank: int) -> RunPlan:
         own = [part for part, ranks in zip(parts, lane_ranks, strict=True) if ranks[site] == rank]
         (plan, *others) = (lane for part in own for lane in part.lanes.values())
         if others:  # all rows of the rank, whichever lane they belong to
-            number = counts[site]
-            plan = whole if number == 1 else cut_plan(whole, rows, (rank,), (number,))
+            plan = all_rows(rank, counts[site])
         in_memory = plan if config.inner.parallel == "fsdp" else whole
         memory = tuple(
             site_memory(config, plan, index, in_memory=in_memory)
@@ -226,11 +230,9 @@ def _of_ranks(run: RunPlan, rows: dict[str, int]) -> RunPlan:
         )
         return replace(_together(own), segment_plan=plan, memory=memory, whole=whole)
 
-    of_first = tuple(of_rank(0, rank) for rank in range(counts[0]))
-    ranks = tuple(
-        of_first if alike else tuple(of_rank(site, rank) for rank in range(number))
-        for site, number in enumerate(counts)
-    )
+    sites = range(1 if alike else len(counts))  # equal sites share the plans of their ranks
+    ranks = tuple(tuple(of_rank(site, rank) for rank in range(counts[site])) for site in sites)
+    ranks = ranks * len(counts) if alike else ranks
     memory = tuple(
         sum_memory([own.memory[site] for own in of_site]) for site, of_site in enumerate(ranks)
     )
